@@ -4,20 +4,19 @@
 
 # %% auto #0
 __all__ = ['EntryChange', 'RegisterChange', 'Populate', 'PatchedWords', 'rights_of_access', 'repairs', 'describe_bits',
-           'smallest_changes', 'merge_changes', 'walk_changed', 'draw_walk', 'culprit_levels', 'Explanation', 'explain']
+           'smallest_changes', 'merge_changes', 'walk_changed', 'Explanation', 'explain']
 
-# %% ../../nbs/guest/10_explain.ipynb #ab71c62d
+# %% ../../nbs/guest/10_explain.ipynb #2131fdeb
 import heapq
 from dataclasses import dataclass, replace
 
-from ..draw.chain import Box, Chain
-from .addresses import PAE, PAGE_SHIFT, PAGE_SIZE, GpteFormat, pt_index, size_name, table_entries
+from .addresses import PAE, PAGE_SHIFT, PAGE_SIZE, GpteFormat, pt_index
 from .gpte import (EPT_EXEC, EPT_READ, EPT_WRITE, PT64_NX, PT_BASE_ADDR_MASK, PT_PRESENT, PT_USER, PT_WRITABLE, Acc, flags_text,
-    gpte_access, gpte_pkey, gpte_to_gfn, make_gpte)
-from .permissions import IMPLICIT, READ, USER, Pferr, access_text, pkey_refuses, refusals
+    gpte_access, gpte_pkey, make_gpte)
+from .permissions import IMPLICIT, READ, USER, Pferr, pkey_refuses, refusals
 from .registers import Cr0, Cr4, Efer, GeneralProtection, Registers, Rflags
 from .reserved import bit_runs, guest_rsvd_check, is_rsvd_bits_set
-from .verdict import GuestWalk, PageFault, Rule, rights_text, verdict_name
+from .verdict import GuestWalk, PageFault, Rule, draw_walk, rights_text
 from .walk import Walker
 
 # %% ../../nbs/guest/10_explain.ipynb #13df2a5d
@@ -244,34 +243,6 @@ def _new_tables(walker, patch, populate, addr, access):
         upper = 0 if fmt is PAE and level == 2 else 7 if fmt.is_ept else PT_WRITABLE | PT_USER
         entry = make_gpte(fmt, frame << PAGE_SHIFT, level + 1, False, upper)
     return entry
-
-# %% ../../nbs/guest/10_explain.ipynb #c06a8a8e
-def draw_walk(
-    verdict: 'GuestWalk | PageFault | GeneralProtection',
-    caption: str = '',   # Default: the verdict's address and access
-) -> Chain:
-    "The tables of a walk with the slots it took, and where it ended."
-    if isinstance(verdict, GeneralProtection): return Chain((Box('#GP(0)', kind='refused', note=verdict.because),), caption)
-    refused = isinstance(verdict, PageFault)
-    culprits = set() if not refused or verdict.rule is Rule.HOLE else culprit_levels(verdict)
-    boxes = [_table_box(step, verdict, step.level in culprits) for step in verdict.steps]
-    if refused: boxes.append(Box(verdict_name(verdict), kind='refused', note=verdict.because))
-    else: boxes.append(Box('page', ((f"{verdict.gpa:#x}", rights_text(verdict.rights, verdict.fmt)),), 'frame', f"{size_name(verdict.size)}" if verdict.level else "no paging"))
-    return Chain(tuple(boxes), caption or f"{access_text(verdict.access, verdict.fmt)} of {verdict.gva:#x}, {verdict.fmt.name}")
-
-def culprit_levels(fault: PageFault) -> set:
-    "Levels whose entries refused: the last one read, and for a right every level that lacks it."
-    if fault.rule is not Rule.PERMISSION: return {fault.steps[-1].level}
-    name = refusals(fault.regs, fault.steps[-1].rights, fault.access, fault.fmt.is_ept)[0]
-    right = {'WRITE': Acc.WRITE, 'USER': Acc.USER, 'NX': Acc.EXEC}.get(name)
-    return {s.level for s in fault.steps if s.table is not None and (right is None or not gpte_access(s.gpte, fault.fmt) & right)}
-
-def _table_box(step, verdict, refused):
-    "One table of the picture."
-    fmt = verdict.fmt
-    where = 'PDPTE registers' if step.table is None else f"level {step.level}  {step.table:#x}"
-    text = f"{flags_text(step.gpte, step.level, fmt, bool(verdict.regs.cr4 & Cr4.PSE))}  -> {gpte_to_gfn(step.gpte, 1, fmt) << PAGE_SHIFT:#x}"
-    return Box(where, ((step.index, text, 'refused' if refused else 'taken'),), 'guest', entries=table_entries(step.level, fmt))
 
 # %% ../../nbs/guest/10_explain.ipynb #c927964c
 @dataclass(frozen=True)

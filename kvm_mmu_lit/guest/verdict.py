@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['Step', 'nx_mask', 'unfold', 'GuestWalk', 'rights_text', 'Rule', 'PageFault', 'verdict_name', 'flag_names',
-           'why_refused']
+           'why_refused', 'draw_walk', 'culprit_levels']
 
-# %% ../../nbs/guest/07_verdict.ipynb #57d33bb9
+# %% ../../nbs/guest/07_verdict.ipynb #5119cb28
 from dataclasses import dataclass
 from enum import Enum
 
-from .addresses import PAE, PAGE_SHIFT, GpteFormat, Gpa, page_size, pt_index, size_name
-from .gpte import PT64_NX, PT_BASE_ADDR_MASK, Acc, gpte_access, gpte_pkey
+from ..draw.chain import Box, Chain
+from .addresses import PAE, PAGE_SHIFT, GpteFormat, Gpa, page_size, pt_index, size_name, table_entries
+from .gpte import PT64_NX, PT_BASE_ADDR_MASK, Acc, flags_text, gpte_access, gpte_pkey, gpte_to_gfn
 from .permissions import FETCH, IMPLICIT, USER, WRITE, Pferr, access_text, pkey_refuses, refusals
-from .registers import Registers, root_gpa
+from .registers import Cr4, GeneralProtection, Registers, root_gpa
 from .reserved import guest_rsvd_check, why_reserved
 
 # %% ../../nbs/guest/07_verdict.ipynb #9ee32c6f
@@ -191,3 +192,31 @@ def _why_right(fault, name):
              'SMEP': ' at every level, and CR4.SMEP=1 forbids the supervisor to fetch there',
              'SMAP': f" at every level, and CR4.SMAP=1 with {'an implicit access' if fault.access & IMPLICIT else 'RFLAGS.AC=0'} forbids the supervisor to touch it"}[name]
     return f"{where} {'have' if len(lacking) > 1 else 'has'} {bit}{holds}"
+
+# %% ../../nbs/guest/07_verdict.ipynb #b161cf34
+def draw_walk(
+    verdict: 'GuestWalk | PageFault | GeneralProtection',
+    caption: str = '',   # Default: the verdict's address and access
+) -> Chain:
+    "The tables of a walk with the slots it took, and where it ended."
+    if isinstance(verdict, GeneralProtection): return Chain((Box('#GP(0)', kind='refused', note=verdict.because),), caption)
+    refused = isinstance(verdict, PageFault)
+    culprits = set() if not refused or verdict.rule is Rule.HOLE else culprit_levels(verdict)
+    boxes = [_table_box(step, verdict, step.level in culprits) for step in verdict.steps]
+    if refused: boxes.append(Box(verdict_name(verdict), kind='refused', note=verdict.because))
+    else: boxes.append(Box('page', ((f"{verdict.gpa:#x}", rights_text(verdict.rights, verdict.fmt)),), 'frame', f"{size_name(verdict.size)}" if verdict.level else "no paging"))
+    return Chain(tuple(boxes), caption or f"{access_text(verdict.access, verdict.fmt)} of {verdict.gva:#x}, {verdict.fmt.name}")
+
+def culprit_levels(fault: PageFault) -> set:
+    "Levels whose entries refused: the last one read, and for a right every level that lacks it."
+    if fault.rule is not Rule.PERMISSION: return {fault.steps[-1].level}
+    name = refusals(fault.regs, fault.steps[-1].rights, fault.access, fault.fmt.is_ept)[0]
+    right = {'WRITE': Acc.WRITE, 'USER': Acc.USER, 'NX': Acc.EXEC}.get(name)
+    return {s.level for s in fault.steps if s.table is not None and (right is None or not gpte_access(s.gpte, fault.fmt) & right)}
+
+def _table_box(step, verdict, refused):
+    "One table of the picture."
+    fmt = verdict.fmt
+    where = 'PDPTE registers' if step.table is None else f"level {step.level}  {step.table:#x}"
+    text = f"{flags_text(step.gpte, step.level, fmt, bool(verdict.regs.cr4 & Cr4.PSE))}  -> {gpte_to_gfn(step.gpte, 1, fmt) << PAGE_SHIFT:#x}"
+    return Box(where, ((step.index, text, 'refused' if refused else 'taken'),), 'guest', entries=table_entries(step.level, fmt))
