@@ -42,7 +42,7 @@ class Field:
         if self.value is None: return ''
         return str(self.value) if self.width == 1 else str(Hex(self.value))
 
-# %% ../../nbs/draw/02_bits.ipynb #4b9b2812
+# %% ../../nbs/draw/02_bits.ipynb #bc86b2e4
 _ROW = 32                                # Bits drawn in one row
 _CELL, _BOX, _SIZE = 26, 30, 11            # Width of a bit, height of the boxes, size of the letters
 
@@ -68,8 +68,7 @@ class BitStrip(Picture):
 
     def svg(self):
         canvas = Canvas()
-        canvas.text(14, 28, self.title, bold=True)
-        y = 42
+        y = canvas.title(self.title, mono=True)
         for top in range(_rows(self.width) * _ROW, 0, -_ROW):
             y = _draw_row(canvas, self.fields, min(top, self.width), top - _ROW, y) + 12
         _draw_legend(canvas, self.fields, y + 4)

@@ -24,7 +24,7 @@ class Slot:
         if self.state not in STATES:
             raise ValueError(f"slot {self.index} is {self.state!r}: a slot is {', '.join(repr(s) for s in STATES)}")
 
-# %% ../../nbs/draw/04_chain.ipynb #b94339d6
+# %% ../../nbs/draw/04_chain.ipynb #64f3607e
 @dataclass(frozen=True)
 class Box:
     "A table, the page a walk ends at, or the refusal it ends with."
@@ -38,6 +38,7 @@ class Box:
 
     def __post_init__(self):
         ink(self.kind)
+        if self.lane < 0: raise ValueError(f"{self.title} has lane {self.lane}: the upper lane is 0, the next 1")
         object.__setattr__(self, 'rows', frozen_rows(self.rows, Slot))
 
     def lines(self) -> list:
@@ -50,7 +51,7 @@ class Box:
             lines.append(slot)
         return lines + [None] if self.entries > expected > 0 else lines
 
-# %% ../../nbs/draw/04_chain.ipynb #d44e358d
+# %% ../../nbs/draw/04_chain.ipynb #fc94348f
 @dataclass(frozen=True)
 class Chain(Picture):
     "Boxes from left to right; arrows follow from the slots taken and refused."
@@ -74,7 +75,8 @@ class Chain(Picture):
         for box in self.boxes:
             columns.append(last.get(box.lane, -1) + 1 if box.column is None else box.column)
             if columns[-1] <= last.get(box.lane, -1):
-                raise ValueError(f"{box.title} wants column {columns[-1]} of lane {box.lane}: a box before it has column {last[box.lane]}")
+                raise ValueError(f"{box.title} wants column {columns[-1]} of lane {box.lane}: "
+                                 f"columns start at 0 and go up, and {last.get(box.lane, 'none')} was the last one")
             last[box.lane] = columns[-1]
         return tuple(columns)
 
@@ -90,7 +92,7 @@ class Chain(Picture):
     def __str__(self):
         text = []
         for lane in sorted({box.lane for box in self.boxes}):
-            if lane < len(self.lanes): text.append(f"{plain(self.lanes[lane])}:")
+            if lane < len(self.lanes): text += fold(f"{self.lanes[lane]}:", LINE)
             for box in self.boxes:
                 if box.lane == lane: text += _box_text(box)
         links = [line for a, b, label in self.links
@@ -99,8 +101,7 @@ class Chain(Picture):
 
     def svg(self):
         canvas, places = Canvas(), _places(self)
-        if self.caption:
-            for i, line in enumerate(fold(self.caption, 100)): canvas.text(14, 28 + 18 * i, line, bold=True, mono=False)
+        canvas.title(self.caption)
         for lane, y in places['lanes'].items():
             if lane < len(self.lanes): canvas.text(14, y - 7, self.lanes[lane], FAINT, 12, mono=False)
         for start, end, label in self.links: _draw_link(canvas, places['boxes'][start], places['boxes'][end], label)
@@ -109,26 +110,34 @@ class Chain(Picture):
             x, y, w, _ = places['boxes'][start]
             tip_x, tip_y, _, _ = places['boxes'][end]
             state = self.boxes[start].lines()[row].state
-            canvas.arrow(x + w, y + _row_middle(self.boxes[start], row), tip_x, tip_y + _HEAD / 2, ink(state).line)
+            leaves, enters = (x + w, y + _row_middle(self.boxes[start], row)), (tip_x, tip_y + _HEAD / 2)
+            if tip_x > x: canvas.arrow(*leaves, *enters, ink(state).line)
+            else: canvas.detour(*leaves, *enters, tip_y - 17, ink(state).line)
         return canvas.svg(self.caption or ', '.join(box.title for box in self.boxes))
 
-# %% ../../nbs/draw/04_chain.ipynb #14d5523b
+# %% ../../nbs/draw/04_chain.ipynb #7d7be9f8
+def _hang(words, by):
+    "A row as lines; all but the first are indented `by` blanks."
+    if len(words) <= LINE - 6: return [words]
+    first, *more = fold(words, LINE - 6 - by)
+    return [first, *(' ' * by + line for line in more)]
+
 def _box_text(box):
     "A box as lines: its title, its slots, its sentence."
     lead = {'frame': '= ', 'refused': '! '}.get(box.kind, '  ')
     text = [(lead if i == 0 else '    ') + line for i, line in enumerate(fold(box.title, LINE - 4))]
-    width = max((len(plain(slot.index)) for slot in box.rows), default=0)
+    width = min(20, max((len(plain(slot.index)) for slot in box.rows), default=0))
     for line in box.lines():
         if line is None: text.append(f"      {'':{width}}  ..".rstrip())
         else:
-            head = f"    {STATES[line.state]} {plain(line.index):>{width}}  "[:LINE // 2]
-            for i, part in enumerate(fold(line.text, LINE - len(head))):
-                text.append(((head if i == 0 else ' ' * len(head)) + part).rstrip())
+            words = f"{plain(line.index):>{width}}  {plain(line.text)}".rstrip()
+            for i, part in enumerate(_hang(words, width + 2)):
+                text.append(f"    {STATES[line.state] if i == 0 else ' '} {part}")
     return text + ['      ' + line for line in (fold(box.note, LINE - 6) if box.note else [])]
 
-# %% ../../nbs/draw/04_chain.ipynb #da466095
+# %% ../../nbs/draw/04_chain.ipynb #0484b76f
 _HEAD, _LINE_HEIGHT, _GAP_HEIGHT, _NOTE = 25, 21, 12, 24   # Heights of title, slot, omission; letters in a line of a note
-_GUTTER, _SIZE = 32, 12                                  # Room between columns for the arrows; size of the letters
+_GUTTER, _SIZE, _WIDEST = 32, 12, 1060                   # Room between columns; size of the letters; longest line of boxes
 
 def _index_width(box): return max((text_width(plain(slot.index), _SIZE) for slot in box.rows), default=0)
 
@@ -147,19 +156,26 @@ def _row_middle(box, row):
 
 def _places(chain):
     "Where the boxes go: (x, y, width, height) for each, and the top of each lane."
-    sizes, columns = [_box_size(box) for box in chain.boxes], chain.columns()
-    widths = {c: max(size[0] for size, column in zip(sizes, columns) if column == c) for c in set(columns)}
+    sizes, columns, lines = [_box_size(box) for box in chain.boxes], chain.columns(), [box.lane for box in chain.boxes]
     x, left = 14, {}
+    if (per_line := _fold_after(chain, sizes)) < len(sizes):
+        columns, lines, x = [n % per_line for n in range(len(sizes))], [n // per_line for n in range(len(sizes))], 34
+    widths = {c: max(size[0] for size, column in zip(sizes, columns) if column == c) for c in set(columns)}
     for c in sorted(widths):
         left[c] = x
         x += widths[c] + _GUTTER
-    y, tops = 14 + (18 * len(fold(chain.caption, 100)) + 10 if chain.caption else 0), {}
-    for lane in sorted({box.lane for box in chain.boxes}):
-        y += 18 if lane < len(chain.lanes) else 0
-        tops[lane] = y
-        y += max(size[1] for size, box in zip(sizes, chain.boxes) if box.lane == lane) + 34
-    return {'lanes': tops, 'boxes': [(left[c], tops[box.lane], widths[c], size[1])
-                                     for box, size, c in zip(chain.boxes, sizes, columns)]}
+    y, tops = Canvas().title(chain.caption), {}
+    for line in sorted(set(lines)):
+        y += 18 if line < len(chain.lanes) else 0
+        tops[line] = y
+        y += max(size[1] for size, other in zip(sizes, lines) if other == line) + 34
+    return {'lanes': tops, 'boxes': [(left[c], tops[line], widths[c], size[1]) for line, size, c in zip(lines, sizes, columns)]}
+
+def _fold_after(chain, sizes):
+    "How many boxes stand in a line."
+    total = sum(width + _GUTTER for width, _ in sizes)
+    if total <= _WIDEST or chain.lanes or chain.links or any(box.lane or box.column is not None for box in chain.boxes): return len(sizes)
+    return -(-len(sizes) // -(-int(total) // _WIDEST))
 
 # %% ../../nbs/draw/04_chain.ipynb #73f02ee2
 def _draw_box(canvas, box, place):

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from .ink import Picture, escape
 from .bits import BitStrip
 
-# %% ../../nbs/draw/08_explore.ipynb #8d35ea23
+# %% ../../nbs/draw/08_explore.ipynb #a80cd1ba
 def show_byte(
     value: int = 5,          # 0..255
     names: bool = False,     # Write the weight of each bit under it?
 ) -> BitStrip:
     "The bits of a byte."
+    if not 0 <= value <= 255: raise ValueError(f"{value} is not a byte: a byte is 0..255")
     return BitStrip(f"{value} = {' + '.join(str(1 << bit) for bit in range(7, -1, -1) if value >> bit & 1) or '0'}", 8,
                     tuple((bit, bit, str(1 << bit) if names else f'b{bit}', value >> bit & 1, 'frame') for bit in range(8)))
 

@@ -30,7 +30,7 @@ class Edge:
 
     def __post_init__(self): ink(self.kind)
 
-# %% ../../nbs/draw/05_graph.ipynb #51e52b43
+# %% ../../nbs/draw/05_graph.ipynb #92897ce4
 @dataclass(frozen=True)
 class Graph(Picture):
     "Nodes and edges."
@@ -58,7 +58,7 @@ class Graph(Picture):
 
     def dot(self) -> str:
         "The graph in Graphviz's language."
-        return '\n'.join(['digraph {', f'  comment={_quoted(self.caption)}; rankdir={self.rankdir}; {_STYLE}',
+        return '\n'.join(['digraph {', f'  comment={_quoted(self.caption)};', f'  rankdir={self.rankdir}; {_STYLE}',
                           *map(_node_dot, self.nodes), *map(_edge_dot, self.edges), '}'])
 
     def svg(self):
@@ -89,22 +89,21 @@ def _edge_dot(edge):
     label = f', label={_quoted(edge.label)}' if edge.label else ''
     return f'  {_quoted(edge.start)} -> {_quoted(edge.end)} [color="{ink(edge.kind).line}", penwidth={width}{label}];'
 
-# %% ../../nbs/draw/05_graph.ipynb #49a5a883
+# %% ../../nbs/draw/05_graph.ipynb #9c8fc2d4
 ADVICE = "To see this drawn, install Graphviz: `apt install graphviz`, or `pip install pygraphviz`."
 
 def _layout(dot):
     "What the first Graphviz that answers makes of `dot`, or None."
-    try:
-        import graphviz
-        return graphviz.Source(dot).pipe(format='svg', encoding='utf-8')
-    except (ImportError, OSError, RuntimeError) as error:   # RuntimeError: ExecutableNotFound is one
-        if isinstance(error, RuntimeError) and 'ExecutableNotFound' not in type(error).__name__: raise
-    try:
-        import pygraphviz
-        return pygraphviz.AGraph(string=dot).draw(format='svg', prog='dot').decode()
-    except (ImportError, OSError): return None
+    try: import graphviz
+    except ImportError: pass
+    else:
+        try: return graphviz.Source(dot).pipe(format='svg', encoding='utf-8')
+        except (graphviz.ExecutableNotFound, OSError): pass   # OSError: a browser has no processes at all
+    try: import pygraphviz
+    except ImportError: return None
+    return pygraphviz.AGraph(string=dot).draw(format='svg', prog='dot').decode()
 
-# %% ../../nbs/draw/05_graph.ipynb #d2a6249b
+# %% ../../nbs/draw/05_graph.ipynb #65f2e222
 def graphviz_svg(
     dot: str,         # A graph in Graphviz's language
     caption: str = '',  # A line above it
@@ -119,8 +118,8 @@ def graphviz_svg(
     body, above = answer[answer.index('>', answer.index('<svg')) + 1:], 20 if caption else 0
     w, title = max(w, 0.8 * text_width(caption, 13, mono=False) + 22), Canvas()
     title.text(11, -4, caption, size=10.4, bold=True, mono=False)
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-            f'data-dot="{hashlib.sha256(dot.encode()).hexdigest()}" viewBox="0 {-above} {w:g} {h + above:g}" '
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" data-dot="{hashlib.sha256(dot.encode()).hexdigest()}" '
+            f'viewBox="0 {-above} {w:g} {h + above:g}" '
             f'width="{w * 1.25:g}" height="{(h + above) * 1.25:g}" role="img" aria-label="{escape(caption)}" style="max-width:100%;height:auto">'
             f'<rect x="0.4" y="{0.4 - above:g}" width="{w - 0.8:g}" height="{h + above - 0.8:g}" rx="6.4" fill="{PAPER}" stroke="{EDGE}" stroke-width="0.8"/>'
             + (title.parts[0] if caption else '') + body.strip())

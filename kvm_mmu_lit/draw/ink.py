@@ -79,7 +79,7 @@ def text_width(
     "How much room a line of text takes."
     return len(text) * size * (0.605 if mono else 0.60)
 
-# %% ../../nbs/draw/01_ink.ipynb #6322e204
+# %% ../../nbs/draw/01_ink.ipynb #09704978
 class Canvas:
     "Shapes so far, and the room they take."
     def __init__(self): self.parts, self.right, self.bottom = [], 0, 0
@@ -102,11 +102,17 @@ class Canvas:
         else: self.reach(x + room * {'start': 1, 'middle': 0.5, 'end': 0}[anchor], y + size / 3)
         self.parts.append(
             f'<text x="{x:g}" y="{y:g}" font-size="{size:g}" fill="{colour}"'
-            f' font-family="{MONO if mono else SANS}"' + (' font-weight="600"' if bold else '')
+            + ('' if mono else f' font-family="{SANS}"') + (' font-weight="600"' if bold else '')
             + (f' stroke="{PAPER}" stroke-width="4" paint-order="stroke"' if halo else '')
             + (f' text-anchor="{anchor}"' if anchor != 'start' else '')
             + (f' transform="rotate(90 {x:g} {y:g})"' if turned else '')
-            + f' xml:space="preserve">{escape(text)}</text>')
+            + (' xml:space="preserve"' if '  ' in text else '') + f'>{escape(text)}</text>')
+
+    def title(self, text, mono=False):
+        "The line above a drawing, folded if it is long; return the height at which the drawing starts."
+        lines = fold(text, 84) if text else []
+        for i, line in enumerate(lines): self.text(14, 28 + 18 * i, line, bold=True, mono=mono)
+        return 24 + 18 * len(lines) if lines else 14
 
     def path(self, d, colour, width=1.5, fill='none', dash=''):
         "A line or an outline, in SVG's path language; the caller has already reached that far."
@@ -119,11 +125,19 @@ class Canvas:
         self.path(f'M{x1:g} {y1:g}C{x1 + bend:g} {y1:g} {x2 - bend:g} {y2:g} {x2 - 6:g} {y2:g}', colour, width)
         self.path(f'M{x2 - 8:g} {y2 - 4:g}L{x2:g} {y2:g}L{x2 - 8:g} {y2 + 4:g}Z', colour, 1, fill=colour)
 
+    def detour(self, x1, y1, x2, y2, over, colour, width=1.8):
+        "An arrow to something further down at the left: out to the right, back at height `over`, in from the left."
+        right, left, r = x1 + 18, x2 - 18, 7
+        self.reach(right + 2, y2)
+        self.path(f'M{x1:g} {y1:g}H{right - r:g}q{r} 0 {r} {r}V{over - r:g}q0 {r} {-r} {r}H{left + r:g}q{-r} 0 {-r} {r}'
+                  f'V{y2 - r:g}q0 {r} {r} {r}H{x2 - 6:g}', colour, width)
+        self.path(f'M{x2 - 8:g} {y2 - 4:g}L{x2:g} {y2:g}L{x2 - 8:g} {y2 + 4:g}Z', colour, 1, fill=colour)
+
     def svg(self, label=''):
         "The drawing on its panel. `label` is what a screen reader says."
         w, h = round(self.right + 14), round(self.bottom + 14)
         return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w} {h}" width="{w}" height="{h}" role="img" '
-                f'aria-label="{escape(label)}" style="max-width:100%;height:auto">'
+                f'aria-label="{escape(label)}" font-family="{MONO}" style="max-width:100%;height:auto">'
                 f'<rect x="0.5" y="0.5" width="{w - 1}" height="{h - 1}" rx="8" fill="{PAPER}" stroke="{EDGE}"/>'
                 + ''.join(self.parts) + '</svg>')
 

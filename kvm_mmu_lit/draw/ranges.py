@@ -37,7 +37,7 @@ def size_text(
         if size and size % unit == 0: return f"{size // unit} {name}"
     return f"{size} bytes"
 
-# %% ../../nbs/draw/07_ranges.ipynb #659b1201
+# %% ../../nbs/draw/07_ranges.ipynb #794c979c
 @dataclass(frozen=True)
 class RangeMap(Picture):
     "Ranges of one address space, low addresses first."
@@ -60,8 +60,8 @@ class RangeMap(Picture):
         return titled(self.caption, columns([('first', 'last', 'size', 'what'), *rows], right=(0, 1, 2), indent='  '))
 
     def svg(self):
-        canvas, y = Canvas(), 46 if self.caption else 24
-        if self.caption: canvas.text(14, 27, self.caption, bold=True, mono=False)
+        canvas = Canvas()
+        y = canvas.title(self.caption) + 3
         x = 14 + max([text_width(str(Hex(n)), _SIZE) for r in self.ranges for n in (r.start, r.end - 1)], default=0) + 10
         for r, gap in zip(self.ranges, (*self.gaps(), 0)):
             y = _draw_range(canvas, r, x, y)

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from .ink import (Canvas, Hex, Picture, ink, columns, escape, fold, plain, text_width, titled,
                                   BLACK, EDGE, FAINT, PAPER)
 
-# %% ../../nbs/draw/03_table.ipynb #bf9e54e0
+# %% ../../nbs/draw/03_table.ipynb #d8828f7c
 def _tuples(rows): return tuple(tuple(row) for row in rows)
 
 def _numeric(rows, n):
     "Is column `n` made of numbers, so that it is aligned at the right?"
     cells = [row[n] for row in rows if row[n] is not None]
-    return bool(cells) and all(isinstance(cell, int) and not isinstance(cell, bool) for cell in cells)
+    return bool(cells) and all(type(cell) in (int, Hex) for cell in cells)
 
-# %% ../../nbs/draw/03_table.ipynb #8307544d
+# %% ../../nbs/draw/03_table.ipynb #8fa4fa95
 @dataclass(frozen=True)
 class Table(Picture):
     "Rows of plain values."
@@ -54,8 +54,8 @@ class Table(Picture):
                 f'<tbody>{"".join(line("td", row) for row in self.rows)}</tbody></table>')
 
     def svg(self):
-        canvas, x, top = Canvas(), 14, 44 if self.caption else 26
-        if self.caption: canvas.text(14, 27, self.caption, bold=True, mono=False)
+        canvas, x = Canvas(), 14
+        top = canvas.title(self.caption) + 4
         for n, column in enumerate(zip(self.header, *self.rows)):
             width = max(text_width(plain(value), 12) for value in column)
             for i, value in enumerate(column):
@@ -70,7 +70,7 @@ class Table(Picture):
     def _repr_mimebundle_(self, include=None, exclude=None):
         return {'text/plain': str(self), 'text/html': self.html()}
 
-# %% ../../nbs/draw/03_table.ipynb #5006e1fe
+# %% ../../nbs/draw/03_table.ipynb #4f2bc748
 @dataclass(frozen=True)
 class Grid(Picture):
     "A matrix: yes and no, or counts."
@@ -87,6 +87,9 @@ class Grid(Picture):
         if len(self.cells) != len(self.rows) or any(len(row) != len(self.columns) for row in self.cells):
             raise ValueError(f"cells are {len(self.cells)} rows of {sorted({len(row) for row in self.cells})}: "
                              f"{len(self.rows)} rows of {len(self.columns)} have names")
+        for cell in (cell for row in self.cells for cell in row):
+            if cell is not None and not (isinstance(cell, int) and cell >= 0):
+                raise ValueError(f"cell {cell!r}: a grid shows True and False, counts from 0 up, or None")
 
     def __str__(self):
         body = [[name, *map(_mark, row)] for name, row in zip(self.rows, self.cells)]
@@ -98,8 +101,7 @@ class Grid(Picture):
         canvas = Canvas()
         left = 14 + max((text_width(plain(name), 12) for name in self.rows), default=0) + 10
         turned = any(name > side for name in names)
-        top = (40 if self.caption else 16) + (max(text_width(plain(name), 11) for name in self.columns) + 6 if turned else 18)
-        if self.caption: canvas.text(14, 27, self.caption, bold=True, mono=False)
+        top = canvas.title(self.caption) + (max(names) + 2 if turned else 18)
         for n, name in enumerate(self.columns):
             middle = left + (n + 0.5) * side
             if turned: canvas.text(middle - 4, top - 4 - text_width(plain(name), 11), name, BLACK, 11, turned=True)

@@ -21,7 +21,7 @@ class Event:
 
     def __post_init__(self): object.__setattr__(self, 'states', tuple(self.states))
 
-# %% ../../nbs/draw/06_timeline.ipynb #40060cc8
+# %% ../../nbs/draw/06_timeline.ipynb #bd7429c5
 @dataclass(frozen=True)
 class Timeline(Picture):
     "Events in order."
@@ -59,8 +59,8 @@ class Timeline(Picture):
         return titled(self.caption, columns([rows[0][:3] + tuple('  ' + plain(c) for c in rows[0][3:]), *rows[1:]], right=(0,)))
 
     def svg(self):
-        canvas, top = Canvas(), 44 if self.caption else 20
-        if self.caption: canvas.text(14, 27, self.caption, bold=True, mono=False)
+        canvas = Canvas()
+        top = canvas.title(self.caption) + 2
         heights = [max(24, 6 + 16 * max(len(fold(cell, width)) for cell, width in ((event.label, _LABEL), *((s, _STATE) for s in event.states))))
                    for event in self.events]
         left = _draw_lanes(canvas, self, top, heights)
