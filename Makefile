@@ -1,0 +1,50 @@
+# The book, its tests and its site. `make book` and `make test` need Python 3.10 or later and the package registries, nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+IMAGE := tests/data/guests/linux-4level
+WORKERS ?= auto
+
+.PHONY: book test lab site bench env export execute claims readme sync check serve system clean
+
+book: export execute claims readme site ## build everything, then walk a real guest
+	@echo; $(BIN)/python tools/show_guest.py $(IMAGE)
+	@echo; echo "The site is in _docs/: open _docs/index.html, or run 'make serve' to have the live figures too."
+
+test: $(READY) system ## every test
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup tests
+
+env: $(READY) ## the virtual environment
+$(READY): constraints.txt settings.ini setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or later is needed; set PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' || sh tools/system.sh python3-venv
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt setuptools wheel
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[dev]'
+	@touch $@
+	@echo "environment ready: $(VENV)"
+
+system: ## Debian packages that pictures, the site and its tests need
+	@sh tools/system.sh graphviz chromium npm
+
+export: $(READY) ## notebooks -> kvm_mmu_lit/
+	@$(BIN)/nbdev_export && echo "exported nbs/ to kvm_mmu_lit/"
+execute: $(READY) system ## run the notebooks whose inputs changed
+	@$(BIN)/python tools/notebooks.py
+claims: $(READY) ## notebooks -> tests/claims/
+	@$(BIN)/python tools/claims.py
+readme: $(READY) ## nbs/index.ipynb -> README.md
+	@$(BIN)/python tools/readme.py
+site: $(READY) system ## notebooks -> _docs/
+	@$(BIN)/python -m tools.site
+serve: site ## the site on loopback, live figures included
+	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory _docs 8000
+lab: $(READY) ## JupyterLab on the book; notebooks are saved clean
+	$(BIN)/jupyter lab --ContentsManager.pre_save_hook=nbdev.clean.clean_jupyter nbs
+bench: $(READY) ## speed and memory beside volatility3
+	$(BIN)/python -m kvm_mmu_lit.evidence.benchmarks $(BENCH)
+sync check: $(READY) ## fail if exporting, extracting or cleaning would change the tree
+	@$(BIN)/python tools/sync.py
+clean: ## remove what can be made again
+	rm -rf _docs _site_src .cache build dist *.egg-info
