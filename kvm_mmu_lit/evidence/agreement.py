@@ -34,7 +34,7 @@ def answer_text(
     if isinstance(value, int) and not isinstance(value, bool): return hex(value) if value > 9 else str(int(value))
     return str(value)
 
-# %% ../../nbs/evidence/01_agreement.ipynb #1b282482
+# %% ../../nbs/evidence/01_agreement.ipynb #ebbc09fd
 @dataclass(frozen=True)
 class Agreement:
     "How a recorded source and the model compare."
@@ -42,14 +42,16 @@ class Agreement:
     rows: int              # Compared
     differ: int            # Of these
     shown: tuple = ()      # The first few `Difference`s
+    skipped: str = ''      # Why nothing was compared, if nothing was
 
     @property
     def agrees(self) -> bool:
-        "Is every row equal?"
-        return not self.differ
+        "Was something compared, and is every row equal?"
+        return bool(self.rows) and not self.differ
 
     def __str__(self):
-        if self.agrees: return f"{self.source}: {f'all {self.rows:,} rows agree' if self.rows else 'no rows to compare'}"
+        if not self.rows: return f"{self.source}: {self.skipped or 'no rows to compare'}"
+        if self.agrees: return f"{self.source}: {'the one row agrees' if self.rows == 1 else f'all {self.rows:,} rows agree'}"
         lines = [f"{self.source}: {self.differ:,} of {self.rows:,} rows differ", *(f"  {d}" for d in self.shown)]
         more = self.differ - len(self.shown)
         return '\n'.join(lines + ([f"  and {more:,} more"] if more else []))
@@ -76,14 +78,14 @@ def compare(
     if progress and done % PROGRESS_EVERY: progress(done)
     return Agreement(source, done, differ, tuple(shown))
 
-# %% ../../nbs/evidence/01_agreement.ipynb #5ed85288
+# %% ../../nbs/evidence/01_agreement.ipynb #886c8553
 def agreement_table(
     agreements: Iterable,   # Of `Agreement`
     caption: str = '',
 ) -> Table:
-    "One line a source, and the sum."
+    "One line a source, and the sum. A source that was not compared has no numbers."
     agreements = list(agreements)
-    rows = [(a.source, a.rows, a.differ) for a in agreements]
+    rows = [(a.source, a.rows or None, a.differ if a.rows else None) for a in agreements]
     if len(rows) > 1: rows.append(('together', sum(a.rows for a in agreements), sum(a.differ for a in agreements)))
     return Table(('source', 'rows', 'differ'), rows, caption)
 
