@@ -29,7 +29,7 @@ system: ## Debian packages that pictures, the site and its tests need
 	@sh tools/system.sh graphviz chromium npm
 
 export: $(READY) ## notebooks -> kvm_mmu_lit/
-	@$(BIN)/nbdev_export && echo "exported nbs/ to kvm_mmu_lit/"
+	@$(BIN)/python tools/export.py
 execute: $(READY) system ## run the notebooks whose inputs changed
 	@$(BIN)/python tools/notebooks.py
 claims: $(READY) ## notebooks -> tests/claims/

@@ -12,12 +12,14 @@ import re
 import subprocess
 import sys
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS, CACHE = ROOT / 'nbs', ROOT / '.cache' / 'executed'
 ADDRESS = re.compile(r'\bat 0x[0-9a-f]{8,}>')
+TRACEBACK = re.compile(r'^(?:\x1b\[[\d;]*m)*\w*(?:\x1b\[[\d;]*m)* *Traceback \(most recent call last\)', re.M)
 DOT = re.compile(r'data-dot="([0-9a-f]{64})"')
 
 
@@ -103,6 +105,26 @@ def same_drawing(old: dict, new: dict) -> bool:
     return old == new or bool(old.get('data')) and without_layout(old) == without_layout(new)
 
 
+def text_of(out: dict) -> str:
+    "What a reader sees of an output as text."
+    return ''.join(out.get('text', out.get('data', {}).get('text/plain', '')))
+
+
+def where(error: BaseException) -> str:
+    "The traceback, from the cell on."
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if 'IPython' not in f.filename and 'execnb' not in f.filename]
+    return ''.join(traceback.format_list(frames)).rstrip()
+
+
+def fault(outputs: list, error: 'BaseException | None') -> str:
+    "What is wrong with a cell that ran, '' for nothing. A picture that cannot be drawn prints a traceback and raises nothing."
+    if error: return f'{type(error).__name__}: {error}\n{where(error)}'
+    for out in outputs:
+        if TRACEBACK.search(text_of(out)): return 'an object cannot be shown\n' + re.sub(r'\x1b\[[\d;]*m', '', text_of(out))
+        if ADDRESS.search(json.dumps(out)): return f"an output holds an object's address: {ADDRESS.search(json.dumps(out))[0]}"
+    return ''
+
+
 def run(path: Path) -> dict:
     "The notebook with fresh outputs. Runs in the calling process, so call it in one of its own."
     from execnb.nbio import read_nb
@@ -110,16 +132,17 @@ def run(path: Path) -> dict:
     nb = json.loads(path.read_text())
     live, shell = read_nb(path), CaptureShell(path)
     os.chdir(path.parent)
-    shell.run_all(live, exc_stop=True, preproc=lambda cell: cell.cell_type != 'code' or bool(re.search(r'^#\| *eval: *false', cell.source, re.M)))
     for cell, ran in zip(nb['cells'], live.cells):
         if cell['cell_type'] != 'code': continue
+        if not re.search(r'^#\| *eval: *false', ran.source, re.M):
+            ran.outputs = []
+            shell.cell(ran)
         outputs = [clean_output(json.loads(json.dumps(out))) for out in ran.get('outputs', [])]
+        wrong = fault(outputs, shell.exc)
+        if wrong: raise SystemExit(f"{path.relative_to(ROOT)} cell {cell['id']}: {wrong}\n\n{ran.source}")
         old = cell.get('outputs', [])
         if len(old) == len(outputs): outputs = [o if same_drawing(o, n) else n for o, n in zip(old, outputs)]
         cell.update(outputs=outputs, execution_count=None, metadata={})
-        text = json.dumps(outputs)
-        if ADDRESS.search(text): raise SystemExit(f"{path.relative_to(ROOT)} cell {cell['id']}: an output holds an object's address: {ADDRESS.search(text)[0]}")
-    if shell.exc: raise SystemExit(f"{path.relative_to(ROOT)}: {shell.exc[1]!r}" if isinstance(shell.exc, tuple) else f"{path.relative_to(ROOT)}: {shell.exc!r}")
     return nb
 
 
@@ -129,7 +152,7 @@ def run_apart(path: Path) -> tuple:
     start = time.perf_counter()
     done = subprocess.run([sys.executable, __file__, '--one', str(path)], capture_output=True, text=True, env=env)
     text = done.stdout.partition('\x1e')[2]
-    return text if done.returncode == 0 and text else None, done.stdout.partition('\x1e')[0] + done.stderr, time.perf_counter() - start
+    return text if done.returncode == 0 and text else None, done.stderr or f'it ended with {done.returncode}', time.perf_counter() - start
 
 
 def execute(path: Path, check: bool, every: bool) -> tuple:

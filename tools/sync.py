@@ -16,7 +16,7 @@ def state() -> str:
 
 def main():
     before, bin = state(), Path(sys.executable).parent
-    for command in ([bin / 'nbdev_export'], [bin / 'nbdev_clean'], [sys.executable, 'tools/claims.py'], [sys.executable, 'tools/readme.py']):
+    for command in ([sys.executable, 'tools/export.py'], [bin / 'nbdev_clean'], [sys.executable, 'tools/claims.py'], [sys.executable, 'tools/readme.py']):
         subprocess.run([str(part) for part in command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     if state() != before:
         print(subprocess.run(['git', 'status', '--short'], cwd=ROOT, capture_output=True, text=True).stdout)

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -44,13 +45,23 @@ def member(tarball: Path, name: str) -> bytes:
 
 
 def wheels(root: Path, cache: Path) -> list:
-    "Our wheel, built anew, and the graphviz package's."
-    out = cache / 'wheels'
+    "Our wheel, built anew from a copy (a build leaves files behind that the next one would pack), and the graphviz package's."
+    out, pip = cache / 'wheels', [sys.executable, '-m', 'pip', '--disable-pip-version-check', '-q']
     shutil.rmtree(out, ignore_errors=True)
-    pip = [sys.executable, '-m', 'pip', '--disable-pip-version-check', '-q']
-    subprocess.run([*pip, 'wheel', '--no-deps', '--no-build-isolation', '-w', str(out), str(root)], check=True, capture_output=True)
-    subprocess.run([*pip, 'download', '--no-deps', '--only-binary=:all:', '-c', str(root / 'constraints.txt'), '-d', str(out), 'graphviz'], check=True, capture_output=True)
+    with tempfile.TemporaryDirectory() as copy:
+        for name in ('settings.ini', 'setup.py', 'pyproject.toml', 'MANIFEST.in', 'README.md', 'LICENSE'): shutil.copy(root / name, copy)
+        shutil.copytree(root / 'kvm_mmu_lit', Path(copy, 'kvm_mmu_lit'), ignore=shutil.ignore_patterns('__pycache__'))
+        run([*pip, 'wheel', '--no-deps', '--no-build-isolation', '-w', str(out), copy])
+    have = list(cache.glob('graphviz-*.whl'))
+    if not have: run([*pip, 'download', '--no-deps', '--only-binary=:all:', '-c', str(root / 'constraints.txt'), '-d', str(cache), 'graphviz'])
+    for wheel in cache.glob('graphviz-*.whl'): shutil.copy(wheel, out)
     return sorted(out.glob('*.whl'))
+
+
+def run(command: list):
+    "Run a command; if it fails, say what it said."
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode: raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
 
 
 def bridge_wheel(engine: bytes, out: Path) -> Path:
