@@ -6,25 +6,30 @@
 __all__ = ['PT_PRESENT', 'PT_WRITABLE', 'PT_USER', 'PT_PWT', 'PT_PCD', 'PT_ACCESSED', 'PT_DIRTY', 'PT_PAGE_SIZE', 'PT_GLOBAL',
            'PT_PAT', 'PT_DIR_PAT', 'PT64_NX', 'PT_BASE_ADDR_MASK', 'PT_PKEY_SHIFT', 'PT32_DIR_PSE36_MASK', 'EPT_READ',
            'EPT_WRITE', 'EPT_EXEC', 'EPT_IPAT', 'EPT_ACCESSED', 'EPT_DIRTY', 'EPT_SUPPRESS_VE', 'ACC_ALL', 'Acc',
-           'is_present_gpte', 'is_last_gpte', 'gpte_access', 'frame_mask', 'pse36_gfn_delta', 'gpte_to_gfn',
-           'gpte_pkey', 'accessed_mask', 'dirty_mask', 'protect_clean_gpte', 'GpteField', 'gpte_fields', 'flags_text',
-           'make_gpte', 'map_page']
+           'is_present_gpte', 'max_leaf_level', 'is_last_gpte', 'gpte_access', 'frame_mask', 'pse36_gfn_delta',
+           'gpte_to_gfn', 'gpte_pkey', 'accessed_mask', 'dirty_mask', 'protect_clean_gpte', 'GpteField', 'gpte_fields',
+           'flags_text', 'describe_gpte', 'draw_gpte', 'make_gpte', 'map_page']
 
-# %% ../../nbs/guest/04_gpte.ipynb #52ca4cff
+# %% ../../nbs/guest/04_gpte.ipynb #6ce60eab
 from dataclasses import dataclass
 from enum import IntFlag
 
-from .addresses import PAE, PAGE_SHIFT, PTE32, Gfn, Gpa, GpteFormat, check_level, page_size, pt_index, pt_shift, table_entries
+from ..draw.bits import BitStrip
+from ..draw.explore import number
+from ..draw.ink import Hex
+from .addresses import (FORMATS, PAE, PAGE_SHIFT, PTE32, Gfn, Gpa, GpteFormat, check_level, page_size,
+    pt_index, pt_shift, size_name)
 from .memory import GuestMemory, write_entry
 
-# %% ../../nbs/guest/04_gpte.ipynb #c55606cc
+# %% ../../nbs/guest/04_gpte.ipynb #a85c54b0
 PT_PRESENT, PT_WRITABLE, PT_USER, PT_PWT, PT_PCD = 1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 4
 PT_ACCESSED, PT_DIRTY, PT_PAGE_SIZE, PT_GLOBAL = 1 << 5, 1 << 6, 1 << 7, 1 << 8
 PT_PAT, PT_DIR_PAT, PT64_NX = 1 << 7, 1 << 12, 1 << 63   # PAT of a 4K leaf is where others have PS
 PT_BASE_ADDR_MASK = (1 << 52) - (1 << 12)
 PT_PKEY_SHIFT = 59
 PT32_DIR_PSE36_MASK = 0xf << 13
-EPT_READ, EPT_WRITE, EPT_EXEC, EPT_IPAT, EPT_ACCESSED, EPT_DIRTY, EPT_SUPPRESS_VE = 1 << 0, 1 << 1, 1 << 2, 1 << 6, 1 << 8, 1 << 9, 1 << 63
+EPT_READ, EPT_WRITE, EPT_EXEC, EPT_IPAT = 1 << 0, 1 << 1, 1 << 2, 1 << 6
+EPT_ACCESSED, EPT_DIRTY, EPT_SUPPRESS_VE = 1 << 8, 1 << 9, 1 << 63
 
 # %% ../../nbs/guest/04_gpte.ipynb #d91fd345
 class Acc(IntFlag):
@@ -35,22 +40,27 @@ class Acc(IntFlag):
 
 ACC_ALL = Acc.EXEC | Acc.WRITE | Acc.USER
 
-# %% ../../nbs/guest/04_gpte.ipynb #b759226a
+# %% ../../nbs/guest/04_gpte.ipynb #1103d0be
 def is_present_gpte(
     gpte: int,         # The entry's word
     fmt: GpteFormat,
 ) -> bool:
-    "Is there anything? One bit on x86; in EPT any of the three rights, so a write-only entry counts (and is refused later). KVM: `is_present_gpte` (mmu/paging_tmpl.h)."
+    "Is there anything? One bit on x86, any of the three rights in EPT. KVM: `is_present_gpte` (mmu/paging_tmpl.h)."
     return bool(gpte & (7 if fmt.is_ept else PT_PRESENT))
 
-# %% ../../nbs/guest/04_gpte.ipynb #7c53b58e
+# %% ../../nbs/guest/04_gpte.ipynb #f88d6d44
+def max_leaf_level(fmt: GpteFormat) -> int:
+    "Highest level at which an entry can map a page: 2 (4M or 2M) in 32-bit formats, 3 (1G) in the others."
+    return 2 if fmt in (PTE32, PAE) else 3
+
+# %% ../../nbs/guest/04_gpte.ipynb #0caf95f6
 def is_last_gpte(
-    gpte: int,         # A present entry
+    gpte: int,         # A present entry, reserved bits already refused
     level: int,        # Of the table it stands in
     fmt: GpteFormat,
     pse: bool = True,  # CR4.PSE; read by 2-level paging alone
 ) -> bool:
-    "Does the walk end here? Level 1 always; above, when bit 7 is set (and, with 4-byte entries, CR4.PSE=1). KVM: `is_last_gpte` (mmu/paging_tmpl.h)."
+    "Does the walk end here? Level 1 always; above, when bit 7 is set. KVM: `is_last_gpte` (mmu/paging_tmpl.h)."
     if level == 1: return True
     if fmt is PTE32: return level == 2 and pse and bool(gpte & PT_PAGE_SIZE)
     return bool(gpte & PT_PAGE_SIZE)
@@ -108,14 +118,14 @@ def dirty_mask(fmt: GpteFormat) -> int:
     "The D bit, meaningful in a leaf. KVM: `PT_GUEST_DIRTY_MASK` (mmu/paging_tmpl.h)."
     return EPT_DIRTY if fmt.is_ept else PT_DIRTY
 
-# %% ../../nbs/guest/04_gpte.ipynb #963c3daf
+# %% ../../nbs/guest/04_gpte.ipynb #dadef73f
 def protect_clean_gpte(
     access: Acc,       # Rights so far
     gpte: int,         # The leaf
     fmt: GpteFormat,
     have_ad: bool = True,   # Always on x86; EPTP bit 6 in EPT
 ) -> Acc:
-    "Withhold WRITE from a page whose leaf is clean, so that the first write is seen and D can be set. KVM: `protect_clean_gpte` (mmu/paging_tmpl.h)."
+    "Withhold WRITE from a clean page, so that the first write is seen and D can be set. KVM: `protect_clean_gpte` (mmu/paging_tmpl.h)."
     return Acc(access & ~Acc.WRITE) if have_ad and not gpte & dirty_mask(fmt) else Acc(access)
 
 # %% ../../nbs/guest/04_gpte.ipynb #2dbf559c
@@ -132,96 +142,143 @@ class GpteField:
         "The field's bits of `gpte`."
         return gpte >> self.low & ((1 << self.high - self.low + 1) - 1)
 
-# %% ../../nbs/guest/04_gpte.ipynb #877e4ee0
+# %% ../../nbs/guest/04_gpte.ipynb #05f5977b
 def gpte_fields(
     fmt: GpteFormat,
     level: int,        # Of the table
-    large: bool,       # Is bit 7 set where it means "page"? Level 1 is always a leaf
-    maxphyaddr: int = 52,   # First reserved address bit
+    large: bool,       # Is bit 7 set? It counts where it means "page"; level 1 is always a leaf
+    maxphyaddr: int = 52,   # First reserved address bit, 32..52
+    pse: bool = True,  # CR4.PSE; read by 2-level paging alone
 ) -> tuple:            # Of `GpteField`, top bit first; every bit of the entry belongs to exactly one
-    "Every bit of an entry by name."
+    "Every bit of a present entry by name."
     check_level(level, fmt)
-    leaf = large or level == 1
-    low = _ept_low(level, leaf) if fmt.is_ept else _pae_root_low() if fmt is PAE and level == 3 else _x86_low(fmt, level, leaf)
-    return _with_frame(low, fmt, level, leaf, maxphyaddr)
+    if not 32 <= maxphyaddr <= 52: raise ValueError(f"maxphyaddr={maxphyaddr}: x86 has 32..52 physical address bits")
+    leaf = level == 1 or bool(large) and level <= max_leaf_level(fmt) and (pse or fmt is not PTE32)
+    if fmt.is_ept: low = _ept_low(fmt, level, leaf)
+    elif fmt is PAE and level == 3: low = _pae_root_low()
+    else: low = _x86_low(fmt, level, leaf, pse)
+    fields = [*low, *_frame_fields(fmt, level, leaf, maxphyaddr), *_top_fields(fmt, level, leaf, maxphyaddr)]
+    return tuple(sorted((GpteField(*field) for field in fields), key=lambda field: -field.high))
 
-# %% ../../nbs/guest/04_gpte.ipynb #2ebf0a5e
-def _x86_low(fmt, level, leaf):
-    "Bits 0..11 (and PAT) of an x86 entry."
-    f, what = GpteField, 'page' if leaf else 'table'
-    yield f(0, 0, 'P', 'right', 'present')
-    yield f(1, 1, 'W', 'right', 'writable')
-    yield f(2, 2, 'U', 'right', 'user may access')
-    yield f(3, 3, 'PWT', 'attribute', f'write-through for the {what}')
-    yield f(4, 4, 'PCD', 'attribute', f'cache disabled for the {what}')
-    yield f(5, 5, 'A', 'status', 'accessed: set by the CPU when a walk uses the entry')
-    yield f(6, 6, 'D', 'status', 'dirty: set by the CPU on the first write') if leaf else f(6, 6, 'ign', 'ignored', 'no D above the leaf')
-    if level == 1: yield f(7, 7, 'PAT', 'attribute', 'memory type, with PCD and PWT')
-    elif level > 3: yield f(7, 7, 'rsvd', 'reserved', 'no page is this large')
-    else: yield f(7, 7, 'PS', 'attribute', f"{'the entry maps a page' if leaf else 'the entry points at a table'}")
-    yield f(8, 8, 'G', 'attribute', 'global: survives MOV to CR3') if leaf else f(8, 8, 'ign', 'ignored', 'AMD reserves it in the top tables')
-    yield f(11, 9, 'avl', 'ignored', "the guest kernel's own")
-    if leaf and level > 1: yield f(12, 12, 'PAT', 'attribute', 'memory type of a large page')
+# %% ../../nbs/guest/04_gpte.ipynb #976affdd
+def _x86_low(fmt, level, leaf, pse):
+    "Bits 11:0 of an x86 entry, and PAT of a large page."
+    what = 'page' if leaf else 'table'
+    yield 0, 0, 'P', 'right', 'present'
+    yield 1, 1, 'W', 'right', 'writable'
+    yield 2, 2, 'U', 'right', 'user may access'
+    yield 3, 3, 'PWT', 'attribute', f'write-through for the {what}'
+    yield 4, 4, 'PCD', 'attribute', f'cache disabled for the {what}'
+    yield 5, 5, 'A', 'status', 'accessed: set by the CPU when a walk uses the entry'
+    yield (6, 6, 'D', 'status', 'dirty: set by the CPU on the first write') if leaf else (6, 6, 'ign', 'ignored', 'no D above the leaf')
+    yield (7, 7, 'PAT', 'attribute', 'memory type, with PCD and PWT') if level == 1 else _bit7(fmt, level, leaf, pse)
+    yield (8, 8, 'G', 'attribute', 'global: survives MOV to CR3') if leaf else (8, 8, 'ign', 'ignored', _nonleaf_bit8(level))
+    yield 11, 9, 'avl', 'ignored', "the guest kernel's own"
+    if leaf and level > 1: yield 12, 12, 'PAT', 'attribute', 'memory type of a large page'
 
-# %% ../../nbs/guest/04_gpte.ipynb #e4bf024a
+def _bit7(fmt, level, leaf, pse):
+    "Bit 7 above level 1."
+    if level > max_leaf_level(fmt): return 7, 7, 'rsvd', 'reserved', 'no page is this large'
+    if fmt is PTE32 and not pse: return 7, 7, 'ign', 'ignored', 'CR4.PSE=0: nobody looks'
+    return 7, 7, 'PS', 'attribute', 'the entry maps a page' if leaf else 'the entry points at a table'
+
+def _nonleaf_bit8(level): return 'AMD reserves it' if level > 3 else 'nothing is global above the leaf'
+
+# %% ../../nbs/guest/04_gpte.ipynb #7b791e29
 def _pae_root_low():
-    "Bits 0..11 of a PAE PDPTE: no rights, no A."
-    f = GpteField
-    return (f(0, 0, 'P', 'right', 'present'), f(2, 1, 'rsvd', 'reserved', 'must be 0: PDPTEs carry no rights'), f(3, 3, 'PWT', 'attribute', 'write-through for the table'),
-            f(4, 4, 'PCD', 'attribute', 'cache disabled for the table'), f(8, 5, 'rsvd', 'reserved', 'must be 0'), f(11, 9, 'avl', 'ignored', "the guest kernel's own"))
+    "Bits 11:0 of a PAE PDPTE: no rights, no A."
+    yield 0, 0, 'P', 'right', 'present'
+    yield 2, 1, 'rsvd', 'reserved', 'must be 0: PDPTEs carry no rights'
+    yield 3, 3, 'PWT', 'attribute', 'write-through for the table'
+    yield 4, 4, 'PCD', 'attribute', 'cache disabled for the table'
+    yield 8, 5, 'rsvd', 'reserved', 'must be 0'
+    yield 11, 9, 'avl', 'ignored', "the guest kernel's own"
 
-def _ept_low(level, leaf):
-    "Bits 0..11 of an EPT entry."
-    f = GpteField
-    yield from (f(0, 0, 'R', 'right', 'readable'), f(1, 1, 'W', 'right', 'writable'), f(2, 2, 'X', 'right', 'executable'))
-    if leaf: yield from (f(5, 3, 'MT', 'attribute', 'memory type: 0 UC, 1 WC, 4 WT, 5 WP, 6 WB'), f(6, 6, 'IPAT', 'attribute', "ignore the guest's PAT"))
-    else: yield f(6, 3, 'rsvd', 'reserved', 'must be 0 above the leaf')
-    if level == 1: yield f(7, 7, 'ign', 'ignored', 'level 1 is always a leaf')
-    elif level > 3: yield f(7, 7, 'rsvd', 'reserved', 'no page is this large')
-    else: yield f(7, 7, 'PS', 'attribute', f"{'the entry maps a page' if leaf else 'the entry points at a table'}")
-    yield f(8, 8, 'A', 'status', 'accessed, if EPTP bit 6')
-    yield f(9, 9, 'D', 'status', 'dirty, if EPTP bit 6') if leaf else f(9, 9, 'ign', 'ignored', 'no D above the leaf')
-    yield f(11, 10, 'ign', 'ignored', 'ignored')
+def _ept_low(fmt, level, leaf):
+    "Bits 11:0 of an EPT entry."
+    yield 0, 0, 'R', 'right', 'readable'
+    yield 1, 1, 'W', 'right', 'writable'
+    yield 2, 2, 'X', 'right', 'executable'
+    if leaf:
+        yield 5, 3, 'MT', 'attribute', 'memory type: 0 UC, 1 WC, 4 WT, 5 WP, 6 WB'
+        yield 6, 6, 'IPAT', 'attribute', "ignore the guest's PAT"
+    else: yield 6, 3, 'rsvd', 'reserved', 'must be 0 above the leaf'
+    yield (7, 7, 'ign', 'ignored', 'level 1 is always a leaf') if level == 1 else _bit7(fmt, level, leaf, True)
+    yield 8, 8, 'A', 'status', 'accessed, if EPTP bit 6'
+    yield (9, 9, 'D', 'status', 'dirty, if EPTP bit 6') if leaf else (9, 9, 'ign', 'ignored', 'no D above the leaf')
+    yield 11, 10, 'ign', 'ignored', 'ignored'
 
-# %% ../../nbs/guest/04_gpte.ipynb #bc0ee76e
-def _with_frame(low, fmt, level, leaf, maxphyaddr):
-    "Add the frame and what lies above it to the low fields; returns all, top bit first."
-    fields, f = list(low), GpteField
-    at, shift = fields[-1].high + 1, pt_shift(level, fmt) if leaf else PAGE_SHIFT
-    if fmt is PTE32 and leaf and level == 2:
-        fields += [f(16, 13, 'frame 35:32', 'frame', 'PSE-36: physical address bits 35:32'), f(21, 17, 'rsvd', 'reserved', 'must be 0')]
-    elif at < shift: fields.append(f(shift - 1, at, 'rsvd', 'reserved', 'a page of this size is aligned'))
-    top = 31 if fmt is PTE32 else maxphyaddr - 1
-    fields.append(f(top, shift, 'frame', 'frame', 'the page' if leaf else 'the next table'))
-    if fmt is not PTE32: fields += _top_fields(fmt, level, leaf, maxphyaddr)
-    return tuple(sorted(fields, key=lambda field: -field.high))
+# %% ../../nbs/guest/04_gpte.ipynb #2c80703c
+def _frame_fields(fmt, level, leaf, maxphyaddr):
+    "The frame, and the gap below a large one."
+    shift = pt_shift(level, fmt) if leaf else PAGE_SHIFT
+    if fmt is PTE32 and shift > PAGE_SHIFT:
+        yield 16, 13, 'frame 35:32', 'frame', 'PSE-36: physical address bits 35:32'
+        yield 21, 17, 'rsvd', 'reserved', 'must be 0'
+    elif shift > PAGE_SHIFT:
+        yield shift - 1, PAGE_SHIFT if fmt.is_ept else 13, 'rsvd', 'reserved', 'a page of this size is aligned'
+    yield 31 if fmt is PTE32 else maxphyaddr - 1, shift, 'frame', 'frame', 'the page' if leaf else 'the next table'
 
 def _top_fields(fmt, level, leaf, maxphyaddr):
     "Bits above the frame of an 8-byte entry."
-    f = GpteField
-    if fmt is PAE:
-        yield f(62, maxphyaddr, 'rsvd', 'reserved', 'above MAXPHYADDR')
-        yield f(63, 63, 'rsvd', 'reserved', 'a PDPTE has no NX') if level == 3 else f(63, 63, 'NX', 'right', 'no execution, if EFER.NX')
-        return
-    if maxphyaddr < 52: yield f(51, maxphyaddr, 'rsvd', 'reserved', 'above MAXPHYADDR')
-    if fmt.is_ept: yield from (f(62, 52, 'ign', 'ignored', 'ignored'), f(63, 63, 'SVE', 'attribute', 'suppress #VE; the walk ignores it'))
-    else:
-        yield from (f(62, 59, 'pkey', 'right', 'protection key, if CR4.PKE'), f(58, 52, 'avl', 'ignored', "the guest kernel's own")) if leaf else (f(62, 52, 'avl', 'ignored', "the guest kernel's own"),)
-        yield f(63, 63, 'NX', 'right', 'no execution, if EFER.NX')
+    if fmt is PTE32: return
+    end = 62 if fmt is PAE else 51     # PAE knows neither keys nor bits for the software up here
+    if maxphyaddr <= end: yield end, maxphyaddr, 'rsvd', 'reserved', 'above MAXPHYADDR'
+    if fmt is PAE and level == 3: yield 63, 63, 'rsvd', 'reserved', 'a PDPTE has no NX'
+    elif fmt.is_ept: yield 63, 63, 'SVE', 'attribute', 'suppress #VE; the walk ignores it'
+    else: yield 63, 63, 'NX', 'right', 'no execution, if EFER.NX; else reserved'
+    if fmt.is_ept: yield 62, 52, 'ign', 'ignored', 'ignored'
+    elif fmt is not PAE and leaf:
+        yield 62, 59, 'pkey', 'right', 'protection key, if CR4.PKE'
+        yield 58, 52, 'avl', 'ignored', "the guest kernel's own"
+    elif fmt is not PAE: yield 62, 52, 'avl', 'ignored', "the guest kernel's own"
 
-# %% ../../nbs/guest/04_gpte.ipynb #8a31a656
+# %% ../../nbs/guest/04_gpte.ipynb #33ccfc24
 def flags_text(
     gpte: int,
     level: int,
     fmt: GpteFormat,
-    pse: bool = True,
+    pse: bool = True,  # CR4.PSE
 ) -> str:              # E.g. "P W U A D NX", or "R X" in EPT; "-" for nothing
     "The set one-bit fields of an entry, by name: what a table row shows."
-    leaf = is_last_gpte(gpte, level, fmt, pse)
-    fields = gpte_fields(fmt, level, leaf)
+    fields = gpte_fields(fmt, level, is_last_gpte(gpte, level, fmt, pse), pse=pse)
     return ' '.join(f.name for f in reversed(fields) if f.high == f.low and f.kind != 'ignored' and f.value(gpte)) or '-'
 
-# %% ../../nbs/guest/04_gpte.ipynb #a6854bf4
+# %% ../../nbs/guest/04_gpte.ipynb #d2c14740
+def describe_gpte(
+    gpte: int,
+    fmt: GpteFormat,
+    level: int,
+    pse: bool = True,  # CR4.PSE
+) -> str:              # E.g. "4M page at 0x1_0040_0000", "table at 0x2000", "not present"
+    "What an entry is, in a few words."
+    check_level(level, fmt)
+    if not is_present_gpte(gpte, fmt): return 'not present'
+    if level > max_leaf_level(fmt) or not is_last_gpte(gpte, level, fmt, pse): return f"table at {Hex(gpte_to_gfn(gpte, 1, fmt) << PAGE_SHIFT)}"
+    return f"{size_name(page_size(level, fmt))} page at {Hex(gpte_to_gfn(gpte, level, fmt) << PAGE_SHIFT)}"
+
+# %% ../../nbs/guest/04_gpte.ipynb #383328b6
+def draw_gpte(
+    gpte='0x8000_0000_0020_3067',   # The entry, as an int or as text
+    fmt='4level',                   # A `GpteFormat` or its name
+    level: int = 1,                 # Of the table it stands in
+    pse: bool = True,               # CR4.PSE; read by 2-level paging alone
+    maxphyaddr: int = 52,           # First reserved address bit
+) -> BitStrip:
+    "An entry with every bit named. Of an entry that is not present the CPU reads no further."
+    gpte, fmt = number(gpte), FORMATS[fmt] if isinstance(fmt, str) else fmt
+    width = 8 * fmt.entry_size
+    if not 0 <= gpte < 1 << width: raise ValueError(f"entry {gpte:#x} does not fit the {width} bits of an entry in {fmt.name} paging")
+    fields = gpte_fields(fmt, level, bool(gpte & PT_PAGE_SIZE), maxphyaddr, pse)
+    if not is_present_gpte(gpte, fmt):
+        low = 3 if fmt.is_ept else 1
+        free = GpteField(width - 1, low, 'unread', 'ignored', "the guest kernel's own: a swap slot, say")
+        fields = (free, *(field for field in fields if field.high < low))
+    title = f"{Hex(gpte)}, level {level} of {fmt.name}: {describe_gpte(gpte, fmt, level, pse)}"
+    ink = {'attribute': 'status'}
+    return BitStrip(title, width, tuple((f.high, f.low, f.name, f.value(gpte), ink.get(f.kind, f.kind), f.meaning) for f in fields))
+
+# %% ../../nbs/guest/04_gpte.ipynb #e6fb1e15
 def make_gpte(
     fmt: GpteFormat,
     gpa: Gpa = 0,        # Of the page or the next table; must be aligned
@@ -231,15 +288,18 @@ def make_gpte(
 ) -> int:
     "Write an entry the way a guest kernel does."
     leaf = check_level(level, fmt) == 1 if leaf is None else leaf
-    if leaf and level > 3: raise ValueError(f"no page is as large as a level {level} entry spans")
+    if leaf and level > max_leaf_level(fmt): raise ValueError(f"{fmt.name} paging has no page as large as a level {level} entry spans")
+    if not leaf and level == 1: raise ValueError("a level 1 entry maps a page: it cannot point at a table")
     shift = pt_shift(level, fmt) if leaf else PAGE_SHIFT
-    high = gpa >> 32 if fmt is PTE32 else 0
-    if gpa % (1 << shift) or gpa >> 52 or high and not (leaf and level == 2 and high < 16):
-        raise ValueError(f"{gpa:#x} cannot be the frame of a level {level} {'leaf' if leaf else 'pointer'} in {fmt.name} paging: {1 << shift:#x}-byte aligned, and within the entry's address bits")
-    present = EPT_READ if fmt.is_ept else PT_PRESENT
-    return (gpa - (high << 32)) | high << 13 | bits | present | (PT_PAGE_SIZE if leaf and level > 1 else 0)
+    top = 52 if fmt is not PTE32 else 36 if level == 2 and leaf else 32
+    if gpa % (1 << shift) or gpa >> top:
+        raise ValueError(f"{gpa:#x} cannot be the frame of a level {level} {'leaf' if leaf else 'pointer'} in {fmt.name} paging: "
+                         f"{1 << shift:#x}-byte aligned, below {1 << top:#x}")
+    pse36 = gpa >> 32 << 13 if fmt is PTE32 else 0
+    frame = gpa & 0xffff_ffff if fmt is PTE32 else gpa
+    return frame | pse36 | bits | (EPT_READ if fmt.is_ept else PT_PRESENT) | (PT_PAGE_SIZE if leaf and level > 1 else 0)
 
-# %% ../../nbs/guest/04_gpte.ipynb #884244e6
+# %% ../../nbs/guest/04_gpte.ipynb #54ab773a
 def map_page(
     memory: GuestMemory,   # Changed in place
     root: Gpa,             # Of the top table
@@ -252,16 +312,21 @@ def map_page(
     level: int = 1,        # Of the leaf: 1 4K, 2 2M or 4M, 3 1G
 ):
     "Map one page, making the tables that are missing. The inverse of a walk, for examples and tests."
-    table = root
-    for at in range(fmt.root_level, 0, -1):
-        slot = table + pt_index(addr, at, fmt) * fmt.entry_size
-        words = memory.words(fmt.entry_size)[slot >> PAGE_SHIFT]
-        if words is None: raise ValueError(f"table at {table:#x} lies in no memory slot")
-        if at == level: return write_entry(memory, slot, fmt.entry_size, make_gpte(fmt, gpa, at, True, bits))
-        gpte = words[slot % (1 << PAGE_SHIFT) // fmt.entry_size]
+    leaf = make_gpte(fmt, gpa, level, True, bits)
+    for at in range(fmt.root_level, level, -1):
+        slot, gpte = _slot(memory, root, fmt, addr, at)
         if not is_present_gpte(gpte, fmt):
             if not tables: raise ValueError(f"no frame left for a level {at - 1} table")
             rights = 0 if fmt is PAE and at == 3 else upper
             gpte = make_gpte(fmt, tables.pop(0) << PAGE_SHIFT, at, False, rights)
             write_entry(memory, slot, fmt.entry_size, gpte)
-        table = gpte_to_gfn(gpte, 1, fmt) << PAGE_SHIFT
+        elif is_last_gpte(gpte, at, fmt): raise ValueError(f"{addr:#x} is mapped already: its level {at} entry {gpte:#x} is a page")
+        root = gpte_to_gfn(gpte, 1, fmt) << PAGE_SHIFT
+    write_entry(memory, _slot(memory, root, fmt, addr, level)[0], fmt.entry_size, leaf)
+
+def _slot(memory, table, fmt, addr, level):
+    "Where the entry for `addr` lies in a table, and what it holds."
+    slot = table + pt_index(addr, level, fmt) * fmt.entry_size
+    words = memory.words(fmt.entry_size)[slot >> PAGE_SHIFT]
+    if words is None: raise ValueError(f"table at {table:#x} lies in no memory slot")
+    return slot, words[slot % (1 << PAGE_SHIFT) // fmt.entry_size]
