@@ -67,11 +67,11 @@ def absolute_imports(path: Path) -> set:
 
 
 def dependencies(names: set) -> list:
-    "Files of our package behind these modules, and behind what they import."
+    "Files of our package behind these modules, and behind what they import; not nbdev's index, which every new symbol changes."
     files, todo = set(), list(names)
     while todo:
         path = module_file(todo.pop())
-        if path and path not in files:
+        if path and path not in files and path.name != '_modidx.py':
             files.add(path)
             todo += absolute_imports(path)
     return sorted(files)
@@ -152,7 +152,7 @@ def run_apart(path: Path) -> tuple:
     start = time.perf_counter()
     done = subprocess.run([sys.executable, __file__, '--one', str(path)], capture_output=True, text=True, env=env)
     text = done.stdout.partition('\x1e')[2]
-    return text if done.returncode == 0 and text else None, done.stderr or f'it ended with {done.returncode}', time.perf_counter() - start
+    return text if done.returncode == 0 and text else None, done.stderr or f'the process ended with {done.returncode} and said nothing', time.perf_counter() - start
 
 
 def execute(path: Path, check: bool, every: bool) -> tuple:
