@@ -24,8 +24,9 @@ def rules() -> str:
         lines.setdefault(one.line, shade(one.line, lambda light: 0.55))
         letters.setdefault(one.text, shade(one.text, lambda light: 0.84))
     accents = {one.line: lines[one.line] for one in ink.INKS.values() if one.text == '#ffffff'}
+    letters.update({old: shade(old, lambda light: 0.8) for old in accents})
     out = [f'text[fill="{old}"] {{ fill: {new}; }}' for old, new in letters.items()]
-    out += [f':not(text)[fill="{old}"] {{ fill: {new}; }}' for old, new in {**fills, **accents, **letters}.items() if old not in ('none',)]
+    out += [f':not(text)[fill="{old}"] {{ fill: {new}; }}' for old, new in {**letters, **accents, **fills}.items()]
     out += [f'[stroke="{old}"] {{ stroke: {new}; }}' for old, new in lines.items()]
     return '\n'.join(out)
 

@@ -28,7 +28,10 @@ def parameters(thing) -> str:
     lines = [('*returns*' if name == 'return' else f'`{name}`', '' if about.anno in (EMPTY, None) else code(about.anno),
               '' if about.default is EMPTY else code(repr(about.default)), (about.docment or '').replace('|', '\\|').replace('\n', ' '))
              for name, about in kept.items()]
-    return rows(('name', 'type', 'default', 'what it is'), lines) if any(line[1] or line[3] for line in lines) else ''
+    if not any(line[1] or line[3] for line in lines): return ''
+    header = ('name', 'type', 'default', 'what it is')
+    used = [n for n in range(4) if n in (0, 3) or any(line[n] for line in lines)]
+    return rows(tuple(header[n] for n in used), [tuple(line[n] for n in used) for line in lines])
 
 
 def members(kind) -> str:
