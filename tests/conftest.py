@@ -1,4 +1,4 @@
-"""What every test shares: a failed claim names its notebook, its cell and its sentence."""
+"""What every test shares: a failed claim names its notebook, its cell and its sentence; a measured number is printed at the end."""
 import pytest
 
 
@@ -13,3 +13,16 @@ def pytest_runtest_makereport(item, call):
     if claim and report.failed:
         notebook, cell, sentence = claim.args
         report.sections.insert(0, ('Claim', f'{sentence}\n{notebook}, cell {cell}'))
+
+
+@pytest.fixture
+def measured(record_property):
+    "Say a number at the end of the run, whichever worker found it."
+    return lambda sentence: record_property('measured', sentence)
+
+
+def pytest_terminal_summary(terminalreporter):
+    said = [value for report in terminalreporter.getreports('') if report.when == 'call' for key, value in report.user_properties if key == 'measured']
+    if not said: return
+    terminalreporter.section('measured')
+    for sentence in said: terminalreporter.write_line(sentence)
