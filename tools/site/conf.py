@@ -10,6 +10,7 @@ root_doc = 'index'
 exclude_patterns = ['_static']
 html_theme = 'furo'
 html_static_path = ['_static']
+html_favicon = '_static/favicon.svg'
 html_css_files = ['book.css', 'dark.css']
 html_js_files = [('live.mjs', {'type': 'module'})] if _site['live'] else []
 html_show_sourcelink = html_show_copyright = html_show_sphinx = html_copy_source = False
