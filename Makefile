@@ -4,12 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 IMAGE := tests/data/guests/linux-4level
+ADDRESS := 0xffffffff81000000
 WORKERS ?= auto
 
+.NOTPARALLEL:   # each step reads what the one before wrote
 .PHONY: book test lab site bench env export execute claims readme sync check serve system clean
 
 book: export execute claims readme site ## build everything, then walk a real guest
-	@echo; $(BIN)/python tools/show_guest.py $(IMAGE)
+	@echo; echo "A real guest, $(IMAGE): how its kernel reads its own text at $(ADDRESS), and what is writable and executable at once."
+	@$(BIN)/kvm-mmu explain $(IMAGE) $(ADDRESS) --supervisor
+	@echo; $(BIN)/kvm-mmu map $(IMAGE) --ranges --flags wx
 	@echo; echo "The site is in _docs/: open _docs/index.html, or run 'make serve' to have the live figures too."
 
 test: $(READY) system ## every test
@@ -43,7 +47,7 @@ serve: site ## the site on loopback, live figures included
 lab: $(READY) ## JupyterLab on the book; notebooks are saved clean
 	$(BIN)/jupyter lab --ContentsManager.pre_save_hook=nbdev.clean.clean_jupyter nbs
 bench: $(READY) ## speed and memory beside volatility3
-	$(BIN)/python -m kvm_mmu_lit.evidence.benchmarks $(BENCH)
+	$(BIN)/python -c 'import sys; from kvm_mmu_lit.evidence.benchmarks import main; main(sys.argv[1:])' $(BENCH)
 sync check: $(READY) ## fail if exporting, extracting or cleaning would change the tree
 	@$(BIN)/python tools/sync.py
 clean: ## remove what can be made again
