@@ -34,6 +34,13 @@ def test_every_row_counts_the_first_five_differences_are_kept_and_labels_of_equa
     assert made == [1, 3, 5, 7, 9] and found.shown[0] == Difference('row 1', '1', '0')
 
 
+@pytest.mark.claim('nbs/evidence/01_agreement.ipynb', '76e7e831', 'where nothing was compared, nothing agrees')
+def test_where_nothing_was_compared_nothing_agrees():
+    later = Agreement('roles.npz', 0, 0, skipped='not compared yet')
+    assert not later.agrees and not later.differ and str(later) == 'roles.npz: not compared yet'
+    assert not compare('empty', []).agrees
+
+
 @pytest.mark.claim('nbs/evidence/01_agreement.ipynb', '9c925f9a', 'progress is told every thousand rows, and once at the end')
 def test_progress_is_told_every_thousand_rows_and_once_at_the_end():
     told = []

@@ -1,0 +1,267 @@
+"""Recorded vectors that were changed, cut, mistyped or made up: a wrong value is reported, a wrong file is refused, nothing else happens."""
+import io
+import random
+import shutil
+import tracemalloc
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvm_mmu_lit.evidence.agreement import EvidenceError
+from kvm_mmu_lit.evidence.vector_files import load_vectors
+from kvm_mmu_lit.evidence.vectors import FORMS, check_vectors
+
+DATA = Path(__file__).parent / 'data' / 'kernel-vectors'
+FORM = {form.kind: form for form in FORMS}
+COMPARED = [form.kind for form in FORMS if form.groups]
+
+# What was recorded, as opposed to asked: the arrays, and of an array with questions in it the columns.
+ANSWERS = [
+    *(('walks', key, None) for key in ('ok', 'errcode', 'level', 'pte_access', 'pt_access', 'gfn', 'exit_qual', 'a_after', 'd_after')),
+    *(('permissions', key, None) for key in ('permissions', 'pkru_mask', 'errcode')), *(('permissions', 'wp_refresh', column) for column in (6, 7)),
+    *(('reserved', key, None) for key in ('rsvd_mask', 'rsvd_written', 'ept_mask', 'ept_bad_mt_xwr', 'guest_mask', 'sample_is_rsvd', 'ept_sample_is_rsvd', 'zero_mask', 'zero_bad_mt_xwr')),
+    *(('sptes', 'gpte', column) for column in (4, 5, 6, 7)),
+    *(('accesses', f'{family}_result', None) for family in ('strided', 'core', 'smep_ext')),
+    *(('ept_accesses', key, None) for key in ('kind', 'exit_qual', 'entries')),
+]
+
+
+def columns(kind):
+    "Key -> `Column` of a kind of file."
+    return {key: column for group in FORM[kind].groups.values() for key, column in group.items()}
+
+
+def some_rows(kind, rows, seed=0):
+    "A random part of a recorded file: rows of each group that belong together, as arrays that can be changed."
+    rng, arrays = np.random.default_rng(seed), {}
+    with np.load(DATA / f'{kind}.npz', allow_pickle=False) as npz:
+        for group in FORM[kind].groups.values():
+            count = max(len(npz[key]) for key, column in group.items() if not column.fixed)
+            chosen = rng.permutation(count)[:rows]
+            for key, column in group.items(): arrays[key] = npz[key].copy() if column.fixed else npz[key][chosen].copy()
+    return arrays
+
+
+def check(folder, arrays, name='some.npz'):
+    np.savez(folder / name, **arrays)
+    return check_vectors(folder / name)
+
+
+def flip(array, rng, bit=None, column=None):
+    "Flip one bit of one element."
+    place = tuple(rng.randrange(n) for n in array.shape)
+    if column is not None: place = place[:-1] + (column,)
+    array[place] ^= array.dtype.type(1 << (rng.randrange(8 * array.dtype.itemsize) if bit is None else bit))
+    return place
+
+
+@pytest.mark.parametrize('kind', COMPARED)
+def test_any_part_of_a_file_in_any_order_is_compared_in_full(tmp_path, kind):
+    found = check(tmp_path, some_rows(kind, 60, seed=3))
+    assert found and all(agreement.agrees for agreement in found), [str(agreement) for agreement in found]
+    assert sum(agreement.rows for agreement in found) >= 60
+
+
+@pytest.mark.parametrize('kind', COMPARED)
+def test_a_file_with_one_group_alone_is_compared(tmp_path, kind):
+    arrays = some_rows(kind, 20)
+    for group in FORM[kind].groups.values():
+        found = check(tmp_path, {key: arrays[key] for key in group}, f'{kind}.npz')
+        assert any(agreement.agrees for agreement in found) and not any(agreement.differ for agreement in found)
+
+
+@pytest.mark.parametrize('kind, key, column', ANSWERS)
+def test_a_flipped_bit_of_an_answer_is_reported(tmp_path, kind, key, column):
+    rng, original = random.Random(f'{kind} {key} {column}'), some_rows(kind, 25, seed=1)
+    if kind == 'permissions': original = some_rows(kind, 1, seed=1)
+    for _ in range(4 if kind == 'permissions' else 10):
+        arrays = {name: array.copy() for name, array in original.items()}
+        place = flip(arrays[key], rng, bit=rng.randrange(2) if (kind, key) == ('ept_accesses', 'kind') else None, column=column)
+        try: found = check(tmp_path, arrays)
+        except EvidenceError as why: assert key == 'kind', (place, why)     # a kind there is not
+        else:
+            assert sum(agreement.differ for agreement in found) >= 1, (place, arrays[key][place])
+            assert any(agreement.shown for agreement in found)
+
+
+@pytest.mark.parametrize('bit', range(16))
+@pytest.mark.parametrize('family', ['strided', 'core', 'smep_ext'])
+def test_every_bit_of_an_access_result_counts(tmp_path, family, bit):
+    arrays = some_rows('accesses', 30, seed=bit)
+    result = arrays[f'{family}_result']
+    result ^= np.uint16(1 << bit)
+    found = [agreement for agreement in check(tmp_path, arrays) if family in agreement.source and '4level' in agreement.source]
+    assert [agreement.differ for agreement in found] == [30]
+
+
+def test_a_wrong_pkru_index_is_reported(tmp_path):
+    arrays = some_rows('permissions', 1)
+    arrays['pkru'][2, 1] ^= np.uint32(2 << 2 * int(arrays['pkeys'][2]))
+    assert any(agreement.differ and 'PKRU' in agreement.source for agreement in check(tmp_path, arrays))
+
+
+@pytest.mark.parametrize('kind', COMPARED)
+def test_a_changed_question_gives_an_answer_or_an_error_and_nothing_else(tmp_path, kind):
+    rng, original = random.Random(kind), some_rows(kind, 4 if kind != 'permissions' else 1, seed=5)
+    questions = [key for key, column in columns(kind).items() if original[key].dtype.kind == 'u']
+    outcomes = set()
+    for _ in range(50 if kind != 'permissions' else 10):
+        arrays = {key: array.copy() for key, array in original.items()}
+        for _ in range(rng.choice((1, 1, 3))): flip(arrays[rng.choice(questions)], rng)
+        try: outcomes.add(any(agreement.differ for agreement in check(tmp_path, arrays)))
+        except EvidenceError as why:
+            assert why.file.endswith('some.npz') and why.key and why.rule
+            outcomes.add('error')
+    assert outcomes & {True, 'error'}
+
+
+def npy(header, data=b''):
+    "An array file with a header of our own."
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, header)
+    return buffer.getvalue() + data
+
+
+def raw(folder, members, name='ept_accesses.npz', **options):
+    "An archive with members as they are."
+    with zipfile.ZipFile(folder / name, 'w', **options) as archive:
+        for member, data in members: archive.writestr(member, data)
+    return folder / name
+
+
+def refused(path, *words):
+    with pytest.raises(EvidenceError) as why: check_vectors(path)
+    assert why.value.file == str(path) and why.value.rule
+    for word in words: assert word in str(why.value), str(why.value)
+
+
+def peak(run):
+    "Bytes a call holds at most, beyond what was held before."
+    tracemalloc.start()
+    try:
+        run()
+        return tracemalloc.get_traced_memory()[1]
+    finally: tracemalloc.stop()
+
+
+def plain(descr='|u1', shape=(3,), fortran=False): return {'descr': descr, 'fortran_order': fortran, 'shape': shape}
+
+
+@pytest.mark.parametrize('kind', COMPARED)
+def test_each_missing_array_is_named(tmp_path, kind):
+    arrays = some_rows(kind, 3)
+    for key in arrays:
+        group = next(group for group in FORM[kind].groups.values() if key in group)
+        if len(group) == 1: continue
+        np.savez(tmp_path / f'{kind}.npz', **{name: array for name, array in arrays.items() if name != key})
+        refused(tmp_path / f'{kind}.npz', f'{key} missing')
+
+
+@pytest.mark.parametrize('kind', COMPARED)
+def test_each_array_of_a_wrong_type_shape_or_length_is_named(tmp_path, kind):
+    arrays, path = some_rows(kind, 3), tmp_path / f'{kind}.npz'
+    for key, array in arrays.items():
+        group = next(group for group in FORM[kind].groups.values() if key in group)
+        changes = [(array.astype(object), 'type'), (array[..., None], 'shape'), (array.astype(np.float64) if array.dtype.kind == 'u' else array.astype('S8'), 'type')]
+        if array.dtype.kind == 'u':
+            changes.append((array.astype(array.dtype.newbyteorder('>')) if array.dtype.itemsize > 1 else array.astype(np.int8), 'type'))
+            changes.append((array.astype(np.uint16 if array.dtype.itemsize != 2 else np.uint8), 'type'))
+        if array.ndim > 1 and array.size > max(array.shape): changes.append((np.asfortranarray(array), ''))
+        if len(group) > 1: changes.append((array[:-1], '' if columns(kind)[key].fixed else 'rows'))
+        for changed, word in changes:
+            np.savez(path, **{**arrays, key: changed})
+            refused(path, key, word)
+
+
+@pytest.mark.parametrize('kind', COMPARED)
+def test_a_file_cut_off_or_with_a_flipped_byte_is_refused_or_unharmed(tmp_path, kind):
+    rng = random.Random(kind)
+    np.savez_compressed(tmp_path / 'whole.npz', **some_rows(kind, 3 if kind != 'permissions' else 1))
+    whole, path = (tmp_path / 'whole.npz').read_bytes(), tmp_path / f'{kind}.npz'
+    for size in sorted(rng.sample(range(len(whole)), 25)) + [len(whole) - 1]:
+        path.write_bytes(whole[:size])
+        refused(path)
+    errors = 0
+    for _ in range(60):
+        data = bytearray(whole)
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+        try: found = check_vectors(path)
+        except EvidenceError as why: errors += why.file == str(path)
+        else: assert found and not any(agreement.differ for agreement in found)     # a byte that carries nothing: a date, a padding
+    assert errors > 20
+
+
+@pytest.mark.parametrize('header', [plain(shape=(1 << 60,)), plain(shape=(1 << 64, 1 << 64)), plain(shape=(-1,)), plain(shape=(True,)), plain(shape=()), plain(shape=[3]), plain(shape=(3.0,)),
+                                    plain('<u8'), plain('|O'), plain('|V1'), plain([('a', '|u1')]), plain(None), plain('|u1', fortran=True), plain('|u1', fortran=0)], ids=str)
+def test_a_lying_header_is_refused_before_memory_is_taken(tmp_path, header):
+    path = raw(tmp_path, [(f'{key}.npy', npy(header, b'abc') if key == 'ad_enabled' else b'') for key in columns('ept_accesses')])
+    assert peak(lambda: refused(path, 'ad_enabled')) < 4 << 20
+
+
+def test_a_pickle_is_never_opened(tmp_path):
+    class Bomb:
+        def __reduce__(self): return (Path.touch, (tmp_path / 'opened',))
+    arrays = some_rows('walks', 3)
+    np.savez(tmp_path / 'walks.npz', **{**arrays, 'gfn': np.array([Bomb()] * 3, dtype=object)})
+    refused(tmp_path / 'walks.npz', 'gfn', "'|O'")
+    assert not (tmp_path / 'opened').exists()
+
+
+def test_a_member_that_unpacks_to_more_than_it_says_costs_no_memory(tmp_path):
+    header = npy(plain('|u1', (3,)))
+    members = [(f'{key}.npy', header + bytes(1 << 25) if key == 'ad_enabled' else b'') for key in columns('ept_accesses')]
+    path = raw(tmp_path, members, compression=zipfile.ZIP_DEFLATED)
+    assert peak(lambda: refused(path, 'ad_enabled')) < 4 << 20
+
+
+@pytest.mark.parametrize('members, word', [
+    ([('gpte.npy', b'')], 'gpte'),
+    ([('gpte.npy', b'\x93NUMPY\x01\x00\xff\xff')], 'gpte'),
+    ([('gpte.npy', npy(plain())), ('gpte.npy', npy(plain()))], 'each once'),
+    ([('gpte.txt', b'1 2 3')], 'must be arrays'),
+    ([(f'{i}.npy', b'') for i in range(100)], 'members'),
+    ([('plum.npy', npy(plain()))], 'plum'),
+    ([], ''),
+], ids=lambda value: value if isinstance(value, str) else '')
+@pytest.mark.filterwarnings('ignore:Duplicate name')
+def test_an_archive_of_something_else_is_refused(tmp_path, members, word):
+    refused(raw(tmp_path, members, name='sptes.npz'), word)
+
+
+def test_what_is_no_archive_is_refused(tmp_path):
+    (tmp_path / 'text.npz').write_text('not a zip file')
+    (tmp_path / 'empty.npz').write_bytes(b'')
+    (tmp_path / 'zeros.npz').write_bytes(bytes(100_000))
+    (tmp_path / 'folder.npz').mkdir()
+    with open(tmp_path / 'sparse.npz', 'wb') as file: file.truncate(1 << 40)
+    for name in ('text.npz', 'empty.npz', 'zeros.npz', 'sparse.npz', 'nothing.npz', 'folder.npz'): refused(tmp_path / name)
+    (tmp_path / 'inside').mkdir()
+    refused(tmp_path / 'inside', 'no .npz file')
+    shutil.copy(tmp_path / 'text.npz', tmp_path / 'inside')
+    with pytest.raises(EvidenceError, match='inside.text.npz'): check_vectors(tmp_path / 'inside')
+
+
+@pytest.mark.parametrize('kind', COMPARED)
+def test_no_rows_are_no_agreement(tmp_path, kind):
+    np.savez(tmp_path / f'{kind}.npz', **{key: array if columns(kind)[key].fixed else array[:0] for key, array in some_rows(kind, 1).items()})
+    if kind == 'permissions':          # its index of PKRU values is there without a row
+        assert [agreement.rows for agreement in check_vectors(tmp_path / f'{kind}.npz')] == [0, 16, 0, 0]
+    else: refused(tmp_path / f'{kind}.npz', 'no rows')
+
+
+@pytest.mark.parametrize('kind, key, part', [('reserved', 'sample_in', 'x86 entries'), ('sptes', 'gpte', 'guest entries'), ('permissions', 'errcode', 'answers'), ('permissions', 'wp_refresh', 'CR0.WP again')])
+def test_every_row_and_every_cell_is_counted(kind, key, part):
+    vectors = load_vectors(DATA / f'{kind}.npz', FORMS)
+    array = next(arrays[key] for arrays in vectors.groups.values() if key in arrays)
+    found = {agreement.source: agreement for agreement in check_vectors(DATA / f'{kind}.npz')}
+    assert found[f'{kind}.npz, {part}'].rows == (array.size if key == 'errcode' else len(array))
+
+
+def test_progress_rises_to_the_number_of_rows(tmp_path):
+    told = []
+    for name in ('reserved.npz', 'sptes.npz'): shutil.copy(DATA / name, tmp_path)
+    found = check_vectors(tmp_path, told.append)
+    assert told == sorted(told) and told[-1] == sum(agreement.rows for agreement in found)
