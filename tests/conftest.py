@@ -22,7 +22,7 @@ def measured(record_property):
 
 
 def pytest_terminal_summary(terminalreporter):
-    said = [value for report in terminalreporter.getreports('') if report.when == 'call' for key, value in report.user_properties if key == 'measured']
+    said = [value for report in terminalreporter.getreports('passed') for key, value in report.user_properties if key == 'measured']
     if not said: return
     terminalreporter.section('measured')
     for sentence in said: terminalreporter.write_line(sentence)

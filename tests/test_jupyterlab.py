@@ -81,6 +81,17 @@ def run_all(tab):
     tab.wait_for_function("document.body.innerText.includes('(ipykernel) | Idle')")
 
 
+def save(tab, file: Path):
+    "Save the notebook, and wait until it is on the disk."
+    before = file.stat().st_mtime_ns
+    tab.click('.lm-MenuBar-itemLabel:text-is("File")')
+    tab.click('.lm-Menu-itemLabel:text-is("Save Notebook")')
+    for _ in range(300):
+        if file.stat().st_mtime_ns != before: return
+        tab.wait_for_timeout(100)
+    raise AssertionError(f'{file.name} is not saved')
+
+
 def move_a_slider(tab, figure) -> float:
     "Move sliders of a figure a step until another picture stands there (a step may also lead to a message); the milliseconds it took."
     shown = figure.locator('.widget-output')
@@ -111,5 +122,10 @@ def test_a_chapter_runs_and_its_picture_follows_a_slider(lab, notebook, measured
         figure = tab.locator('.jp-OutputArea-output', has=tab.locator('.noUi-handle')).first
         measured(f'JupyterLab: the picture of {notebook} follows its slider in {move_a_slider(tab, figure):.0f} ms')
         assert [fault for fault in faults if fault.startswith('foreign')] == []
+        saved = home / 'nbs' / notebook
+        assert saved.read_bytes() == (NBS / notebook).read_bytes(), 'looking at a chapter changes it'
+        save(tab, saved)
         browser.close()
-    assert (home / 'nbs' / notebook).read_bytes() == (NBS / notebook).read_bytes(), 'looking at a chapter changes it'
+    cells, committed = (json.loads(path.read_text())['cells'] for path in (saved, NBS / notebook))
+    assert [(cell['id'], source(cell)) for cell in cells] == [(cell['id'], source(cell)) for cell in committed]
+    assert all(cell.get('execution_count') is None and cell['metadata'] == {} for cell in cells), 'a notebook is saved clean'
