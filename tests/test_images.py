@@ -183,7 +183,7 @@ BAD_META = {
     'list': ('[]', 'a JSON list'), 'null': ('null', 'a JSON NoneType'), 'number': ('7', 'a JSON int'), 'cut': (json.dumps(META)[:-1], 'no JSON'), 'deep': ('[' * 100_000, 'no JSON'), 'not text': (b'\xff\xfe{}\xff', 'no JSON'),
     'twice': ('{"cr0": 1, "cr0": 2}', "['cr0'] are there twice"), 'no cr3': (json.dumps({k: v for k, v in META.items() if k != 'cr3'}), 'cr3: is missing'), 'text': (json.dumps({**META, 'cr4': '0x10'}), 'cr4: is'),
     'true': (json.dumps({**META, 'cr0': True}), 'a bool; a int is needed'), 'float': (json.dumps({**META, 'efer': 1.0}), 'a float'), 'negative': (json.dumps({**META, 'cr3': -4096}), 'does not fit'), 'huge': ('{"cr0": 1' + '0' * 9999 + '}', ''),
-    'pkru number': (json.dumps({**META, 'pkru': 5}), 'pkru'), 'pkru text': (json.dumps({**META, 'pkru': '0xzz'}), 'pkru'), 'maxphyaddr': (json.dumps({**META, 'maxphyaddr': 64}), '32..52'), 'impossible': (json.dumps({**META, 'cr0': 0x8000_0000}), 'CR0.PG=1 needs'),
+    'pkru number': (json.dumps({**META, 'pkru': 5}), 'pkru'), 'pkru text': (json.dumps({**META, 'pkru': '0xzz'}), 'pkru'), 'maxphyaddr': (json.dumps({**META, 'maxphyaddr': 64}), '32..52'), 'huge maxphyaddr': (json.dumps({**META, 'maxphyaddr': 1 << 70}), '32..52'), 'impossible': (json.dumps({**META, 'cr0': 0x8000_0000}), 'CR0.PG=1 needs'),
     'no paging in long mode': (json.dumps({**META, 'cr0': 0x11}), 'EFER.LMA=1 needs CR0.PG=1'), 'cpl': (json.dumps({**META, 'cpl': 4}), 'cpl'), 'vendor': (json.dumps({**META, 'cpu_vendor': 5}), 'cpu_vendor'), 'flags': (json.dumps({**META, 'cpu_flags': {}}), 'cpu_flags'),
     'empty': ('', 'is empty'), 'big': (' ' * (1 << 20) + '{}', 'at most 1,048,576'),
 }

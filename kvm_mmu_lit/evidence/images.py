@@ -194,7 +194,7 @@ def meta_value(
     if not isinstance(value, kind) or isinstance(value, bool): raise ImageError(path, key, f"is {str(value)[:40]!r}, a {type(value).__name__}; a {kind.__name__} is needed")
     return value
 
-# %% ../../nbs/evidence/02_images.ipynb #61aba2c4
+# %% ../../nbs/evidence/02_images.ipynb #40ff4fd8
 def meta_registers(
     meta: dict,
     path: Path,           # For the error
@@ -202,6 +202,7 @@ def meta_registers(
 ) -> Registers:           # PAE: PDPTEs not loaded yet
     "The registers of a compact image. The CPU's vendor and its 1 GiB pages come from the guest's /proc/cpuinfo."
     regs = {key: meta_value(meta, key, int, path) for key in ('cr0', 'cr3', 'cr4', 'efer', 'maxphyaddr')}
+    if not 32 <= regs['maxphyaddr'] <= 52: raise ImageError(path, 'maxphyaddr', f"is {regs['maxphyaddr']:#x}; x86 has 32..52 physical address bits")
     regs['cpl'] = meta_value(meta, 'cpl', int, path, 0)
     pkru = meta.get('pkru')
     if pkru is not None and not (isinstance(pkru, str) and re.fullmatch('0x[0-9a-f]{1,8}', pkru)): raise ImageError(path, 'pkru', f"is {str(pkru)[:40]!r}; null or a text like 0x55554d84 is needed")
