@@ -6,21 +6,24 @@ READY := $(VENV)/.ready
 IMAGE := tests/data/guests/linux-4level
 ADDRESS := 0xffffffff81000000
 WORKERS ?= auto
+MADE_FROM := constraints.txt settings.ini setup.py pyproject.toml
+FRESH := $(shell for file in $(MADE_FROM); do [ $(READY) -nt $$file ] || exit; done; echo yes)
 
 .NOTPARALLEL:   # each step reads what the one before wrote
 .PHONY: book test lab site bench env export execute claims readme sync check serve system clean
 
-book: export execute claims readme site ## build everything, then walk a real guest
+book: env export execute claims readme site ## build everything, then walk a real guest
 	@echo; echo "A real guest, $(IMAGE): how its kernel reads its own text at $(ADDRESS), and what is writable and executable at once."
 	@$(BIN)/kvm-mmu explain $(IMAGE) $(ADDRESS) --supervisor
 	@echo; $(BIN)/kvm-mmu map $(IMAGE) --ranges --flags wx
 	@echo; echo "The site is in _docs/: open _docs/index.html, or run 'make serve' to have the live figures too."
 
-test: $(READY) system ## every test
+test: env system ## every test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup tests
 
 env: $(READY) ## the virtual environment
-$(READY): constraints.txt settings.ini setup.py pyproject.toml
+	@$(if $(FRESH),echo "skip  environment: nothing it is made from changed",:)
+$(READY): $(MADE_FROM)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or later is needed; set PYTHON=..."; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' || sh tools/system.sh python3-venv
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -56,7 +56,7 @@ def with_answer(module: str, text: str) -> str:
 def export() -> tuple:
     "Write every module; keep the file times of those that stay as they were. (changed, removed)"
     from nbdev.doclinks import _build_modidx, nbdev_export
-    before = {path: (path.read_text(), path.stat()) for path in modules()}
+    before = {path: (path.read_text(), path.stat()) for path in (*modules(), ROOT / 'pyproject.toml')}   # a newer pyproject.toml would make make install again
     os.chdir(ROOT)
     os.environ.pop('IN_TEST', None)
     nbdev_export.__wrapped__()
