@@ -169,7 +169,7 @@ def test_each_array_of_a_wrong_type_shape_or_length_is_named(tmp_path, kind):
             changes.append((array.astype(array.dtype.newbyteorder('>')) if array.dtype.itemsize > 1 else array.astype(np.int8), 'type'))
             changes.append((array.astype(np.uint16 if array.dtype.itemsize != 2 else np.uint8), 'type'))
         if array.ndim > 1 and array.size > max(array.shape): changes.append((np.asfortranarray(array), ''))
-        if len(group) > 1: changes.append((array[:-1], '' if columns(kind)[key].fixed else 'rows'))
+        if len(group) > 1 and array.dtype.kind == 'u': changes.append((array[:-1], '' if columns(kind)[key].fixed else 'rows'))
         for changed, word in changes:
             np.savez(path, **{**arrays, key: changed})
             refused(path, key, word)
@@ -199,6 +199,13 @@ def test_a_file_cut_off_or_with_a_flipped_byte_is_refused_or_unharmed(tmp_path, 
 def test_a_lying_header_is_refused_before_memory_is_taken(tmp_path, header):
     path = raw(tmp_path, [(f'{key}.npy', npy(header, b'abc') if key == 'ad_enabled' else b'') for key in columns('ept_accesses')])
     assert peak(lambda: refused(path, 'ad_enabled')) < 4 << 20
+
+
+def test_a_test_without_a_name_is_an_error(tmp_path):
+    arrays = some_rows('ept_accesses', 5)
+    arrays['test_names'] = arrays['test_names'][:int(arrays['test'].max())]
+    np.savez(tmp_path / 'ept_accesses.npz', **arrays)
+    refused(tmp_path / 'ept_accesses.npz', 'has no name')
 
 
 def test_a_pickle_is_never_opened(tmp_path):

@@ -105,10 +105,10 @@ def flag_names(flags: int) -> str:
     "Flags by name."
     return ' '.join(name for name, bit in FLAG.items() if flags & bit)
 
-# %% ../../nbs/evidence/07_unit_tests.ipynb #a3aa9af3
+# %% ../../nbs/evidence/07_unit_tests.ipynb #24c14259
 _BIT = Column('uint8', high=1)
 EPT_ACCESSES = Form('ept_accesses', 'U', {'accesses': {
-    'test': Column('uint8'), 'test_names': Column('str', (19,), fixed=True), 'execonly': _BIT, 'maxphyaddr': Column('uint8', low=32, high=52), 'ad_enabled': _BIT, 'kind': Column('uint8', high=4),
+    'test': Column('uint8'), 'test_names': Column('str', (None,), fixed=True), 'execonly': _BIT, 'maxphyaddr': Column('uint8', low=32, high=52), 'ad_enabled': _BIT, 'kind': Column('uint8', high=4),
     'huge': _BIT, 'level': Column('uint8', low=1, high=4), 'clear': Column('uint64'), 'set': Column('uint64'), 'op': Column('uint8', high=2), 'exit_qual': Column('uint16'),
     'entries': Column('uint64', (4,))}})
 

@@ -27,12 +27,12 @@ from .agreement import EvidenceError
 from .images import npy_header
 from ..guest.addresses import KiB, MiB
 
-# %% ../../nbs/evidence/04_vector_files.ipynb #763468dc
+# %% ../../nbs/evidence/04_vector_files.ipynb #cbb81040
 @dataclass(frozen=True)
 class Column:
     "What one array of a file must look like."
     dtype: str             # NumPy's name, e.g. 'uint8'; 'str' for texts
-    shape: tuple = ()      # Of one row; of the whole array where it is `fixed`
+    shape: tuple = ()      # Of one row; of the whole array where it is `fixed`; None for any length
     low: 'int | tuple' = 0             # Smallest value, or one for each place of the last axis
     high: 'int | tuple | None' = None  # Largest; None for whatever the type holds
     fixed: bool = False    # The same in every row: the array is no column, but an index all rows share
@@ -112,7 +112,7 @@ def open_npz(
     archive.close()
     raise ValueError(f"members {', '.join(names)}: must be arrays (.npy), each once")
 
-# %% ../../nbs/evidence/04_vector_files.ipynb #d7c80b14
+# %% ../../nbs/evidence/04_vector_files.ipynb #82363d54
 def read_array(
     archive: zipfile.ZipFile,
     key: str,
@@ -125,8 +125,9 @@ def read_array(
         dtype = _plain_dtype(descr, column)
         if fortran is not False or not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape):
             raise ValueError(f"shape {shape}: must be whole numbers, rows first")
-        wanted, body = (shape, column.shape) if column.fixed else (shape[1:], column.shape)
-        if wanted != body or not shape: raise ValueError(f"shape {shape}, must be {column.shape if column.fixed else ('rows', *column.shape)}")
+        places = shape if column.fixed else shape[1:]
+        fits = len(places) == len(column.shape) and all(n in (found, None) for n, found in zip(column.shape, places))
+        if not fits or not shape: raise ValueError(f"shape {shape}, must be {column.shape if column.fixed else ('rows', *column.shape)}")
         size = prod(shape) * dtype.itemsize
         if size > MAX_ARRAY or header + size != info.file_size: raise ValueError(f"shape {shape} asks for {size:,} bytes, the archive has {info.file_size - header:,} and at most {MAX_ARRAY:,} are read")
         data = _read_all(file, size)

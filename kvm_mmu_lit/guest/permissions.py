@@ -53,14 +53,15 @@ def check_access(
         raise ValueError("an implicit access is a supervisor access: USER and IMPLICIT exclude each other")
     return Pferr(access)
 
-# %% ../../nbs/guest/06_permissions.ipynb #7d61e48a
+# %% ../../nbs/guest/06_permissions.ipynb #e2ba282e
 def access_text(
     access: int,
     fmt: 'GpteFormat | None' = None,   # In EPT, USER means read
 ) -> str:          # E.g. "user write", "supervisor fetch"
     "An access in words."
     if fmt and fmt.is_ept:
-        return '+'.join(name for bit, name in ((USER, 'read'), (WRITE, 'write'), (FETCH, 'fetch')) if access & bit) or 'no access'
+        asked = ((USER, 'read'), (WRITE, 'write'), (FETCH, 'fetch'))
+        return '+'.join(name for bit, name in asked if access & bit) or 'no access'
     what = 'fetch' if access & FETCH else 'write' if access & WRITE else 'read'
     return f"{'implicit ' if access & IMPLICIT else ''}{'user' if access & USER else 'supervisor'} {what}"
 
@@ -172,7 +173,7 @@ def show_permission_bitmask(
     return Grid([name(i) for i in range(16)], [_rights_name(uwx, ept) for uwx in range(8)],
                 [[bool(byte >> uwx & 1) for uwx in range(8)] for byte in mask], f"the sixteen bytes, {caption}")
 
-# %% ../../nbs/guest/06_permissions.ipynb #60d583ae
+# %% ../../nbs/guest/06_permissions.ipynb #b75ee1b6
 def draw_pkru(
     pkru='0x5555_5554',   # The register, as an int or as text
 ) -> BitStrip:
@@ -181,7 +182,7 @@ def draw_pkru(
     if not 0 <= pkru < 1 << 32: raise ValueError(f"PKRU {pkru:#x} does not fit its 32 bits")
     says = ('open', 'AD: no access', 'WD: no writing', 'AD and WD: no access')
     fields = [(2 * key + 1, 2 * key, f"key {key}", pkru >> 2 * key & 3) for key in range(16)]
-    return BitStrip(f"PKRU {Hex(pkru)}", 32, tuple((*field, 'refused' if field[3] else 'right', says[field[3]]) for field in fields))
+    return BitStrip(f"PKRU {Hex(pkru)}", 32, [(*field, 'refused' if field[3] else 'right', says[field[3]]) for field in fields])
 
 # %% ../../nbs/guest/06_permissions.ipynb #21039685
 def pkey_refuses(

@@ -1,0 +1,164 @@
+"""The `kvm-mmu` command as a user runs it: answers, JSON, pictures, exit codes, and one-line errors."""
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvm_mmu_lit.cli import main
+from kvm_mmu_lit.evidence.images import load
+from kvm_mmu_lit.guest.address_space import mappings
+from kvm_mmu_lit.guest.walk import Walker
+
+DATA = Path(__file__).parent / 'data'
+GUEST = DATA / 'guests' / 'linux-4level'
+KERNEL_TEXT = '0xffffffff92c00000'    # where this guest's KASLR put it
+
+
+def run(capsys, *argv):
+    code = main([str(arg) for arg in argv])
+    return code, *capsys.readouterr()
+
+
+@pytest.fixture(scope='module')
+def pages():
+    image = load(GUEST)
+    return list(mappings(Walker(image.memory, image.regs)))
+
+
+def test_walk_says_where_an_address_leads(capsys, pages):
+    page = next(p for p in pages if p.rights & 4)
+    code, out, err = run(capsys, 'walk', GUEST, hex(page.va + 5))
+    assert code == 0 and err == ''
+    assert f'{page.gpa + 5:#x}'[2:] in out.replace('_', '')
+
+
+def test_a_refused_walk_exits_1_and_names_the_entry(capsys):
+    code, out, _ = run(capsys, 'walk', GUEST, KERNEL_TEXT, '--user')
+    assert code == 1
+    assert '#PF' in out and 'U=0' in out
+
+
+def test_json_holds_every_step(capsys, pages):
+    page = next(p for p in pages if p.level == 1)
+    code, out, _ = run(capsys, 'walk', GUEST, hex(page.va), '--json', '--supervisor')
+    data = json.loads(out)
+    assert [step['level'] for step in data['steps']] == [4, 3, 2, 1]
+    assert data['steps'][-1]['entry'] == page.gpte
+
+
+def test_explain_gives_the_smallest_change(capsys):
+    code, out, _ = run(capsys, 'explain', GUEST, KERNEL_TEXT, '--supervisor', '--write')
+    assert code == 1
+    assert 'smallest change' in out
+
+
+def test_map_lists_every_page_and_frames_are_found(capsys, pages):
+    code, out, _ = run(capsys, 'map', GUEST, '--json')
+    assert code == 0
+    assert [(row['va'], row['gpa']) for row in json.loads(out)['rows']] == [(p.va, p.gpa) for p in pages]
+    frame = pages[7].gpa >> 12
+    _, out, _ = run(capsys, 'map', GUEST, '--frame', hex(frame), '--json')
+    found = [row['va'] for row in json.loads(out)['rows']]
+    assert pages[7].va in found
+    assert found == [p.va for p in pages if 0 <= frame - (p.gpa >> 12) < (1 << 9 * (p.level - 1))]
+
+
+def test_map_filters_by_rights(capsys, pages):
+    _, out, _ = run(capsys, 'map', GUEST, '--flags', 'wx', '--json')
+    assert [row['va'] for row in json.loads(out)['rows']] == [p.va for p in pages if p.rights & 3 == 3]
+    _, out, _ = run(capsys, 'map', GUEST, '--flags', 'u-w', '--json')
+    assert [row['va'] for row in json.loads(out)['rows']] == [p.va for p in pages if p.rights & 6 == 4]
+
+
+def test_ranges_cover_what_the_pages_cover(capsys, pages):
+    _, out, _ = run(capsys, 'map', GUEST, '--ranges', '--json')
+    rows = json.loads(out)['rows']
+    assert sum(row['end'] - row['start'] for row in rows) == sum(1 << 12 + 9 * (p.level - 1) for p in pages)
+    assert all(a['end'] <= b['start'] for a, b in zip(rows, rows[1:]))
+
+
+def test_a_map_over_the_limit_is_refused_before_it_is_listed(capsys, pages):
+    code, out, err = run(capsys, 'map', GUEST, '--limit', 10)
+    assert code == 2 and out == ''
+    assert f'{len(pages):,}' in err
+
+
+@pytest.mark.parametrize('argv, named', [
+    (('gpte', '0x8000000000203067'), 'NX'), (('gpte', '0x83', '--mode', '2level', '--level', '2'), 'PS'), (('gpte', '0x7', '--mode', 'ept4'), 'X'),
+    (('error-code', '0x1d'), 'RSVD'), (('cr0', '0x80010001'), 'WP'), (('cr4', '0x300020'), 'SMAP'), (('efer', '0xd01'), 'NX'), (('cr3', '0x1abc'), '0x1'),
+    (('eptp', '0x105e'), '3'), (('pkru', '0x55555554'), 'AD1')])
+def test_decode_names_the_bits(capsys, argv, named):
+    code, out, _ = run(capsys, 'decode', *argv)
+    assert code == 0 and named in out
+    code, out, _ = run(capsys, 'decode', *argv, '--json')
+    rows = json.loads(out)
+    assert sum(row['value'] << row['low'] for row in rows) == int(argv[1], 0)
+
+
+def test_pictures_are_written_whole(capsys, tmp_path):
+    for n, argv in enumerate((('walk', GUEST, KERNEL_TEXT, '--supervisor'), ('explain', GUEST, '0x10000', '--write'), ('map', GUEST, '--ranges'), ('decode', 'gpte', '0x67'), ('decode', 'error-code', '7'))):
+        run(capsys, *argv, '--svg', tmp_path / f'{n}.svg')
+        assert (tmp_path / f'{n}.svg').read_text().lstrip().startswith('<svg')
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f'{n}.svg' for n in range(5)]
+
+
+def test_a_raw_dump_needs_registers_and_then_walks_alike(capsys, tmp_path):
+    image = load(GUEST)
+    raw = tmp_path / 'ram.raw'
+    with raw.open('wb') as file:
+        for slot in image.memory.slots:
+            file.seek(slot.base_gfn << 12)
+            file.write(slot.buffer)
+    code, out, err = run(capsys, 'walk', raw, KERNEL_TEXT)
+    assert code == 2 and 'cr3' in err and out == ''
+    regs = [f'--{name}={getattr(image.regs, name):#x}' for name in ('cr0', 'cr3', 'cr4', 'efer', 'maxphyaddr')]
+    direct = run(capsys, 'walk', GUEST, KERNEL_TEXT, '--supervisor', '--json')
+    assert run(capsys, 'walk', raw, KERNEL_TEXT, '--supervisor', '--json', *regs) == direct
+
+
+def test_ept_is_walked_from_eptp(capsys, tmp_path):
+    raw = tmp_path / 'ept.raw'
+    tables = bytearray(6 * 4096)
+    for level, frame in ((4, 1), (3, 2), (2, 3)): tables[frame * 4096:frame * 4096 + 8] = ((frame + 1) << 12 | 7).to_bytes(8, 'little')
+    tables[4 * 4096:4 * 4096 + 8] = (5 << 12 | 0x33).to_bytes(8, 'little')
+    raw.write_bytes(tables)
+    code, out, _ = run(capsys, 'walk', raw, '0x123', '--ept', '--eptp=0x101e', '--json')
+    assert code == 0 and json.loads(out)['gpa'] == 0x5123
+    code, out, _ = run(capsys, 'walk', raw, '0x123', '--ept', '--eptp=0x101e', '--fetch', '--json')
+    assert code == 1 and json.loads(out)['exit_reason'] == 48
+
+
+@pytest.mark.parametrize('argv', [
+    ('walk', 'nowhere', '0x1000'), ('walk', GUEST, '0x1_0000_0000_0000_0000'), ('walk', GUEST, '0x1000', '--cr0=0x80000000'), ('check', 'nowhere'),
+    ('decode', 'gpte', '0x1', '--level', '9'), ('check', GUEST / 'README.md'), ('walk', GUEST, '0', '--user', '--implicit')])
+def test_errors_are_one_line_and_exit_2(capsys, argv):
+    code, out, err = run(capsys, *argv)
+    assert code == 2 and out == ''
+    assert err.startswith('kvm-mmu: ') and err.count('\n') == 1
+
+
+def test_check_agrees_and_notices_one_changed_byte(capsys, tmp_path):
+    guest = tmp_path / 'linux-pae'
+    shutil.copytree(DATA / 'guests' / 'linux-pae', guest)
+    code, out, _ = run(capsys, 'check', guest)
+    assert code == 0 and ' 0 differ' in out
+    meta = json.loads((guest / 'meta.json').read_text())
+    meta['maxphyaddr'] -= 8
+    (guest / 'meta.json').write_text(json.dumps(meta))
+    code, out, _ = run(capsys, 'check', guest, '--json')
+    assert code in (1, 2)
+
+
+def test_the_installed_command_runs():
+    script = Path(sys.executable).parent / 'kvm-mmu'
+    done = subprocess.run([script, 'decode', 'error-code', '3'], capture_output=True, text=True)
+    assert done.returncode == 0 and 'a write' in done.stdout
+
+
+def test_a_closed_pipe_is_no_error():
+    script = Path(sys.executable).parent / 'kvm-mmu'
+    done = subprocess.run(f'{script} map {GUEST} | head -n 1', shell=True, capture_output=True, text=True)
+    assert done.stderr == '' and done.stdout.count('\n') == 1
