@@ -47,6 +47,6 @@ def test_decoding_loses_no_bit(name, data):
     assert sum(held << low for _, low, _, held, _ in decode_register(name, value)) == value
 
 
-@pytest.mark.parametrize('field, value', [('cr0', 1 << 32), ('cr4', -1), ('pkru', 1 << 32), ('cpl', 4), ('maxphyaddr', 53), ('maxphyaddr', 31), ('vendor', 'via'), ('ept_huge_level', 0), ('pdptrs', (1, 2, 3))])
+@pytest.mark.parametrize('field, value', [('cr0', 1 << 32), ('cr4', -1), ('pkru', 1 << 32), ('cpl', 4), ('maxphyaddr', 53), ('maxphyaddr', 1 << 70), ('maxphyaddr', 31), ('vendor', 'via'), ('ept_huge_level', 0), ('pdptrs', (1, 2, 3))])
 def test_a_value_no_register_holds_is_named(field, value):
     with pytest.raises(ValueError, match=field): Registers(**{field: value})

@@ -95,7 +95,7 @@ class Registers:
         if self.eptp is not None: parts.append(f"eptp={self.eptp:#x}")
         return f"Registers({', '.join(parts)})"
 
-# %% ../../nbs/guest/03_registers.ipynb #7e0cb9ad
+# %% ../../nbs/guest/03_registers.ipynb #d0536680
 def check_registers(
     regs: 'Registers',   # Raises ValueError naming the registers and the rule
 ):
@@ -104,9 +104,9 @@ def check_registers(
     for name, width in _WIDTHS.items():
         value = getattr(regs, name)
         if value is not None and not 0 <= value < 1 << width: raise ValueError(f"{name}={value:#x} does not fit its {width} bits")
+    if not 32 <= regs.maxphyaddr <= 52: raise ValueError(f"maxphyaddr={regs.maxphyaddr}: x86 has 32..52 physical address bits")
     for bit, needs, why in _RULES:
         if bit(regs) and not needs(regs): no(why)
-    if not 32 <= regs.maxphyaddr <= 52: raise ValueError(f"maxphyaddr={regs.maxphyaddr}: x86 has 32..52 physical address bits")
     if regs.vendor not in ('intel', 'amd'): raise ValueError(f"vendor={regs.vendor!r}: 'intel' or 'amd'")
     if not 1 <= regs.ept_huge_level <= 3: raise ValueError(f"ept_huge_level={regs.ept_huge_level}: 1 (4K), 2 (2M) or 3 (1G)")
     if regs.pdptrs is not None and (len(regs.pdptrs) != 4 or any(not 0 <= p < 1 << 64 for p in regs.pdptrs)):
