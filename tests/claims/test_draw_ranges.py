@@ -15,9 +15,17 @@ def setup_cells():
         (0xfee00000, 0xfee01000, 'local APIC: no memory, an exit', 'neutral')), 'what a guest of 128 MiB finds at its physical addresses')
 
 
-@pytest.mark.claim('nbs/draw/07_ranges.ipynb', '967145ee', 'a size in words is exact')
+@pytest.mark.claim('nbs/draw/07_ranges.ipynb', 'e013d8fb', 'an emptiness is told in four digits at most, and exactly where that is as short')
+def test_an_emptiness_is_told_in_four_digits_at_most_and_exactly_where_that_is_as_short():
+    for size in (5, 4096, 0x1000_1000, (1 << 44) - 0x20_3000, (1 << 64) - 1):
+        digits = ''.join(letter for letter in about_text(size) if letter.isdigit())
+        assert 1 <= len(digits) <= 4
+        assert 'about' in about_text(size) or about_text(size) == size_text(size)
+
+
+@pytest.mark.claim('nbs/draw/07_ranges.ipynb', '4934b272', 'a size in words is exact')
 def test_a_size_in_words_is_exact():
-    units = {'bytes': 1, 'KiB': 1 << 10, 'MiB': 1 << 20, 'GiB': 1 << 30, 'TiB': 1 << 40}
+    units = {'bytes': 1, 'KiB': 1 << 10, 'MiB': 1 << 20, 'GiB': 1 << 30, 'TiB': 1 << 40, 'PiB': 1 << 50, 'EiB': 1 << 60}
     for size in (0, 1, 4096, 4097, 1 << 20, 3 << 29, 1 << 64):
         number, unit = size_text(size).split()
         assert int(number) * units[unit] == size
