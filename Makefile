@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 IMAGE := tests/data/guests/linux-4level
-ADDRESS := 0xffffffff81000000
+TEXT := 0xffffffff92c00000
 WORKERS ?= auto
 MADE_FROM := constraints.txt settings.ini setup.py pyproject.toml
 FRESH := $(shell for file in $(MADE_FROM); do [ $(READY) -nt $$file ] || exit; done; echo yes)
@@ -13,9 +13,13 @@ FRESH := $(shell for file in $(MADE_FROM); do [ $(READY) -nt $$file ] || exit; d
 .PHONY: book test lab site bench env export execute claims readme sync check serve system clean
 
 book: env export execute claims readme site ## build everything, then walk a real guest
-	@echo; echo "A real guest, $(IMAGE): how its kernel reads its own text at $(ADDRESS), and what is writable and executable at once."
-	@$(BIN)/kvm-mmu explain $(IMAGE) $(ADDRESS) --supervisor
-	@echo; $(BIN)/kvm-mmu map $(IMAGE) --ranges --flags wx
+	@echo; echo "A real guest, $(IMAGE): $$($(BIN)/kvm-mmu map $(IMAGE) | tail -n 1), $$($(BIN)/kvm-mmu map $(IMAGE) --ranges | tail -n 1)."
+	@echo; echo "Its kernel reads its own code at $(TEXT):"
+	@$(BIN)/kvm-mmu explain $(IMAGE) $(TEXT) --supervisor
+	@echo; echo "It may not write there:"
+	@$(BIN)/kvm-mmu explain $(IMAGE) $(TEXT) --supervisor --write; test $$? = 1
+	@echo; echo "The last ranges that may be written and executed, of $$($(BIN)/kvm-mmu map $(IMAGE) --ranges --flags wx | tail -n 1):"
+	@$(BIN)/kvm-mmu map $(IMAGE) --ranges --flags wx | tail -n 4 | head -n 3
 	@echo; echo "The site is in _docs/: open _docs/index.html, or run 'make serve' to have the live figures too."
 
 test: env system ## every test

@@ -365,4 +365,4 @@ def test_the_installed_command_walks_a_guest(clean_python, tmp_path):
     assert 'walk' in run(command, '--help', cwd=tmp_path)
     where = run(clean_python, '-c', 'import kvm_mmu_lit; print(kvm_mmu_lit.__file__)', cwd=tmp_path)
     assert str(site) in where
-    assert '0xffff_ffff_8100_0000' in run(command, 'walk', image, '0xffffffff81000000', cwd=tmp_path)
+    assert '0xffff_ffff_92c0_0000 -> 0x8e0_0000' in run(command, 'walk', image, '0xffffffff92c00000', '--supervisor', cwd=tmp_path)
