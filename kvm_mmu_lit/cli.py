@@ -45,7 +45,7 @@ def parse_range(text: str) -> tuple:
     if len(parts) != 3: raise argparse.ArgumentTypeError(f"{text!r}: a range is GPA:SIZE:OFFSET, e.g. 0x100000000:0x40000000:0xc0000000")
     return tuple(map(parse_number, parts))
 
-# %% ../nbs/cli.ipynb #7387434d
+# %% ../nbs/cli.ipynb #4d7feb84
 REGISTERS = ('cr0', 'cr3', 'cr4', 'efer', 'pkru', 'rflags', 'cpl', 'maxphyaddr', 'eptp')
 
 def add_image(parser: argparse.ArgumentParser):
@@ -59,7 +59,7 @@ def add_image(parser: argparse.ArgumentParser):
 
 def open_walker(args) -> Walker:
     "The image's memory and registers as a walker."
-    from kvm_mmu_lit.evidence.images import load
+    from kvm_mmu_lit.evidence.dumps import load
     given = {name: getattr(args, name) for name in (*REGISTERS, 'vendor') if getattr(args, name) is not None}
     image = load(args.image, ranges=args.pieces, accelerator=args.accelerator, **given)
     regs = image.regs

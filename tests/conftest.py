@@ -1,5 +1,9 @@
 """What every test shares: a failed claim names its notebook, its cell and its sentence; a measured number is printed at the end."""
 import pytest
+from hypothesis import settings
+
+settings.register_profile('book', deadline=None)   # how long an example takes says more about the machine than about the book
+settings.load_profile('book')
 
 
 def pytest_configure(config):

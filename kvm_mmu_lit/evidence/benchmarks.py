@@ -11,7 +11,7 @@ reported is the median of the rounds and the ratio of the medians.
 __all__ = ['RECORD', 'volatility_layer', 'Figure', 'side_by_side', 'random_addresses', 'measure_walks', 'measure_map',
            'figures_table', 'measure_all', 'largest_map', 'main', 'draw_figures']
 
-# %% ../../nbs/evidence/13_benchmarks.ipynb #222dc0cb
+# %% ../../nbs/evidence/13_benchmarks.ipynb #ff499fd8
 import argparse
 import json
 import platform
@@ -24,7 +24,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..draw.table import Grid, Table
-from .images import Image, load
+from .dumps import load
+from .images import Image
 from ..guest.address_space import mappings
 from ..guest.addresses import LONG4, PAE, PTE32
 from ..guest.registers import root_gpa

@@ -10,11 +10,11 @@ make nothing of is an error, never silence.
 # %% auto #0
 __all__ = ['kind_of', 'check_path']
 
-# %% ../../nbs/evidence/12_check.ipynb #885a1b2e
+# %% ../../nbs/evidence/12_check.ipynb #4caa1430
 from collections.abc import Callable
 from pathlib import Path
 
-from .agreement import EvidenceError, agreement_table
+from .agreement import EvidenceError, agreement_table, draw_agreements
 from .guests import check_guest
 from .vectors import check_vectors
 

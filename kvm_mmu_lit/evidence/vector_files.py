@@ -10,9 +10,9 @@ array and the rule.
 
 # %% auto #0
 __all__ = ['MAX_FILE', 'MAX_ARRAY', 'MAX_ARRAYS', 'MAX_DIRECTORY', 'UNREADABLE', 'Column', 'check_values', 'Form', 'recognise',
-           'open_npz', 'read_array', 'Vectors', 'load_vectors']
+           'draw_form', 'open_npz', 'read_array', 'Vectors', 'load_vectors']
 
-# %% ../../nbs/evidence/07_vector_files.ipynb #ea8c6204
+# %% ../../nbs/evidence/07_vector_files.ipynb #bddf2f02
 import struct
 import zipfile
 import zlib
@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..draw.graph import Graph
 from .agreement import EvidenceError
 from .images import npy_header
 from ..guest.addresses import KiB, MiB
@@ -89,6 +90,21 @@ def recognise(
     if fits: raise EvidenceError(path, ', '.join(sorted(keys)), f"may be of {' or '.join(form.kind for form in fits)}: name the file after its kind")
     if named: raise EvidenceError(path, ', '.join(sorted(keys - named[0].keys)) or 'archive', f"{'unknown arrays' if keys else 'no arrays'}: {named[0].kind} has {', '.join(sorted(named[0].keys))}")
     raise EvidenceError(path, ', '.join(sorted(keys)[:5]), f"no known kind of vectors has these arrays: {', '.join(form.kind for form in forms)}")
+
+# %% ../../nbs/evidence/07_vector_files.ipynb #5b5d4fbc
+def draw_form(
+    form: Form,
+) -> Graph:
+    "A kind of file, its groups and their arrays."
+    nodes, edges = [(form.kind, '', 'guest')], []
+    for group, columns in form.groups.items():
+        nodes.append((f'group {group}', group, 'neutral'))
+        edges.append((form.kind, f'group {group}'))
+        for key, column in columns.items():
+            nodes.append((key, f"{key}\n{column.dtype}{list(column.shape) if column.shape else ''}", 'frame'))
+            edges.append((f'group {group}', key))
+    later = [(key, key, 'ignored') for key in form.later]
+    return Graph(nodes + later, edges + [(form.kind, key, 'later') for key, *_ in later], caption=f'a file of kind {form.kind}')
 
 # %% ../../nbs/evidence/07_vector_files.ipynb #5828260d
 MAX_FILE, MAX_ARRAY, MAX_ARRAYS, MAX_DIRECTORY = 64 * MiB, 128 * MiB, 64, 64 * KiB

@@ -10,11 +10,11 @@ part of the book answers is listed as not compared; what cannot be used is an er
 # %% auto #0
 __all__ = ['CHECKS', 'FORMS', 'NOT_YET', 'check_file', 'check_vectors']
 
-# %% ../../nbs/evidence/11_vectors.ipynb #8215ab91
+# %% ../../nbs/evidence/11_vectors.ipynb #bf10ab76
 from collections.abc import Callable
 from pathlib import Path
 
-from .agreement import Agreement, EvidenceError, agreement_table, compare
+from .agreement import Agreement, EvidenceError, agreement_table, compare, draw_agreements
 from .kernel_tables import (PERMISSIONS, RESERVED, SPTES, ept_entry_rows, ept_mask_rows, errcode_rows, gpte_rows, guest_mask_rows, permission_rows, pkru_rows,
                                                 wp_refresh_rows, x86_entry_rows, x86_mask_rows, zero_rows)
 from .kernel_walks import WALKS, walk_rows

@@ -9,7 +9,9 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global contextlib, io, printed
+    global contextlib, io, printed, show_byte
+    from kvm_mmu_lit.draw.explore import show_byte
+
     import contextlib, io
     def printed(*given, **named):
         "What `predict` prints."
