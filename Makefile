@@ -7,6 +7,7 @@ IMAGE := tests/data/guests/linux-4level
 TEXT := 0xffffffff92c00000
 WORKERS ?= auto
 MADE_FROM := constraints.txt settings.ini setup.py pyproject.toml
+AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 FRESH := $(shell for file in $(MADE_FROM); do [ $(READY) -nt $$file ] || exit; done; echo yes)
 
 .NOTPARALLEL:   # each step reads what the one before wrote
@@ -16,6 +17,8 @@ book: env export execute claims readme site ## build everything, then walk a rea
 	@echo; echo "A real guest, $(IMAGE): what its kernel may execute, and how it fetches the first byte of its text."
 	@echo; $(BIN)/kvm-mmu map $(IMAGE) --ranges --flags x-u
 	@echo; $(BIN)/kvm-mmu explain $(IMAGE) $(ADDRESS) --supervisor --fetch
+	@echo; echo "And why it may not write there:"
+	@$(BIN)/kvm-mmu explain $(IMAGE) $(ADDRESS) --supervisor --write; test $$? = 1
 	@echo; echo "The site is in _docs/: open _docs/index.html, or run 'make serve' to have the live figures too."
 
 test: env system ## every test
@@ -48,7 +51,7 @@ site: $(READY) system ## notebooks -> _docs/
 serve: site ## the site on loopback, live figures included
 	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory _docs 8000
 lab: $(READY) ## JupyterLab on the book; notebooks are saved clean
-	$(BIN)/jupyter lab --ContentsManager.pre_save_hook=nbdev.clean.clean_jupyter nbs
+	$(BIN)/jupyter lab $(AS_ROOT) --ContentsManager.pre_save_hook=nbdev.clean.clean_jupyter nbs
 bench: $(READY) ## speed and memory beside volatility3
 	$(BIN)/python -c 'import sys; from kvm_mmu_lit.evidence.benchmarks import main; main(sys.argv[1:])' $(BENCH)
 sync check: $(READY) ## fail if exporting, extracting or cleaning would change the tree

@@ -43,10 +43,12 @@ def lab(tmp_path_factory):
                'JUPYTERLAB_WORKSPACES_DIR': 'workspaces', 'IPYTHONDIR': 'ipython'}
     env = {**{key: value for key, value in os.environ.items() if key != 'IN_TEST'}, **{key: str(home / folder) for key, folder in folders.items()}, 'PYTHONPATH': str(ROOT)}
     log = home / 'lab.log'
+    recipe = subprocess.run(['make', '-n', 'lab'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+    arguments = recipe.split()[1:-1]   # without the program and the folder
+    assert arguments[0] == 'lab'
     server = subprocess.Popen(
-        [sys.executable, '-m', 'jupyter', 'lab', '--no-browser', '--ip=127.0.0.1', f'--port={port}', '--ServerApp.port_retries=0', '--IdentityProvider.token=',
-         '--allow-root', f'--ServerApp.root_dir={home / "nbs"}', '--LabApp.news_url=None', '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate',
-         '--ContentsManager.pre_save_hook=nbdev.clean.clean_jupyter'],
+        [sys.executable, '-m', 'jupyter', *arguments, '--no-browser', '--ip=127.0.0.1', f'--port={port}', '--ServerApp.port_retries=0', '--IdentityProvider.token=',
+         '--LabApp.news_url=None', '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate', str(home / 'nbs')],
         cwd=ROOT, env=env, stdout=log.open('w'), stderr=subprocess.STDOUT, start_new_session=True)
     try:
         for _ in range(600):
