@@ -16,9 +16,9 @@ FRESH := $(shell for file in $(MADE_FROM); do [ $(READY) -nt $$file ] || exit; d
 book: env export execute claims readme site ## build everything, then walk a real guest
 	@echo; echo "A real guest, $(IMAGE): what its kernel may execute, and how it fetches the first byte of its text."
 	@echo; $(BIN)/kvm-mmu map $(IMAGE) --ranges --flags x-u
-	@echo; $(BIN)/kvm-mmu explain $(IMAGE) $(ADDRESS) --supervisor --fetch
+	@echo; $(BIN)/kvm-mmu explain $(IMAGE) $(TEXT) --supervisor --fetch
 	@echo; echo "And why it may not write there:"
-	@$(BIN)/kvm-mmu explain $(IMAGE) $(ADDRESS) --supervisor --write; test $$? = 1
+	@$(BIN)/kvm-mmu explain $(IMAGE) $(TEXT) --supervisor --write; test $$? = 1
 	@echo; echo "The site is in _docs/: open _docs/index.html, or run 'make serve' to have the live figures too."
 
 test: env system ## every test

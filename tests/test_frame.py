@@ -149,6 +149,30 @@ def test_make_knows(target):
     assert done.returncode == 0 and done.stdout, done.stderr
 
 
+def shell(line: str) -> subprocess.CompletedProcess:
+    "Run a line as a reader would, with this environment's programs."
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(['sh', '-c', line], cwd=ROOT, capture_output=True, text=True, env={**os.environ, 'PATH': path})
+
+
+def test_make_book_ends_with_a_real_guest():
+    recipe = subprocess.run(['make', '-n', 'book'], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    said = ''
+    for line in recipe.splitlines():
+        if 'kvm-mmu ' not in line: continue
+        done = shell(line.replace('.venv/bin/', ''))
+        assert done.returncode == 0, f'{line}\n{done.stdout}{done.stderr}'
+        said += done.stdout
+    assert ' allowed' in said and 'smallest change: ' in said and ' ranges' in said
+
+
+@pytest.mark.parametrize('line', re.findall(r'^kvm-mmu [^#\n]+', (ROOT / 'README.md').read_text(), re.M))
+def test_a_command_of_the_readme_runs(line):
+    done = shell(line)
+    assert done.returncode in ((0,) if ' check ' in line else (0, 1)) and done.stdout and not done.stderr.startswith('Traceback'), done.stdout + done.stderr
+    assert 'not present' not in done.stdout, 'the example asks for an address this guest does not map'
+
+
 # In step with the notebooks
 
 @pytest.fixture(scope='module')
