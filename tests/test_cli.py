@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvm_mmu_lit.cli import main
-from kvm_mmu_lit.evidence.images import load
+from kvm_mmu_lit.evidence.dumps import load
 from kvm_mmu_lit.guest.address_space import mappings
 from kvm_mmu_lit.guest.walk import Walker
 
@@ -150,6 +150,13 @@ def test_check_agrees_and_notices_one_changed_byte(capsys, tmp_path):
     (guest / 'meta.json').write_text(json.dumps(meta))
     code, out, _ = run(capsys, 'check', guest, '--json')
     assert code in (1, 2)
+
+
+def test_check_names_the_recorded_files_that_are_not_there(capsys, tmp_path):
+    guest = Path(shutil.copytree(DATA / 'guests' / 'linux-pae', tmp_path / 'linux-pae'))
+    (guest / 'info-registers.txt').unlink()
+    code, out, _ = run(capsys, 'check', guest)
+    assert code == 0 and 'linux-pae/info-registers.txt: not there, so not compared' in out.splitlines()
 
 
 def test_the_installed_command_runs():

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from kvm_mmu_lit.evidence.agreement import EvidenceError
-from kvm_mmu_lit.evidence.guests import (MAX_LINE, OPTIONAL, REQUIRED, check_guest, is_guest_folder, load_guest, mem_lines, missing_truths, paired,
-                                         info_tlb_rows, truth_lines, unpacked)
-from kvm_mmu_lit.evidence.images import load
+from kvm_mmu_lit.evidence.dumps import load
+from kvm_mmu_lit.evidence.guests import OPTIONAL, REQUIRED, check_guest, is_guest_folder, load_guest, missing_truths
+from kvm_mmu_lit.evidence.monitor import MAX_LINE, info_tlb_rows, mem_lines, paired, truth_lines, unpacked
 from kvm_mmu_lit.guest.address_space import Tables
 from kvm_mmu_lit.guest.verdict import GuestWalk
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from kvm_mmu_lit.evidence.images import (MAX_IMAGE_BYTES, Image, ImageError, elf_notes, frame_runs, load, load_elf, load_image, load_raw, merge_segments,
-                                         pdptes_from_memory, with_registers)
+from kvm_mmu_lit.evidence.dumps import elf_notes, load, load_elf, load_raw, merge_segments
+from kvm_mmu_lit.evidence.images import MAX_IMAGE_BYTES, Image, ImageError, frame_runs, load_image, pdptes_from_memory, with_registers
 from kvm_mmu_lit.guest.address_space import mappings
 from kvm_mmu_lit.guest.memory import read_gpa
 from kvm_mmu_lit.guest.verdict import PageFault, Rule

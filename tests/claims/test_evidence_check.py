@@ -9,7 +9,8 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global DATA, tempfile
+    global DATA, shutil, tempfile
+    import shutil
     import tempfile
 
     DATA = next(p for p in (Path('../../tests/data'), Path('tests/data')) if p.exists())
@@ -29,6 +30,15 @@ def test_a_folder_is_known_by_what_lies_in_it():
         assert kind_of(home / 'empty') == 'nothing'
         (home / 'walks.npz').unlink()
         assert kind_of(home) == 'folder'
+
+
+@pytest.mark.claim('nbs/evidence/12_check.ipynb', '58b8a204', "a guest whose monitor's registers were not kept agrees on all the rest, and the check says what it lacked")
+def test_a_guest_whose_monitor_s_registers_were_not_kept_agrees_on_all_the_rest_and_the_check_says_what_it_lacked():
+    with tempfile.TemporaryDirectory() as home:
+        folder = Path(shutil.copytree(DATA / 'guests' / 'linux-pae', Path(home) / 'linux-pae'))
+        (folder / 'info-registers.txt').unlink()
+        *compared, last = check_path(folder)
+        assert all(agreement.agrees for agreement in compared) and str(last) == 'linux-pae/info-registers.txt: not there, so not compared'
 
 
 @pytest.mark.claim('nbs/evidence/12_check.ipynb', '5a5db3d5', 'what cannot be used is an error that names it')

@@ -9,9 +9,8 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global Cr4, DATA, Efer, FETCH, GeneralProtection, GuestWalk, Path, READ, Rule, SCRATCH, Tables, USER, WRITE, Walker, explain, io, load_pdptrs, lzma, mappings, pdptr_rsvd_bits, read_gpa, struct, tempfile, unpacked_core, zipfile
+    global DATA, GeneralProtection, GuestWalk, Path, Rule, SCRATCH, Tables, USER, WRITE, explain, io, load_pdptrs, mappings, pdptr_rsvd_bits, struct, tempfile, zipfile
     import io
-    import lzma
     import struct
     import tempfile
     import zipfile
@@ -19,20 +18,12 @@ def setup_cells():
 
     from kvm_mmu_lit.guest.address_space import Tables, mappings
     from kvm_mmu_lit.guest.explain import explain
-    from kvm_mmu_lit.guest.memory import read_gpa
-    from kvm_mmu_lit.guest.permissions import FETCH, READ, USER, WRITE
-    from kvm_mmu_lit.guest.registers import Cr4, Efer, GeneralProtection, load_pdptrs, pdptr_rsvd_bits
+    from kvm_mmu_lit.guest.permissions import USER, WRITE
+    from kvm_mmu_lit.guest.registers import GeneralProtection, load_pdptrs, pdptr_rsvd_bits
     from kvm_mmu_lit.guest.verdict import GuestWalk, Rule
-    from kvm_mmu_lit.guest.walk import Walker
 
     DATA = next(folder / 'tests/data' for folder in (Path.cwd(), *Path.cwd().parents) if (folder / 'tests/data/guests').is_dir())
     SCRATCH = tempfile.TemporaryDirectory()
-
-    def unpacked_core(name):
-        "One of the recorded cores, as QEMU wrote it."
-        path = Path(SCRATCH.name) / name
-        path.write_bytes(lzma.open(DATA / f'cores/{name}.xz').read())
-        return path
 
 
 @pytest.mark.claim('nbs/evidence/02_images.ipynb', '88c4e92d', 'a header is read as data, so text that would be code in Python is refused and never run')
@@ -73,38 +64,3 @@ def test_what_a_compact_image_leaves_out_no_walk_of_it_ever_asks_for():
     for name in ('linux-2level', 'linux-pae', 'linux-4level', 'linux-5level'):
         tables = Tables(load_image(DATA / 'guests' / name).walker())
         assert sum(1 for page in mappings(tables.walker, tables)) > 3000 and not tables.missing
-
-
-@pytest.mark.claim('nbs/evidence/02_images.ipynb', '008050fb', 'a range table puts a dump without holes back to where the guest had it')
-def test_a_range_table_puts_a_dump_without_holes_back_to_where_the_guest_had_it():
-    guest, dump = load_image(DATA / 'guests/linux-pae'), Path(SCRATCH.name) / 'ram'
-    dump.write_bytes(b''.join(bytes(slot.buffer) for slot in guest.memory.slots))
-    table, offset = [], 0
-    for slot in guest.memory.slots:
-        table.append((slot.base_gfn << 12, slot.npages << 12, offset))
-        offset += slot.npages << 12
-    again = load_raw(dump, table, 'tcg', cr0=guest.regs.cr0, cr3=guest.regs.cr3, cr4=guest.regs.cr4, efer=guest.regs.efer, maxphyaddr=guest.regs.maxphyaddr)
-    assert list(mappings(again.walker())) == list(mappings(guest.walker()))
-
-
-@pytest.mark.claim('nbs/evidence/02_images.ipynb', 'b295963a', 'a dump made with paging on holds less memory and the same map')
-def test_a_dump_made_with_paging_on_holds_less_memory_and_the_same_map():
-    plain, paging = load(unpacked_core('long.elf')), load(unpacked_core('long-paging.elf'))
-    assert list(mappings(plain.walker())) == list(mappings(paging.walker()))
-    assert sum(slot.npages for slot in paging.memory.slots) < sum(slot.npages for slot in plain.memory.slots)
-
-
-@pytest.mark.claim('nbs/evidence/02_images.ipynb', 'da206865', 'a core tells long mode by its machine, not by its class')
-def test_a_core_tells_long_mode_by_its_machine_not_by_its_class():
-    long, pae = load(unpacked_core('long.elf')), load(unpacked_core('pae.elf'), accelerator='tcg')
-    assert long.path.read_bytes()[4] == pae.path.read_bytes()[4] == 2        # both say ELFCLASS64
-    assert (long.regs.fmt.name, pae.regs.fmt.name) == ('4level', 'pae')
-
-
-@pytest.mark.claim('nbs/evidence/02_images.ipynb', 'bab7ba10', 'whether NX is on changes no walk that meets no bit 63, and turns every other into a reserved-bit fault')
-def test_whether_nx_is_on_changes_no_walk_that_meets_no_bit_63_and_turns_every_other_into_a_reserved_bit_fault():
-    on, off = load(unpacked_core('long.elf')), load(unpacked_core('long.elf'), efer=int(Efer.LME | Efer.LMA))
-    for page in mappings(on.walker()):
-        with_nx, without = on.walker().walk(page.va), off.walker().walk(page.va)
-        if any(gpte >> 63 for gpte in with_nx.ptes): assert without.rule is Rule.RESERVED
-        else: assert with_nx.gpa == without.gpa
