@@ -311,7 +311,7 @@ def written(cells: list, path: Path) -> Path:
 
 @pytest.mark.parametrize('cells, said', [
     (['x = 1', 'x / 0'], r'cell cell1: ZeroDivisionError: division by zero'),
-    (['x = (1'], r'cell cell0: SyntaxError'),
+    (['x = )'], r'cell cell0: SyntaxError'),
     (['class Bad:\n    def _repr_mimebundle_(self, include=None, exclude=None): raise ValueError("no picture")', 'Bad()'],
      r'cell cell1: an object cannot be shown[\s\S]*no picture'),
     (['object()'], r"cell cell0: an output holds an object's address"),
