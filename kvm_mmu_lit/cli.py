@@ -13,8 +13,8 @@ that cannot be asked.
 # %% auto #0
 __all__ = ['REGISTERS', 'RIGHTS', 'KINDS', 'parse_number', 'parse_range', 'add_image', 'open_walker', 'add_access', 'access_of',
            'verdict_json', 'step_json', 'emit', 'write_whole', 'run_walk', 'run_explain', 'parse_flags', 'run_map',
-           'shown', 'page_line', 'row_json', 'refused', 'summary', 'run_decode', 'run_check', 'progress', 'make_parser',
-           'main']
+           'shown', 'page_line', 'row_json', 'refused', 'summary', 'run_decode', 'run_check', 'checked', 'progress',
+           'make_parser', 'main']
 
 # %% ../nbs/cli.ipynb #e6599699
 import argparse
@@ -199,17 +199,29 @@ def run_decode(args) -> int:
     emit(args, '\n'.join(lines), [dict(zip(('high', 'low', 'name', 'value', 'meaning'), row)) for row in rows], picture)
     return 0
 
-# %% ../nbs/cli.ipynb #a25eae46
+# %% ../nbs/cli.ipynb #45248e4d
 def run_check(args) -> int:
-    "`kvm-mmu check`: compare the model with recorded evidence, row by row."
-    from kvm_mmu_lit.evidence.check import check_path
-    found = [agreement for path in args.paths for agreement in check_path(path, progress)]
-    progress('')
+    "`kvm-mmu check`: compare the model with recorded evidence, row by row. What cannot be used is named, and the rest is compared all the same."
+    found, unusable = checked(args.paths)
     rows, differ = sum(a.rows for a in found), sum(a.differ for a in found)
-    text = '\n'.join([*map(str, found), f"{rows:,} rows compared, {differ:,} differ"])
-    data = {'rows': rows, 'differ': differ, 'sources': [{'source': a.source, 'rows': a.rows, 'differ': a.differ, 'shown': [vars(d) for d in a.shown]} for a in found]}
-    emit(args, text, data)
-    return 1 if differ else 0
+    text = '\n'.join([*map(str, found), f"{rows:,} rows compared, {differ:,} differ" + (f"; {len(unusable)} could not be used" if unusable else "")])
+    sources = [{'source': a.source, 'rows': a.rows, 'differ': a.differ, 'shown': [vars(d) for d in a.shown], 'skipped': a.skipped} for a in found]
+    if found or args.json: emit(args, text, {'rows': rows, 'differ': differ, 'sources': sources, 'unusable': unusable})
+    for error in unusable: print(f"kvm-mmu: {error}", file=sys.stderr)
+    return 1 if differ else 2 if unusable else 0
+
+def checked(paths) -> tuple:
+    "(agreements, errors of what could not be used) over all evidence at some paths."
+    from kvm_mmu_lit.evidence.check import check_one, evidence_in
+    found, unusable = [], []
+    for path in paths:
+        try: here = evidence_in(path)
+        except (ValueError, OSError) as error: here, unusable = [], unusable + [str(error)]
+        for one in here:
+            try: found += check_one(one, progress)
+            except (ValueError, OSError) as error: unusable.append(str(error))
+    progress('')
+    return found, unusable
 
 def progress(text: str):
     "Say how far a long piece of work is, if somebody watches."

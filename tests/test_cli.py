@@ -169,3 +169,16 @@ def test_a_closed_pipe_is_no_error():
     script = Path(sys.executable).parent / 'kvm-mmu'
     done = subprocess.run(f'{script} map {GUEST} | head -n 1', shell=True, capture_output=True, text=True)
     assert done.stderr == '' and done.stdout.count('\n') == 1
+
+
+def test_what_cannot_be_used_does_not_hide_what_differs(capsys, tmp_path):
+    for name in ('linux-2level', 'linux-pae', 'linux-pae-pti-user'): shutil.copytree(DATA / 'guests' / name, tmp_path / name)
+    (tmp_path / 'linux-pae' / 'tlb.txt.xz').write_bytes(b'not xz')
+    code, out, err = run(capsys, 'check', tmp_path)
+    assert code == 2 and 'linux-pae/tlb.txt.xz' in err and err.count('\n') == 1
+    assert 'linux-2level/' in out and 'linux-pae-pti-user/' in out and ', 0 differ' in out
+    meta = json.loads((tmp_path / 'linux-2level' / 'meta.json').read_text())
+    (tmp_path / 'linux-2level' / 'meta.json').write_text(json.dumps({**meta, 'mappings': meta['mappings'] + 1}))
+    code, out, err = run(capsys, 'check', tmp_path, '--json')
+    data = json.loads(out)
+    assert code == 1 and data['differ'] >= 1 and len(data['unusable']) == 1
