@@ -22,7 +22,7 @@ book: env export execute claims readme site ## build everything, then walk a rea
 	@echo; echo "The site is in _docs/: open _docs/index.html, or run 'make serve' to have the live figures too."
 
 test: env system ## every test
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup tests
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests
 
 env: $(READY) ## the virtual environment
 	@$(if $(FRESH),echo "skip  environment: nothing it is made from changed",:)

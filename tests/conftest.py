@@ -10,12 +10,6 @@ def pytest_configure(config):
     config.addinivalue_line('markers', 'claim(notebook, cell, sentence): a test extracted from a notebook')
 
 
-def pytest_collection_modifyitems(items):
-    "The claims of a chapter stay on one worker, so that its setup runs once."
-    for item in items:
-        if item.get_closest_marker('claim'): item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
     report = (yield).get_result()

@@ -16,7 +16,7 @@ from playwright.sync_api import expect, sync_playwright
 from browser import free_port, launch, needs_chromium, watch
 from tools.notebooks import NBS, ROOT, all_notebooks, source
 
-pytestmark = [needs_chromium, pytest.mark.xdist_group('browser')]
+pytestmark = needs_chromium
 SETTINGS = {
     '@jupyterlab/apputils-extension/notification': {'fetchNews': 'false', 'checkForUpdates': False, 'doNotDisturbMode': True},
     '@jupyterlab/notebook-extension/tracker': {'autoStartDefaultKernel': True, 'windowingMode': 'none'},

@@ -19,7 +19,7 @@ from browser import launch, needs_chromium, watch
 from tools.notebooks import ROOT
 from tools.site import pages
 
-pytestmark = [needs_chromium, pytest.mark.xdist_group('browser')]
+pytestmark = needs_chromium
 CONFIG = yaml.safe_load((ROOT / '_quarto.yml').read_text())
 CHAPTERS = [page.replace('.ipynb', '.html') for _, page, _ in pages.contents(CONFIG)]
 STARTING_PYTHON = 120_000   # ms, on a machine with other things to do
