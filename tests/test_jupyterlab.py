@@ -43,7 +43,7 @@ def lab(tmp_path_factory):
                'JUPYTERLAB_WORKSPACES_DIR': 'workspaces', 'IPYTHONDIR': 'ipython'}
     env = {**{key: value for key, value in os.environ.items() if key != 'IN_TEST'}, **{key: str(home / folder) for key, folder in folders.items()}, 'PYTHONPATH': str(ROOT)}
     log = home / 'lab.log'
-    recipe = subprocess.run(['make', '-n', 'lab'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+    recipe = subprocess.run(['make', '-n', '--no-print-directory', 'lab'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
     arguments = recipe.split()[1:-1]   # without the program and the folder
     assert arguments[0] == 'lab'
     server = subprocess.Popen(
