@@ -82,6 +82,7 @@ def fingerprint(path: Path) -> str:
     digest = hashlib.sha256(path.read_bytes())
     code = '\n'.join(source(c) for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'code')
     for file in dependencies(imported_modules(code)): digest.update(file.read_bytes())
+    for file in sorted(path.parent.glob('*.json')): digest.update(file.read_bytes())      # what a chapter shows beside it
     return digest.hexdigest()
 
 
