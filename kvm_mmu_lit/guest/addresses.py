@@ -75,12 +75,12 @@ def check_level(
         raise ValueError(f"no level {level} in {fmt.name} paging, which has {has}")
     return level
 
-# %% ../../nbs/guest/01_addresses.ipynb #c48b452c
+# %% ../../nbs/guest/01_addresses.ipynb #3c4e8b4c
 def pt_shift(
     level: int,        # 1 is the last table
     fmt: GpteFormat,
 ) -> int:              # 12, 21, 30, 39, 48; or 12, 22 with 4-byte entries
-    "Lowest address bit that level `level` translates. KVM: `__PT_LEVEL_SHIFT` (mmu.h)."
+    "Lowest address bit that level `level` translates. KVM: `__PT_LEVEL_SHIFT` (mmu/mmu_internal.h)."
     return PAGE_SHIFT + (check_level(level, fmt) - 1) * fmt.index_bits
 
 # %% ../../nbs/guest/01_addresses.ipynb #cbd3f4da
@@ -127,12 +127,12 @@ def split_address(
     slots = {level: pt_index(addr, level, fmt) for level in range(fmt.root_level, 0, -1)}
     return {**slots, 0: addr & (PAGE_SIZE - 1)}
 
-# %% ../../nbs/guest/01_addresses.ipynb #483163be
+# %% ../../nbs/guest/01_addresses.ipynb #e47c0c00
 def canonical(
     addr: int,         # Any integer; bits above the format's width are dropped
     fmt: GpteFormat,
 ) -> int:              # 64-bit unsigned address whose upper bits repeat its top bit, where the format is signed
-    "The canonical form of an address. KVM: `__canonical_address` (x86.h)."
+    "The canonical form of an address. KVM: `__canonical_address` (asm/page.h)."
     addr &= (1 << fmt.address_bits) - 1
     if fmt.signed and addr >> (fmt.address_bits - 1):
         addr |= (1 << 64) - (1 << fmt.address_bits)
@@ -150,18 +150,20 @@ def join_address(
             raise ValueError(f"slot {slot:#x} at level {level}: {fmt.name} has 0..{limit - 1:#x} there")
     return canonical(sum(slot << (pt_shift(level, fmt) if level else 0) for level, slot in slots.items()), fmt)
 
-# %% ../../nbs/guest/01_addresses.ipynb #0fd03616
+# %% ../../nbs/guest/01_addresses.ipynb #5df8e40c
 def check_address(
     addr: int,         # What the caller passed
     fmt: GpteFormat,
 ) -> int:              # `addr` again
-    "Refuse a number that no register of this mode can hold. A 64-bit but non-canonical address passes: refusing it is the CPU's business."
+    """Refuse a number that no register of this mode can hold.
+
+    A 64-bit but non-canonical address passes: refusing it is the CPU's business."""
     width = 64 if fmt.signed else fmt.address_bits
     if not 0 <= addr < 1 << width:
         raise ValueError(f"address {addr:#x} does not fit {width} bits, the width of an address in {fmt.name} paging")
     return addr
 
-# %% ../../nbs/guest/01_addresses.ipynb #2ecadb01
+# %% ../../nbs/guest/01_addresses.ipynb #179b9ba2
 def draw_address(
     addr='0xc020_3abc',   # As an int or as text; bits beyond the format are not translated
     mode: str = '2level', # Name of a format
@@ -169,19 +171,23 @@ def draw_address(
     "An address cut into the slots a walk takes."
     fmt, addr = FORMATS[mode], number(addr)
     check_address(addr, fmt)
-    slots, fields, width = split_address(addr, fmt), [], 64 if fmt.address_bits > 32 else 32
+    fields, width, above = [], 64 if fmt.address_bits > 32 else 32, addr >> fmt.address_bits
     if width > fmt.address_bits:
-        fields.append((width - 1, fmt.address_bits, 'sign' if fmt.signed else 'unused', addr >> fmt.address_bits, 'status' if fmt.signed else 'ignored', 'repeats the top bit' if fmt.signed else 'not translated'))
-    for level, slot in slots.items():
-        low = pt_shift(level, fmt) if level else 0
-        high = (PAGE_SHIFT if not level else low + table_entries(level, fmt).bit_length() - 1) - 1
-        fields.append((high, low, f'level {level}' if level else 'offset', slot, 'frame' if level else 'neutral', f'slot {slot}' if level else 'byte in the page'))
+        told = ('sign', 'status', 'repeats the top bit') if fmt.signed else ('unused', 'ignored', 'not translated')
+        fields.append((width - 1, fmt.address_bits, told[0], above, *told[1:]))
+    for level, slot in split_address(addr, fmt).items():
+        if not level: fields.append((PAGE_SHIFT - 1, 0, 'offset', slot, 'neutral', 'byte in the page'))
+        else:
+            low, bits = pt_shift(level, fmt), table_entries(level, fmt).bit_length() - 1
+            fields.append((low + bits - 1, low, f'level {level}', slot, 'frame', f'slot {slot}'))
     return BitStrip(f"{Hex(addr)} in {fmt.name} paging", width, tuple(fields))
 
-# %% ../../nbs/guest/01_addresses.ipynb #fcf332b8
+# %% ../../nbs/guest/01_addresses.ipynb #a68d1b6a
 def is_canonical(
     addr: int,         # 0 .. 2**64 - 1
     fmt: GpteFormat,
 ) -> bool:
-    "May this number be translated at all? KVM: `__is_canonical_address` (x86.h), negated in `is_noncanonical_address`."
+    """May this number be translated at all?
+
+    KVM: `__is_canonical_address` (asm/page.h), negated in `is_noncanonical_address`."""
     return addr == canonical(addr, fmt)

@@ -43,9 +43,9 @@ class MemSlot:
         ro = ", read-only" if self.readonly else ""
         return f"MemSlot({self.base_gfn << PAGE_SHIFT:#x}..{(self.end_gfn << PAGE_SHIFT) - 1:#x}{ro})"
 
-# %% ../../nbs/guest/02_memory.ipynb #cef1c11d
+# %% ../../nbs/guest/02_memory.ipynb #1bbedce1
 class TableWords(dict):
-    "Frame number -> its words (a memoryview of 4- or 8-byte entries), or None for a hole; filled as frames are asked for."
+    "Frame number -> its words (a memoryview of 4- or 8-byte entries), None for a hole; filled when asked for."
 
     LIMIT = 1 << 16    # Views kept; a walk of random addresses over a big dump must not keep one for every frame
 
@@ -58,7 +58,7 @@ class TableWords(dict):
         words = self[gfn] = None if page is None else page.cast(self._code)
         return words
 
-# %% ../../nbs/guest/02_memory.ipynb #981c4938
+# %% ../../nbs/guest/02_memory.ipynb #93404b65
 class GuestMemory:
     "Guest-physical memory as the MMU sees it: slots, and holes between them."
 
@@ -73,7 +73,8 @@ class GuestMemory:
             raise ValueError(f"{slot} needs {slot.npages * PAGE_SIZE} bytes behind it, not {len(slot.buffer)}")
         at = bisect_right(self._starts, slot.base_gfn)
         for other in self.slots[max(0, at - 1):at + 1]:
-            if slot.base_gfn < other.end_gfn and other.base_gfn < slot.end_gfn: raise ValueError(f"{slot} overlaps {other}")
+            if slot.base_gfn < other.end_gfn and other.base_gfn < slot.end_gfn:
+                raise ValueError(f"{slot} overlaps {other}")
         self.slots.insert(at, slot)
         self._starts.insert(at, slot.base_gfn)
 
@@ -118,13 +119,16 @@ def ram(
     for base, size in ranges: add_ram(memory, base, size)
     return memory
 
-# %% ../../nbs/guest/02_memory.ipynb #3e2ef18d
+# %% ../../nbs/guest/02_memory.ipynb #368af406
 def draw_memory(
     memory: GuestMemory,
     caption: str = 'guest-physical memory',
 ) -> RangeMap:
     "The slots of a guest, and the holes between them."
-    return RangeMap(tuple(Range(s.base_gfn << PAGE_SHIFT, s.end_gfn << PAGE_SHIFT, 'ROM' if s.readonly else 'RAM', 'status' if s.readonly else 'guest') for s in memory.slots), caption)
+    def piece(slot):
+        told = ('ROM', 'status') if slot.readonly else ('RAM', 'guest')
+        return Range(slot.base_gfn << PAGE_SHIFT, slot.end_gfn << PAGE_SHIFT, *told)
+    return RangeMap(tuple(map(piece, memory.slots)), caption)
 
 def show_pc(
     megabytes: int = 5120,    # Memory of the guest, 1..8192
@@ -133,7 +137,8 @@ def show_pc(
     "Where a PC puts its memory. Only the layout is made, not the bytes."
     low = min(megabytes, 3072) if hole else megabytes
     pieces = [Range(0, low << 20, f'{low} MiB of RAM', 'guest')]
-    if megabytes > low: pieces.append(Range(1 << 32, (1 << 32) + (megabytes - low << 20), f'{megabytes - low} MiB of RAM', 'guest'))
+    rest = megabytes - low
+    if rest: pieces.append(Range(1 << 32, (1 << 32) + (rest << 20), f'{rest} MiB of RAM', 'guest'))
     return RangeMap(tuple(pieces), f'{megabytes} MiB')
 
 # %% ../../nbs/guest/02_memory.ipynb #7f4e4036
@@ -152,18 +157,21 @@ def read_gpa(
         gpa, size = gpa + len(chunk), size - len(chunk)
     return bytes(out)
 
-# %% ../../nbs/guest/02_memory.ipynb #dd6fba43
+# %% ../../nbs/guest/02_memory.ipynb #15900f21
 def write_gpa(
     memory: GuestMemory,  # Changed in place
     gpa: Gpa,             # First byte
     data: bytes,
 ):
-    "Write guest memory, as the guest would: a hole or a read-only slot is a ValueError and nothing is written. KVM: `kvm_write_guest` (virt/kvm/kvm_main.c)."
+    """Write guest memory, as the guest would: a hole or a read-only slot is a ValueError and nothing is written.
+
+    KVM: `kvm_write_guest` (virt/kvm/kvm_main.c)."""
     last = (gpa + len(data) - 1) >> PAGE_SHIFT
     for gfn in range(gpa >> PAGE_SHIFT, last + 1):
         slot = memory.slot(gfn)
         if slot is None or slot.readonly:
-            raise ValueError(f"cannot write {len(data)} bytes at {gpa:#x}: frame {gfn:#x} is {'read-only' if slot else 'in no memory slot'}")
+            why = 'read-only' if slot else 'in no memory slot'
+            raise ValueError(f"cannot write {len(data)} bytes at {gpa:#x}: frame {gfn:#x} is {why}")
     while data:
         offset = gpa % PAGE_SIZE
         piece = data[:PAGE_SIZE - offset]
@@ -199,7 +207,7 @@ def write_entry(
         raise ValueError(f"entry {value:#x} at {gpa:#x}: an entry has {size} bytes and lies on a {size}-byte boundary")
     write_gpa(memory, gpa, value.to_bytes(size, 'little'))
 
-# %% ../../nbs/guest/02_memory.ipynb #f438b06e
+# %% ../../nbs/guest/02_memory.ipynb #d4a4b5bc
 def cmpxchg_entry(
     memory: GuestMemory,  # Changed in place when the comparison holds
     gpa: Gpa,             # Of the entry, aligned to its size
@@ -207,7 +215,9 @@ def cmpxchg_entry(
     old: int,             # What the entry must still be
     new: int,             # What to store then
 ) -> bool:                # False: somebody changed the entry meanwhile, nothing is stored
-    "Compare and exchange one entry: how A/D bits reach memory that other CPUs write too. KVM: `__try_cmpxchg_user` (x86.h)."
+    """Compare and exchange one entry: how A/D bits reach memory that other CPUs write too.
+
+    KVM: `__try_cmpxchg_user` (asm/uaccess.h)."""
     if read_entry(memory, gpa, size) != old: return False
     write_entry(memory, gpa, size, new)
     return True

@@ -12,16 +12,17 @@ __all__ = ['CR3_PCID_MASK', 'CR3_NOFLUSH', 'Cr0', 'Cr4', 'Efer', 'Rflags', 'pagi
            'show_mode', 'root_gpa', 'pcid', 'GeneralProtection', 'pdptr_rsvd_bits', 'load_pdptrs', 'load_cr3',
            'ept_format', 'ept_have_ad', 'non_canonical_fault', 'register_fields', 'decode_register', 'draw_register']
 
-# %% ../../nbs/guest/03_registers.ipynb #b1decfcb
+# %% ../../nbs/guest/03_registers.ipynb #34c0f90f
 from dataclasses import dataclass, replace
 from enum import IntFlag
 
 from ..draw.bits import BitStrip
 from ..draw.explore import number
+from ..draw.ink import Hex
 from .addresses import EPT4, EPT5, LONG4, LONG5, NONPAGING, PAE, PTE32, GpteFormat, Gpa, is_canonical
 from .memory import GuestMemory, read_gpa
 
-# %% ../../nbs/guest/03_registers.ipynb #494ef0c8
+# %% ../../nbs/guest/03_registers.ipynb #da3c2c28
 class Cr0(IntFlag):
     "CR0 bits that matter to paging."
     PE = 1 << 0; MP = 1 << 1; EM = 1 << 2; TS = 1 << 3; ET = 1 << 4; NE = 1 << 5
@@ -31,7 +32,8 @@ class Cr4(IntFlag):
     "CR4 bits; the MMU reads PSE, PAE, LA57, PCIDE, SMEP, SMAP and PKE."
     VME = 1 << 0; PVI = 1 << 1; TSD = 1 << 2; DE = 1 << 3; PSE = 1 << 4; PAE = 1 << 5; MCE = 1 << 6; PGE = 1 << 7
     PCE = 1 << 8; OSFXSR = 1 << 9; OSXMMEXCPT = 1 << 10; UMIP = 1 << 11; LA57 = 1 << 12; VMXE = 1 << 13; SMXE = 1 << 14
-    FSGSBASE = 1 << 16; PCIDE = 1 << 17; OSXSAVE = 1 << 18; SMEP = 1 << 20; SMAP = 1 << 21; PKE = 1 << 22; CET = 1 << 23; PKS = 1 << 24
+    FSGSBASE = 1 << 16; PCIDE = 1 << 17; OSXSAVE = 1 << 18; SMEP = 1 << 20; SMAP = 1 << 21; PKE = 1 << 22
+    CET = 1 << 23; PKS = 1 << 24
 
 class Efer(IntFlag):
     "EFER bits."
@@ -52,7 +54,7 @@ def paging_format(
     if efer & Efer.LMA: return LONG5 if cr4 & Cr4.LA57 else LONG4
     return PAE if cr4 & Cr4.PAE else PTE32
 
-# %% ../../nbs/guest/03_registers.ipynb #6f22266b
+# %% ../../nbs/guest/03_registers.ipynb #2e832da9
 @dataclass(frozen=True)
 class Registers:
     "A vCPU's paging state. Impossible combinations are refused with a `ValueError` when the value is made."
@@ -89,30 +91,34 @@ class Registers:
         return (1 << 64) - (1 << self.maxphyaddr)
 
     def __repr__(self):
-        parts = [f"{self.fmt.name}", f"cr0={self.cr0:#x}", f"cr3={self.cr3:#x}", f"cr4={self.cr4:#x}", f"efer={self.efer:#x}",
-                 f"cpl={self.cpl}", f"maxphyaddr={self.maxphyaddr}"]
+        parts = [self.fmt.name, f"cr0={self.cr0:#x}", f"cr3={self.cr3:#x}", f"cr4={self.cr4:#x}",
+                 f"efer={self.efer:#x}", f"cpl={self.cpl}", f"maxphyaddr={self.maxphyaddr}"]
         if self.pkru: parts.append(f"pkru={self.pkru:#x}")
         if self.eptp is not None: parts.append(f"eptp={self.eptp:#x}")
         return f"Registers({', '.join(parts)})"
 
-# %% ../../nbs/guest/03_registers.ipynb #d0536680
+# %% ../../nbs/guest/03_registers.ipynb #b90744e6
 def check_registers(
     regs: 'Registers',   # Raises ValueError naming the registers and the rule
 ):
     "Refuse what no CPU lets a guest set. KVM: `kvm_is_valid_cr0`, `kvm_is_valid_cr4`, `kvm_is_valid_sregs` (x86.c)."
-    def no(why): raise ValueError(f"no CPU is in this state: {why} (cr0={regs.cr0:#x} cr3={regs.cr3:#x} cr4={regs.cr4:#x} efer={regs.efer:#x})")
     for name, width in _WIDTHS.items():
         value = getattr(regs, name)
-        if value is not None and not 0 <= value < 1 << width: raise ValueError(f"{name}={value:#x} does not fit its {width} bits")
-    if not 32 <= regs.maxphyaddr <= 52: raise ValueError(f"maxphyaddr={regs.maxphyaddr}: x86 has 32..52 physical address bits")
-    for bit, needs, why in _RULES:
-        if bit(regs) and not needs(regs): no(why)
+        if value is not None and not 0 <= value < 1 << width:
+            raise ValueError(f"{name}={value:#x} does not fit its {width} bits")
+    if not 32 <= regs.maxphyaddr <= 52:
+        raise ValueError(f"maxphyaddr={regs.maxphyaddr}: x86 has 32..52 physical address bits")
+    for has, needs, why in _RULES:
+        if has(regs) and not needs(regs):
+            held = ' '.join(f"{name}={getattr(regs, name):#x}" for name in ('cr0', 'cr3', 'cr4', 'efer'))
+            raise ValueError(f"no CPU is in this state: {why} ({held})")
     if regs.vendor not in ('intel', 'amd'): raise ValueError(f"vendor={regs.vendor!r}: 'intel' or 'amd'")
-    if not 1 <= regs.ept_huge_level <= 3: raise ValueError(f"ept_huge_level={regs.ept_huge_level}: 1 (4K), 2 (2M) or 3 (1G)")
+    if not 1 <= regs.ept_huge_level <= 3:
+        raise ValueError(f"ept_huge_level={regs.ept_huge_level}: 1 (4K), 2 (2M) or 3 (1G)")
     if regs.pdptrs is not None and (len(regs.pdptrs) != 4 or any(not 0 <= p < 1 << 64 for p in regs.pdptrs)):
         raise ValueError(f"pdptrs={regs.pdptrs}: four 64-bit entries, or None")
 
-# %% ../../nbs/guest/03_registers.ipynb #f32d7cff
+# %% ../../nbs/guest/03_registers.ipynb #fc48d89f
 _WIDTHS = dict(cr0=32, cr3=64, cr4=32, efer=64, pkru=32, rflags=64, cpl=2, eptp=64)
 
 _RULES = (   # (has it, what it needs, the rule)
@@ -121,13 +127,15 @@ _RULES = (   # (has it, what it needs, the rule)
     (lambda r: r.efer & Efer.LMA, lambda r: r.efer & Efer.LME, "EFER.LMA=1 needs EFER.LME=1"),
     (lambda r: r.efer & Efer.LMA, lambda r: r.cr0 & Cr0.PG, "EFER.LMA=1 needs CR0.PG=1"),
     (lambda r: r.efer & Efer.LMA, lambda r: r.cr4 & Cr4.PAE, "EFER.LMA=1 needs CR4.PAE=1"),
-    (lambda r: r.efer & Efer.LME and r.cr0 & Cr0.PG, lambda r: r.efer & Efer.LMA, "EFER.LME=1 with CR0.PG=1 makes EFER.LMA=1"),
+    (lambda r: r.efer & Efer.LME and r.cr0 & Cr0.PG, lambda r: r.efer & Efer.LMA,
+     "EFER.LME=1 with CR0.PG=1 makes EFER.LMA=1"),
     (lambda r: r.cr4 & Cr4.PCIDE, lambda r: r.efer & Efer.LMA, "CR4.PCIDE=1 needs EFER.LMA=1"),
+    (lambda r: r.cr4 & Cr4.CET, lambda r: r.cr0 & Cr0.WP, "CR4.CET=1 needs CR0.WP=1"),
     (lambda r: r.cr3 >> 32, lambda r: r.efer & Efer.LMA or not r.cr0 & Cr0.PG, "CR3 has 32 bits outside long mode"),
     (lambda r: r.cr3 & r.reserved_gpa_bits, lambda r: False, "CR3 has address bits above MAXPHYADDR"),
 )
 
-# %% ../../nbs/guest/03_registers.ipynb #6e3d3252
+# %% ../../nbs/guest/03_registers.ipynb #8f745882
 def show_mode(
     paging: bool = True,        # CR0.PG
     long_mode: bool = True,     # EFER.LMA
@@ -140,7 +148,9 @@ def show_mode(
     efer = (Efer.LME | Efer.LMA) * long_mode
     try: says = Registers(cr0=cr0, cr4=cr4, efer=efer).fmt.name
     except ValueError as why: says = str(why).partition(': ')[2].partition(' (')[0]
-    return BitStrip(says, 4, tuple((3 - n, 3 - n, name, int(value), 'right' if value else 'ignored', f'{register}.{name}') for n, (name, register, value) in enumerate(bits)))
+    fields = [(3 - n, 3 - n, name, int(value), 'right' if value else 'ignored', f'{register}.{name}')
+              for n, (name, register, value) in enumerate(bits)]
+    return BitStrip(says, 4, tuple(fields))
 
 # %% ../../nbs/guest/03_registers.ipynb #03b1c404
 def root_gpa(
@@ -149,13 +159,13 @@ def root_gpa(
     "Where CR3 points: its PCID, PWT and PCD bits are no address. KVM: `kvm_mmu_get_guest_pgd` (mmu/mmu.c)."
     return regs.cr3 & (~0x1f if regs.fmt is PAE else ~0xfff)
 
-# %% ../../nbs/guest/03_registers.ipynb #8cb5a904
+# %% ../../nbs/guest/03_registers.ipynb #0dcb5ae9
 CR3_PCID_MASK, CR3_NOFLUSH = 0xfff, 1 << 63
 
 def pcid(
     regs: Registers,
 ) -> int:          # 0..4095; 0 when CR4.PCIDE=0
-    "The process-context identifier CR3 carries. KVM: `kvm_get_active_pcid` (x86.h)."
+    "The process-context identifier CR3 carries. KVM: `kvm_get_active_pcid` (mmu.h)."
     return regs.cr3 & CR3_PCID_MASK if regs.cr4 & Cr4.PCIDE else 0
 
 # %% ../../nbs/guest/03_registers.ipynb #a1f76bac
@@ -173,21 +183,25 @@ def pdptr_rsvd_bits(
     "Bits a present PDPTE must leave 0: above MAXPHYADDR, 8:5 and 2:1. KVM: `pdptr_rsvd_bits` (x86.c)."
     return regs.reserved_gpa_bits | 0x1e6
 
-# %% ../../nbs/guest/03_registers.ipynb #61c98521
+# %% ../../nbs/guest/03_registers.ipynb #c77d2853
 def load_pdptrs(
     memory: GuestMemory,
     regs: Registers,     # PAE paging, CR3 already the new one
 ) -> 'Registers | GeneralProtection':   # With `pdptrs` set, or the #GP of MOV to CR3
-    "Load the four PDPTE registers, as MOV to CR3 does. A present one with a reserved bit is a #GP; later edits of the table in memory change nothing. KVM: `load_pdptrs` (x86.c)."
+    """Load the four PDPTE registers, as MOV to CR3 does. A present one with a reserved bit is a #GP.
+
+    Later edits of the table in memory change nothing. KVM: `load_pdptrs` (x86.c)."""
     data = read_gpa(memory, root_gpa(regs), 32)
-    if data is None: return GeneralProtection(f"CR3 {regs.cr3:#x}: the PDPTEs at {root_gpa(regs):#x} lie in no memory slot")
+    if data is None:
+        return GeneralProtection(f"CR3 {regs.cr3:#x}: the PDPTEs at {root_gpa(regs):#x} lie in no memory slot")
     pdptrs = tuple(int.from_bytes(data[i:i + 8], 'little') for i in range(0, 32, 8))
     for i, pdpte in enumerate(pdptrs):
         bad = pdpte & pdptr_rsvd_bits(regs)
-        if pdpte & 1 and bad: return GeneralProtection(f"PDPTE{i} {pdpte:#x} is present and has reserved bits {bad:#x}")
+        if pdpte & 1 and bad:
+            return GeneralProtection(f"PDPTE{i} {pdpte:#x} is present and has reserved bits {bad:#x}")
     return replace(regs, pdptrs=pdptrs)
 
-# %% ../../nbs/guest/03_registers.ipynb #454b9534
+# %% ../../nbs/guest/03_registers.ipynb #34bd60d3
 def load_cr3(
     memory: GuestMemory,
     regs: Registers,     # Before the MOV
@@ -196,21 +210,26 @@ def load_cr3(
     "MOV to CR3: what the register holds afterwards, or the #GP. KVM: `kvm_set_cr3` (x86.c)."
     if regs.cr4 & Cr4.PCIDE: value &= ~CR3_NOFLUSH
     if not regs.efer & Efer.LMA and regs.cr0 & Cr0.PG: value &= 0xffff_ffff
-    if value & regs.reserved_gpa_bits: return GeneralProtection(f"CR3 {value:#x} has bits above MAXPHYADDR {regs.maxphyaddr}")
+    if value & regs.reserved_gpa_bits:
+        return GeneralProtection(f"CR3 {value:#x} has bits above MAXPHYADDR {regs.maxphyaddr}")
     regs = replace(regs, cr3=value, pdptrs=None)
     return load_pdptrs(memory, regs) if regs.fmt is PAE else regs
 
-# %% ../../nbs/guest/03_registers.ipynb #52eb5f40
+# %% ../../nbs/guest/03_registers.ipynb #9fc5fef9
 def ept_format(
     regs: Registers,
 ) -> GpteFormat:
     "The format an EPTP asks for: bits 5:3 are the walk length less one. KVM: `nested_vmx_check_eptp` (vmx/nested.c)."
     eptp = regs.eptp
-    if eptp is None: raise ValueError("these registers have no EPTP: give eptp=..., e.g. 0x1000 | 0x1e for write-back, 4 levels")
-    if eptp & 7 not in (0, 6): raise ValueError(f"EPTP {eptp:#x}: memory type {eptp & 7} in bits 2:0, must be 0 (UC) or 6 (WB)")
-    if eptp >> 3 & 7 not in (3, 4): raise ValueError(f"EPTP {eptp:#x}: walk length code {eptp >> 3 & 7} in bits 5:3, must be 3 (4 levels) or 4 (5 levels)")
-    if eptp & (0xf80 | regs.reserved_gpa_bits): raise ValueError(f"EPTP {eptp:#x}: bits 11:7 and those above MAXPHYADDR {regs.maxphyaddr} must be 0")
-    return EPT5 if eptp >> 3 & 7 == 4 else EPT4
+    if eptp is None:
+        raise ValueError("these registers have no EPTP: give eptp=..., e.g. 0x1000 | 0x1e for write-back, 4 levels")
+    memory_type, length = eptp & 7, eptp >> 3 & 7
+    def refuse(why): raise ValueError(f"EPTP {eptp:#x}: {why}")
+    if memory_type not in (0, 6): refuse(f"memory type {memory_type} in bits 2:0, must be 0 (UC) or 6 (WB)")
+    if length not in (3, 4): refuse(f"walk length code {length} in bits 5:3, must be 3 (4 levels) or 4 (5 levels)")
+    if eptp & (0xf80 | regs.reserved_gpa_bits):
+        refuse(f"bits 11:7 and those above MAXPHYADDR {regs.maxphyaddr} must be 0")
+    return EPT5 if length == 4 else EPT4
 
 # %% ../../nbs/guest/03_registers.ipynb #ff95ac42
 def ept_have_ad(
@@ -219,40 +238,53 @@ def ept_have_ad(
     "Does the EPT have accessed and dirty bits (EPTP bit 6)?"
     return bool(regs.eptp & 1 << 6)
 
-# %% ../../nbs/guest/03_registers.ipynb #42fb9a87
+# %% ../../nbs/guest/03_registers.ipynb #23787c49
 def non_canonical_fault(
     addr: int,         # A 64-bit linear address
     fmt: GpteFormat,
 ) -> 'GeneralProtection | None':
     "A linear address with mixed upper bits never reaches the tables. KVM: `is_noncanonical_address` (x86.h)."
     if fmt.is_ept or is_canonical(addr, fmt): return None
-    return GeneralProtection(f"{addr:#x} is not canonical: bits 63:{fmt.address_bits - 1} must be equal in {fmt.name} paging")
+    top = fmt.address_bits - 1
+    return GeneralProtection(f"{addr:#x} is not canonical: bits 63:{top} must be equal in {fmt.name} paging")
 
-# %% ../../nbs/guest/03_registers.ipynb #c6d96fa2
+# %% ../../nbs/guest/03_registers.ipynb #fa00b3ed
 _MEANINGS = {
-    'cr0': {'PE': 'protected mode', 'WP': 'supervisor writes obey W=0', 'PG': 'paging', 'NW': 'not write-through', 'CD': 'caches off', 'TS': 'task switched',
-            'MP': 'monitor coprocessor', 'EM': 'no FPU', 'ET': '387', 'NE': 'FPU errors as #MF', 'AM': 'alignment checks'},
-    'cr4': {'PSE': '4 MiB pages in 2-level paging', 'PAE': '8-byte entries', 'PGE': 'global pages', 'LA57': 'five levels in long mode', 'PCIDE': 'CR3 carries a PCID',
-            'SMEP': 'supervisor fetches no user page', 'SMAP': 'supervisor touches no user page unless AC', 'PKE': 'protection keys'},
-    'efer': {'SCE': 'SYSCALL', 'LME': 'long mode wanted', 'LMA': 'long mode active', 'NX': 'bit 63 forbids execution', 'SVME': 'AMD virtualization'},
+    'cr0': {'PE': 'protected mode', 'WP': 'supervisor writes obey W=0', 'PG': 'paging', 'NW': 'not write-through',
+            'CD': 'caches off', 'TS': 'task switched', 'MP': 'monitor coprocessor', 'EM': 'no FPU', 'ET': '387',
+            'NE': 'FPU errors as #MF', 'AM': 'alignment checks'},
+    'cr4': {'PSE': '4 MiB pages in 2-level paging', 'PAE': '8-byte entries', 'PGE': 'global pages',
+            'LA57': 'five levels in long mode', 'PCIDE': 'CR3 carries a PCID',
+            'SMEP': 'supervisor fetches no user page', 'SMAP': 'supervisor touches no user page unless AC',
+            'PKE': 'protection keys'},
+    'efer': {'SCE': 'SYSCALL', 'LME': 'long mode wanted', 'LMA': 'long mode active',
+             'NX': 'bit 63 forbids execution', 'SVME': 'AMD virtualization'},
     'rflags': {'AC': 'excuses explicit accesses from SMAP'},
 }
 _FLAGS = {'cr0': (Cr0, 32), 'cr4': (Cr4, 32), 'efer': (Efer, 64), 'rflags': (Rflags, 64)}
+_FIELDS = {
+    'cr3': (64, [(63, 63, 'NOFLUSH', 'in the operand of MOV, with PCIDE: keep the TLB'),
+                 (51, 12, 'frame', 'the top table'),
+                 (11, 0, 'low', 'PCID with PCIDE=1; else PWT 3, PCD 4, and in PAE address bits 11:5')]),
+    'eptp': (64, [(51, 12, 'frame', 'the top table'), (6, 6, 'AD', 'accessed and dirty bits'),
+                  (5, 3, 'length', 'levels less one'), (2, 0, 'MT', 'memory type: 0 UC, 6 WB')]),
+    'pkru': (32, [(n, n, f"{('AD', 'WD')[n % 2]}{n // 2}", f"key {n // 2}: {('no access', 'no writes')[n % 2]}")
+                  for n in range(32)]),
+}
 
+# %% ../../nbs/guest/03_registers.ipynb #23b1e734
 def register_fields(
     name: str,     # 'cr0', 'cr3', 'cr4', 'efer', 'eptp', 'pkru' or 'rflags'
 ) -> tuple:        # (bits in the register, [(high, low, name, meaning), ...] of the named fields)
     "The named fields of a register."
     if name in _FLAGS:
         flags, width = _FLAGS[name]
-        return width, [(bit.bit_length() - 1,) * 2 + (bit.name, _MEANINGS[name].get(bit.name, 'not read by the MMU')) for bit in flags]
-    if name == 'cr3': return 64, [(63, 63, 'NOFLUSH', 'in the operand of MOV, with PCIDE: keep the TLB'), (51, 12, 'frame', 'the top table'),
-                                  (11, 0, 'low', 'PCID with PCIDE=1; else PWT 3, PCD 4, and in PAE address bits 11:5')]
-    if name == 'eptp': return 64, [(51, 12, 'frame', 'the top table'), (6, 6, 'AD', 'accessed and dirty bits'), (5, 3, 'length', 'levels less one'), (2, 0, 'MT', 'memory type: 0 UC, 6 WB')]
-    if name == 'pkru': return 32, [(2 * key + bit,) * 2 + (f'{what}{key}', f"key {key}: {'no writes' if bit else 'no access'}") for key in range(16) for bit, what in enumerate(('AD', 'WD'))]
-    raise ValueError(f"no register {name!r}: cr0, cr3, cr4, efer, eptp, pkru, rflags")
+        at = [(bit.value.bit_length() - 1, bit.name) for bit in flags]
+        return width, [(n, n, label, _MEANINGS[name].get(label, 'not read by the MMU')) for n, label in at]
+    if name not in _FIELDS: raise ValueError(f"no register {name!r}: {', '.join(sorted((*_FLAGS, *_FIELDS)))}")
+    return _FIELDS[name]
 
-# %% ../../nbs/guest/03_registers.ipynb #1059d1b5
+# %% ../../nbs/guest/03_registers.ipynb #4cb6ff0d
 def decode_register(
     name: str,     # 'cr0', 'cr3', 'cr4', 'efer', 'eptp', 'pkru' or 'rflags'
     value,         # As an int or as text
@@ -260,19 +292,21 @@ def decode_register(
     "What each bit of a register says."
     width, fields = register_fields(name)
     value, rows, above = number(value), [], width
+    rest = 'must be 0' if name in ('cr3', 'eptp') else 'not read by the MMU'
     if not 0 <= value < 1 << width: raise ValueError(f"{name}={value:#x} does not fit its {width} bits")
-    def row(high, low, label, meaning): return high, low, label, value >> low & (1 << high - low + 1) - 1, meaning
-    for high, low, label, meaning in sorted(fields, reverse=True):
-        if high < above - 1: rows.append(row(above - 1, high + 1, 'other', 'not read by the MMU'))
-        rows.append(row(high, low, label, meaning))
+    for high, low, label, meaning in (*sorted(fields, reverse=True), (-1, -1, '', '')):   # the last one is the end
+        if high < above - 1: rows.append((above - 1, high + 1, 'other', rest))
+        if high >= 0: rows.append((high, low, label, meaning))
         above = low
-    return tuple(rows + ([row(above - 1, 0, 'other', 'not read by the MMU')] if above else []))
+    return tuple((high, low, label, value >> low & (1 << high - low + 1) - 1, meaning)
+                 for high, low, label, meaning in rows)
 
+# %% ../../nbs/guest/03_registers.ipynb #af19619d
 def draw_register(
     name: str = 'cr4',      # As `decode_register` takes it
     value='0x35_0ef0',      # As an int or as text
 ) -> BitStrip:
     "A register as a strip, with the names of its bits."
-    rows = decode_register(name, value)
-    fields = [(high, low, label, held, 'ignored' if label == 'other' else 'frame' if label == 'frame' else 'right', meaning) for high, low, label, held, meaning in rows]
-    return BitStrip(f"{name.upper()} = {number(value):#x}", rows[0][0] + 1, tuple(fields))
+    rows, kinds = decode_register(name, value), {'other': 'ignored', 'frame': 'frame'}
+    fields = tuple((high, low, label, held, kinds.get(label, 'right'), told) for high, low, label, held, told in rows)
+    return BitStrip(f"{name.upper()} = {Hex(number(value))}", rows[0][0] + 1, fields)

@@ -9,19 +9,19 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global Box, Chain, Table, copy_memory, expect_fail, explore, itertools, linux_pae, loaded, memory, on, pdpte, predict, ram, slot, write_entry
+    global Box, Chain, FORMATS, copy_memory, expect_fail, explore, itertools, linux_pae, loaded, memory, on, pdpte, predict, ram, slot, write_entry
     import itertools
     from fastcore.test import expect_fail
     from kvm_mmu_lit.draw.chain import Box, Chain
     from kvm_mmu_lit.draw.exercise import predict
     from kvm_mmu_lit.draw.explore import explore
-    from kvm_mmu_lit.draw.table import Table
+    from kvm_mmu_lit.guest.addresses import FORMATS
     from kvm_mmu_lit.guest.memory import copy_memory, ram, write_entry
 
     linux_pae = Registers(cr0=0x8005_0033, cr3=0x11c_c080, cr4=0x35_0ef0, efer=0x800, maxphyaddr=40)
 
     memory = ram((0x11c_c000, 0x1000))
-    for slot, pdpte in enumerate((0x1c4_6001, 0x1c4_c001, 0, 0xdcd_2001)): write_entry(memory, 0x11c_c080 + 8 * slot, 8, pdpte)
+    for slot, pdpte in enumerate((0x1c4_6001, 0x1c4_c001, 0x1c5_0001, 0xdcd_2001)): write_entry(memory, 0x11c_c080 + 8 * slot, 8, pdpte)
     loaded = load_pdptrs(memory, linux_pae)
 
     on = Registers(cr0=Cr0.PG | Cr0.PE, efer=Efer.LME | Efer.LMA, cr4=Cr4.PAE | Cr4.PCIDE)
@@ -43,23 +43,30 @@ def test_pg_lma_la57_and_pae_decide_the_format_and_no_other_bit_of_the_three_reg
             if not 1 << bit & Efer.LMA: assert paging_format(cr0, cr4, efer ^ 1 << bit) is decided
 
 
-@pytest.mark.claim('nbs/guest/03_registers.ipynb', 'b1a80ee0', 'of the 128 settings of PE, PG, PAE, LA57, PCIDE, LME and LMA exactly those the manuals allow can be made')
-def test_of_the_128_settings_of_pe_pg_pae_la57_pcide_lme_and_lma_exactly_those_the_manuals_allow_can_be_made():
-    def lawful(pe, pg, pae, la57, pcide, lme, lma):
+@pytest.mark.claim('nbs/guest/03_registers.ipynb', '49b142f5', 'of the 2,048 settings of the eleven bits that rule each other out exactly those the manuals allow can be made')
+def test_of_the_2_048_settings_of_the_eleven_bits_that_rule_each_other_out_exactly_those_the_manuals_allow_can_be_made():
+    def lawful(pe, pg, wp, cd, nw, pae, la57, pcide, cet, lme, lma):
         long_mode = pg and lme                              # LMA follows from the two
-        return (pe or not pg) and lma == long_mode and (pae or not long_mode) and (lma or not pcide)
+        return (pe or not pg) and lma == long_mode and (pae or not long_mode) and (lma or not pcide) and (cd or not nw) and (wp or not cet)
 
-    for pe, pg, pae, la57, pcide, lme, lma in itertools.product((False, True), repeat=7):
-        cr0, efer = Cr0.PE * pe | Cr0.PG * pg, Efer.LME * lme | Efer.LMA * lma
-        cr4 = Cr4.PAE * pae | Cr4.LA57 * la57 | Cr4.PCIDE * pcide
-        try: made = bool(Registers(cr0=cr0, cr4=cr4, efer=efer))
+    names = [Cr0.PE, Cr0.PG, Cr0.WP, Cr0.CD, Cr0.NW, Cr4.PAE, Cr4.LA57, Cr4.PCIDE, Cr4.CET, Efer.LME, Efer.LMA]
+    for bits in itertools.product((False, True), repeat=11):
+        held = {register: sum(name for name, bit in zip(names, bits) if bit and isinstance(name, register)) for register in (Cr0, Cr4, Efer)}
+        try: made = bool(Registers(cr0=held[Cr0], cr4=held[Cr4], efer=held[Efer]))
         except ValueError: made = False
-        assert made == bool(lawful(pe, pg, pae, la57, pcide, lme, lma)), (cr0, cr4, efer)
+        assert made == lawful(*bits), held
 
 
 @pytest.mark.claim('nbs/guest/03_registers.ipynb', 'e46b7b63', 'LA57 outside long mode is lawful and does nothing')
 def test_la57_outside_long_mode_is_lawful_and_does_nothing():
     assert Registers(cr0=Cr0.PG | Cr0.PE, cr4=Cr4.PAE | Cr4.LA57).fmt is PAE
+
+
+@pytest.mark.claim('nbs/guest/03_registers.ipynb', '80d94123', 'ten of the sixteen settings are lawful, and of those with long mode only the two that have paging and PAE')
+def test_ten_of_the_sixteen_settings_are_lawful_and_of_those_with_long_mode_only_the_two_that_have_paging_and_pae():
+    lawful = [bits for bits in itertools.product((False, True), repeat=4) if show_mode(*bits).title in FORMATS]
+    assert len(lawful) == 10
+    assert [bits for bits in lawful if bits[1]] == [(True, True, True, False), (True, True, True, True)]
 
 
 @pytest.mark.claim('nbs/guest/03_registers.ipynb', '76ed82fd', "PAE's root lies on a 32-byte boundary, every other on a page")
