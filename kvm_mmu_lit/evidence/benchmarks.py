@@ -11,7 +11,7 @@ reported is the median of the rounds and the ratio of the medians.
 __all__ = ['RECORD', 'volatility_layer', 'Figure', 'side_by_side', 'random_addresses', 'measure_walks', 'measure_map',
            'figures_table', 'measure_all', 'largest_map', 'main', 'draw_figures']
 
-# %% ../../nbs/evidence/13_benchmarks.ipynb #ff499fd8
+# %% ../../nbs/evidence/13_benchmarks.ipynb #b292fe4e
 import argparse
 import json
 import platform
@@ -30,7 +30,6 @@ from ..guest.address_space import mappings
 from ..guest.addresses import LONG4, PAE, PTE32
 from ..guest.registers import root_gpa
 from ..guest.permissions import READ, USER
-from ..guest.verdict import GuestWalk
 from ..guest.walk import Walker
 
 # %% ../../nbs/evidence/13_benchmarks.ipynb #07d0ba8b
