@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INVALID_PAGE', 'NUM_PREV_ROOTS', 'KvmBug', 'NullDereference', 'kvm_bug_on', 'Root', 'Mmu', 'Did', 'Vcpu', 'set_roles',
-           'walker_of', 'init_mmu', 'init_shadow_npt_roles', 'init_shadow_ept_roles', 'forget_roles']
+           'walker_of', 'roles_now', 'init_mmu', 'init_shadow_npt_roles', 'init_shadow_ept_roles', 'forget_roles']
 
 # %% ../../nbs/mmu/03_contexts.ipynb #87d8564a
 from dataclasses import dataclass, field, replace
@@ -154,16 +154,22 @@ def walker_of(
     if not asked.base.level: return 'nonpaging'
     return 'paging32' if asked.base.has_4_byte_gpte else 'paging64'
 
-# %% ../../nbs/mmu/03_contexts.ipynb #57389ff9
+# %% ../../nbs/mmu/03_contexts.ipynb #9b338e43
+def roles_now(
+    vcpu: Vcpu,
+) -> tuple:        # (CpuRole, PageRole) of the MMU that `init_mmu` sets up
+    "The roles the registers ask for at this moment."
+    asked = calc_cpu_role(vcpu.cr0, vcpu.cr4, vcpu.efer, vcpu.smm, vcpu.guest_mode)
+    if vcpu.is_nested: return asked, PageRole()
+    return asked, tdp_root_role(vcpu.host, asked) if vcpu.host.has_tdp else shadow_root_role(asked)
+
 def init_mmu(
     vcpu: Vcpu,
 ) -> bool:         # Did a role change?
     "Compute the roles again after a register changed; loaded roots stay. KVM: `kvm_init_mmu` (mmu/mmu.c)."
     vcpu.did('init_mmu')
-    asked = calc_cpu_role(vcpu.cr0, vcpu.cr4, vcpu.efer, vcpu.smm, vcpu.guest_mode)
-    if vcpu.is_nested: changed = set_roles(vcpu.nested_mmu, asked, PageRole())
-    elif vcpu.host.has_tdp: changed = set_roles(vcpu.root_mmu, asked, tdp_root_role(vcpu.host, asked), tdp=True)
-    else: changed = set_roles(vcpu.root_mmu, asked, shadow_root_role(asked))
+    mmu = vcpu.nested_mmu if vcpu.is_nested else vcpu.root_mmu
+    changed = set_roles(mmu, *roles_now(vcpu), tdp=vcpu.host.has_tdp and not vcpu.is_nested)
     vcpu.did('init_mmu_ret')
     return changed
 

@@ -6,12 +6,13 @@
 __all__ = ['L2State', 'nested_load_cr3', 'svm_vmrun', 'init_nested_npt', 'svm_vmexit', 'vmx_enter', 'init_nested_ept', 'new_eptp',
            'vmx_exit', 'invept', 'invvpid', 'leave_nested']
 
-# %% ../../nbs/mmu/10_nested_switch.ipynb #09a0f982
+# %% ../../nbs/mmu/10_nested_switch.ipynb #f3295126
 from dataclasses import dataclass
 
 from ..guest.addresses import PAGE_SHIFT
 from ..guest.registers import Cr0, Cr4, Efer, GeneralProtection
-from .contexts import Vcpu, init_mmu, init_shadow_ept_roles, init_shadow_npt_roles
+from .contexts import Vcpu, init_mmu, init_shadow_ept_roles, init_shadow_npt_roles, roles_now
+from .root_role import shadow_ept_roles, shadow_npt_roles
 from .register_writes import load_pdptrs
 from .reload import flush_local
 from .root_cache import new_pgd, policy_of
@@ -29,7 +30,7 @@ class L2State:
     pdptrs: 'tuple | None' = None        # VMX with EPT: the VMCS brings PDPTEs along
     vpid: bool = True                    # VMX: L1 gives L2 a VPID
 
-# %% ../../nbs/mmu/10_nested_switch.ipynb #2e098a24
+# %% ../../nbs/mmu/10_nested_switch.ipynb #3f685388
 def nested_load_cr3(
     vcpu: Vcpu,
     cr3: int,
@@ -40,13 +41,13 @@ def nested_load_cr3(
     if cr3 >> vcpu.host.maxphyaddr: return False
     if reload_pdptrs and not nested_paging and vcpu.is_pae_paging and not load_pdptrs(vcpu, cr3): return False
     early = not policy_of(vcpu.vm).roles_first and not nested_paging
-    if early: new_pgd(vcpu, cr3)
+    if early: new_pgd(vcpu, cr3, role=roles_now(vcpu)[1])
     vcpu.cr3 = cr3
     init_mmu(vcpu)
     if not nested_paging and not early: new_pgd(vcpu, cr3)
     return True
 
-# %% ../../nbs/mmu/10_nested_switch.ipynb #cce8f4b8
+# %% ../../nbs/mmu/10_nested_switch.ipynb #e7f052c6
 def svm_vmrun(
     vcpu: Vcpu,
     l2: L2State,
@@ -72,7 +73,7 @@ def init_nested_npt(
     vcpu.nested_pgd, vcpu.mmu_is = ncr3, 'guest_mmu'
     vcpu.did('init_npt', icr0=int(Cr0.PG), icr4=cr4, iefer=efer, ncr3=ncr3)
     if policy_of(vcpu.vm).roles_first: init_shadow_npt_roles(vcpu, cr4, efer)
-    new_pgd(vcpu, ncr3)
+    new_pgd(vcpu, ncr3, role=shadow_npt_roles(vcpu.host, cr4, efer)[1])
     if not policy_of(vcpu.vm).roles_first: init_shadow_npt_roles(vcpu, cr4, efer)
     vcpu.did('init_npt_ret')
     vcpu.walk_mmu_is = 'nested_mmu'
@@ -94,7 +95,7 @@ def svm_vmexit(
     if not loaded: vcpu.request('TRIPLE_FAULT')
     return loaded
 
-# %% ../../nbs/mmu/10_nested_switch.ipynb #46bd27bd
+# %% ../../nbs/mmu/10_nested_switch.ipynb #bc6ed4d7
 def vmx_enter(
     vcpu: Vcpu,
     l2: L2State,
@@ -132,7 +133,7 @@ def new_eptp(
     "L2 gets another EPTP: on entry, or by VMFUNC. KVM: `nested_ept_new_eptp`, `nested_vmx_eptp_switching` (vmx/nested.c)."
     vcpu.nested_pgd = eptp
     if policy_of(vcpu.vm).roles_first: init_shadow_ept_roles(vcpu, eptp)
-    new_pgd(vcpu, eptp)
+    new_pgd(vcpu, eptp, role=shadow_ept_roles((eptp >> 3 & 7) + 1, bool(eptp & 1 << 6), True)[1])
     if not policy_of(vcpu.vm).roles_first: init_shadow_ept_roles(vcpu, eptp)
 
 def _transition_flush(vcpu, l2):

@@ -14,7 +14,7 @@ from .cpu_role import PageRole
 from .roots import ROOT_CURRENT, free_roots
 from .shadow_page import Vm, to_shadow_page
 
-# %% ../../nbs/mmu/07_root_cache.ipynb #bec14bf9
+# %% ../../nbs/mmu/07_root_cache.ipynb #9be069c4
 @dataclass(frozen=True)
 class RootPolicy:
     "How roots are kept, as a value: what Linux 6.1 does. The designs of the thread are other values. KVM: `fast_pgd_switch` (mmu/mmu.c)."
@@ -22,6 +22,7 @@ class RootPolicy:
     says: str = "free the current root if no shadow page stands behind it"
     one_off_pages = False      # Per-vCPU roots are shadow pages of their own
     roles_first = True         # The MMU has its new roles before the pointer changes
+    keeps_invalid = False      # A root that is not there is rotated into the cache too
 
     def frees_current(self, vm: Vm, mmu: Mmu, new_role: PageRole) -> bool:
         "Must the current root go before KVM looks for another?"
@@ -80,7 +81,7 @@ def find_without_current(
     mmu.prev_roots[i:] = mmu.prev_roots[i + 1:] + [Root(mmu.prev_roots[-1].pgd)]
     return True
 
-# %% ../../nbs/mmu/07_root_cache.ipynb #f4a2047e
+# %% ../../nbs/mmu/07_root_cache.ipynb #608a89b4
 def fast_pgd_switch(
     vcpu: Vcpu,
     mmu: Mmu,
@@ -91,19 +92,21 @@ def fast_pgd_switch(
     policy = policy_of(vcpu.vm)
     if policy.frees_current(vcpu.vm, mmu, role): free_roots(vcpu, mmu, ROOT_CURRENT)
     if not policy.may_search(vcpu.vm, mmu, role): return False
-    find = find_and_keep_current if mmu.root.valid else find_without_current
+    keep = mmu.root.valid or policy.keeps_invalid
+    find = find_and_keep_current if keep else find_without_current
     return find(vcpu, mmu, pgd, role)
 
-# %% ../../nbs/mmu/07_root_cache.ipynb #ba144505
+# %% ../../nbs/mmu/07_root_cache.ipynb #162570be
 def new_pgd(
     vcpu: Vcpu,
     pgd: int,
     flush_on_reuse: bool = False,    # Module parameter
+    role: 'PageRole | None' = None,  # Of the root wanted; None for the MMU's own
 ) -> bool:             # A hit; on a miss `kvm_mmu_reload` builds a root before the guest runs
     "The guest has a new root pointer. KVM: `kvm_mmu_new_pgd` (mmu/mmu.c)."
     vcpu.did('new_pgd', pgd=pgd)
     mmu = vcpu.mmu
-    hit = fast_pgd_switch(vcpu, mmu, pgd, mmu.root_role)
+    hit = fast_pgd_switch(vcpu, mmu, pgd, role or mmu.root_role)
     if hit:
         vcpu.request('LOAD_MMU_PGD')
         if flush_on_reuse: vcpu.requests |= {'MMU_SYNC', 'TLB_FLUSH_CURRENT'}
