@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['LINUX_6_1', 'RootPolicy', 'policy_of', 'is_root_usable', 'find_and_keep_current', 'find_without_current',
-           'fast_pgd_switch', 'new_pgd']
+           'fast_pgd_switch', 'new_pgd', 'Switch', 'root_name', 'cached_roots', 'run_switches', 'draw_switches']
 
-# %% ../../nbs/mmu/07_root_cache.ipynb #530a8e96
+# %% ../../nbs/mmu/07_root_cache.ipynb #5d78e3e4
 from dataclasses import dataclass
 
-from .contexts import INVALID_PAGE, Mmu, NullDereference, Root, Vcpu
+from ..draw.ink import Hex
+from ..draw.timeline import Event, Timeline
+from .contexts import KvmBug, Mmu, NullDereference, Root, Vcpu
 from .cpu_role import PageRole
 from .roots import ROOT_CURRENT, free_roots
-from .shadow_page import Vm, to_shadow_page
+from .shadow_page import Vm, is_obsolete_sp, to_shadow_page
 
 # %% ../../nbs/mmu/07_root_cache.ipynb #9be069c4
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def is_root_usable(
     if sp is None: raise NullDereference(f"is_root_usable() reads the role of root {root.hpa:#x}, which has no shadow page")
     return sp.role == role
 
-# %% ../../nbs/mmu/07_root_cache.ipynb #c37ada90
+# %% ../../nbs/mmu/07_root_cache.ipynb #d835b4ba
 def find_and_keep_current(
     vcpu: Vcpu,
     mmu: Mmu,
@@ -77,8 +79,9 @@ def find_without_current(
     for i, prev in enumerate(mmu.prev_roots):
         if is_root_usable(vcpu.vm, prev, pgd, role): break
     else: return False
-    mmu.root, last = prev, mmu.root
-    mmu.prev_roots[i:] = mmu.prev_roots[i + 1:] + [Root(mmu.prev_roots[-1].pgd)]
+    # The slot that falls free at the end keeps a stale pointer; its `hpa` says that nothing is there.
+    stale = mmu.prev_roots[-1].pgd if i < len(mmu.prev_roots) - 1 else mmu.root.pgd
+    mmu.root, mmu.prev_roots[i:] = prev, mmu.prev_roots[i + 1:] + [Root(stale)]
     return True
 
 # %% ../../nbs/mmu/07_root_cache.ipynb #608a89b4
@@ -113,3 +116,76 @@ def new_pgd(
         if not mmu.root_role.direct: to_shadow_page(vcpu.vm, mmu.root.hpa).write_flooding = 0
     vcpu.did('new_pgd_ret', hit=hit)
     return hit
+
+# %% ../../nbs/mmu/07_root_cache.ipynb #d566ad82
+@dataclass(frozen=True)
+class Switch:
+    "One step of a history: what happened, and what the MMU holds after it."
+    label: str            # 'CR3 = B'
+    roots: tuple          # Names of `root` and `prev_roots[0..2]`; of two MMUs when there are eight
+    note: str = ''        # What it cost: 'hit', 'miss, frees B'
+    who: str = 'guest'    # Who did it
+
+def root_name(
+    vm: Vm,
+    mmu: Mmu,
+    root: Root,
+    names: 'dict | None' = None,   # Of root pointers; others show as numbers
+) -> str:
+    "A root in a word or two: its pointer, and what is special about it. '-' is no root."
+    if not root.valid: return '-'
+    sp, name = to_shadow_page(vm, root.hpa), (names or {}).get(root.pgd, str(Hex(root.pgd)))
+    if sp is None:
+        kinds = [kind for kind in ('pae_root', 'pml4_root', 'pml5_root') if getattr(mmu, kind) == root.hpa]
+        return f"{name} ({kinds[0] if kinds else 'gone'})"
+    if sp.role.direct: name = 'direct'
+    marks = {'L2': sp.role.guest_mode and mmu.name == 'root_mmu', 'SMM': sp.role.smm, 'zapped': is_obsolete_sp(vm, sp), 'one-off': sp.owner is not None}
+    return ' '.join([name, *(mark for mark, on in marks.items() if on)])
+
+# %% ../../nbs/mmu/07_root_cache.ipynb #70adca1a
+def cached_roots(
+    vcpu: Vcpu,
+    names: 'dict | None' = None,
+    mmus: tuple = ('root_mmu',),
+) -> tuple:          # Four names for each MMU
+    "What an MMU holds at this moment, by name: its root, then the previous ones."
+    found = [getattr(vcpu, name) for name in mmus]
+    return tuple(root_name(vcpu.vm, mmu, root, names) for mmu in found for root in (mmu.root, *mmu.prev_roots))
+
+def run_switches(
+    vcpu: Vcpu,
+    events: list,        # Of (label, function of the vCPU) or (label, function, who)
+    names: 'dict | None' = None,
+    mmus: tuple = ('root_mmu',),
+) -> list:               # Of `Switch`; ends with the event that breaks KVM, if one does
+    "Run a history on a vCPU and write down what its MMUs hold after each event."
+    steps = []
+    for label, event, *who in events:
+        before, start = cached_roots(vcpu, names, mmus), len(vcpu.log)
+        try: event(vcpu)
+        except KvmBug as bug: broken = f"{type(bug).__name__}: {bug}"
+        else: broken = ''
+        after = cached_roots(vcpu, names, mmus)
+        steps.append(Switch(label, after, broken or _cost(vcpu.log[start:], before, after), *who))
+        if broken: break
+    return steps
+
+def _cost(log, before, after):
+    "What the log says of a switch, and which roots are there no more."
+    words = [('hit' if did['hit'] else 'miss') for did in log if did.what == 'new_pgd_ret']
+    gone = [name for name in dict.fromkeys(before) if name != '-' and before.count(name) > after.count(name)]
+    if gone: words.append(f"frees {', '.join(gone)}")
+    return ', '.join(words)
+
+# %% ../../nbs/mmu/07_root_cache.ipynb #d57ef403
+def draw_switches(
+    steps: list,         # Of `Switch`, or tuples of what a `Switch` takes
+    caption: str = '',
+    mmus: tuple = ('root_mmu', 'guest_mmu'),   # Names for two MMUs' columns
+) -> Timeline:
+    "A history of the root cache: one event a row, `root | prev_roots[0..2]` beside it, every change filled."
+    steps = [step if isinstance(step, Switch) else Switch(*step) for step in steps]
+    columns = ('root', 'prev_roots[0]', '[1]', '[2]')
+    if steps and len(steps[0].roots) > 4: columns = tuple(f"{mmu} {column}" if column == 'root' else column for mmu in mmus for column in columns)
+    events = [Event(i, step.who, f"{step.label}: {step.note}" if step.note else step.label, step.roots) for i, step in enumerate(steps, 1)]
+    return Timeline(columns, events, caption)
