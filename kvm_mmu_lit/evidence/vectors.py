@@ -10,19 +10,21 @@ part of the book answers is listed as not compared; what cannot be used is an er
 # %% auto #0
 __all__ = ['CHECKS', 'FORMS', 'NOT_YET', 'check_file', 'check_vectors']
 
-# %% ../../nbs/evidence/12_vectors.ipynb #bf10ab76
+# %% ../../nbs/evidence/12_vectors.ipynb #6fc9cf60
 from collections.abc import Callable
 from pathlib import Path
 
 from .agreement import Agreement, EvidenceError, agreement_table, compare, draw_agreements
 from .kernel_tables import (PERMISSIONS, RESERVED, SPTES, ept_entry_rows, ept_mask_rows, errcode_rows, gpte_rows, guest_mask_rows, permission_rows, pkru_rows,
                                                 wp_refresh_rows, x86_entry_rows, x86_mask_rows, zero_rows)
+from .kernel_roots import (CHILD_ROLES, PGD_SWITCHES, ROLES, ROOT_STORAGE, child_role_rows, ept_role_rows, npt_role_rows, role_rows,
+                                               storage_rows, switch_rows)
 from .kernel_walks import WALKS, walk_rows
 from .unit_tests import ACCESSES, EPT_ACCESSES, FAMILIES, access_rows, ept_access_rows
 from .vector_files import Form, load_vectors
 from ..guest.addresses import LONG4, LONG5, PAE
 
-# %% ../../nbs/evidence/12_vectors.ipynb #33ed3b8b
+# %% ../../nbs/evidence/12_vectors.ipynb #04893572
 CHECKS = {   # (kind of file, group) -> ((what, function that gives rows), ...)
     ('permissions', 'roles'): (('bytes and masks', permission_rows), ('PKRU values', pkru_rows), ('answers', errcode_rows)),
     ('permissions', 'wp_refresh'): (('CR0.WP again', wp_refresh_rows),),
@@ -30,14 +32,13 @@ CHECKS = {   # (kind of file, group) -> ((what, function that gives rows), ...)
     ('reserved', 'entries'): (('x86 entries', x86_entry_rows),), ('reserved', 'ept entries'): (('EPT entries', ept_entry_rows),), ('reserved', 'zero'): (("KVM's own entries", zero_rows),),
     ('sptes', 'gpte'): (('guest entries', gpte_rows),),
     ('walks', 'walks'): (('walks', walk_rows),),
+    ('roles', 'shadow and TDP'): (('roles of guests', role_rows),), ('roles', 'nested NPT'): (('roles of nested NPT', npt_role_rows),), ('roles', 'nested EPT'): (('roles of nested EPT', ept_role_rows),),
+    ('child_roles', 'children'): (('roles of children', child_role_rows),), ('root_storage', 'roots'): (('where roots live', storage_rows),),
+    ('pgd_switches', 'switches'): (('root switches', switch_rows),),
     ('ept_accesses', 'accesses'): (('EPT accesses', ept_access_rows),),
     **{('accesses', family): tuple((f'{family} in {fmt.name}', lambda arrays, family=family, fmt=fmt: access_rows(arrays, family, fmt)) for fmt in (LONG4, LONG5, PAE)) for family in FAMILIES}}
 
-_LATER = {
-    'roles': 'regs cpu_role shadow_root_role shadow_gva_to_gpa shadow_page_fault tdp_root_role tdp_gva_to_gpa tdp_page_fault tdp_cfg npt_regs npt_cpu_role npt_root_role npt_gva_to_gpa '
-             'npt_page_fault npt_caller_real ept_in ept_cpu_role ept_root_role ept_fn ept_permissions ept_guest_rsvd ept_shadow_zero',
-    'child_roles': 'parent_role sptep_index child_role', 'root_storage': 'table root_role cpu_role sp_role root_gfn special_entry_low12', 'pgd_switches': 'stream mode pgd roles result'}
-FORMS = (PERMISSIONS, RESERVED, SPTES, WALKS, ACCESSES, EPT_ACCESSES, *(Form(kind, 'R' if kind == 'root_storage' else 'K', later=tuple(keys.split())) for kind, keys in _LATER.items()))
+FORMS = (PERMISSIONS, RESERVED, SPTES, WALKS, ACCESSES, EPT_ACCESSES, ROLES, CHILD_ROLES, ROOT_STORAGE, PGD_SWITCHES)
 
 # %% ../../nbs/evidence/12_vectors.ipynb #a9aec8c9
 NOT_YET = "not compared yet: a later part of the book answers it"

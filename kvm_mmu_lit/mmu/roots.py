@@ -49,7 +49,7 @@ def alloc_special_roots(
     mmu.pae_root, mmu.pml4_root = vcpu.vm.alloc_page(), vcpu.vm.alloc_page()
     if deep: mmu.pml5_root = vcpu.vm.alloc_page()
 
-# %% ../../nbs/mmu/06_roots.ipynb #5289b296
+# %% ../../nbs/mmu/06_roots.ipynb #3d759bb9
 def free_root_page(
     vm: Vm,
     hpa: int,              # Of a root or of a `pae_root` slot; `INVALID_PAGE` is nothing
@@ -57,8 +57,8 @@ def free_root_page(
     "Give up one reference; the last one of a zapped table frees it. KVM: `mmu_free_root_page` (mmu/mmu.c)."
     if hpa == INVALID_PAGE: return False
     sp = to_shadow_page(vm, hpa)
-    kvm_bug_on(sp is None, f"root {hpa:#x} to be put has no shadow page: a per-vCPU root among the previous roots")
-    kvm_bug_on(sp.root_count < 1, f"root {hpa:#x} is put, and nobody held it")
+    kvm_bug_on(sp is None, f"root {hpa:#x} to be put has no shadow page: a per-vCPU root among the previous roots", "per-vCPU root put like a shared one")
+    kvm_bug_on(sp.root_count < 1, f"root {hpa:#x} is put, and nobody held it", "root put twice")
     sp.root_count -= 1
     if not sp.root_count and sp.role.invalid:
         if sp.tdp: del vm.pages[sp.spt]
@@ -122,7 +122,7 @@ def alloc_tdp_root(
     vcpu.did('tdp_root_ret', hpa=sp.spt)
     return sp.spt
 
-# %% ../../nbs/mmu/06_roots.ipynb #a6517e41
+# %% ../../nbs/mmu/06_roots.ipynb #fa22dcee
 def alloc_direct_roots(
     vcpu: Vcpu,
 ):
@@ -139,7 +139,7 @@ def alloc_direct_roots(
 def _fill_slots(vcpu, tables, flags):
     mmu = vcpu.mmu
     for i, table in enumerate(tables):
-        kvm_bug_on(mmu.pae_words[i], f"pae_root slot {i} still holds {mmu.pae_words[i]:#x}: its tables' counts leak")
+        kvm_bug_on(mmu.pae_words[i], f"pae_root slot {i} still holds {mmu.pae_words[i]:#x}: its tables' counts leak", "pae_root filled twice")
         mmu.pae_words[i] = alloc_root(vcpu, *table, PT32E_ROOT_LEVEL - 1) | flags if table else 0
 
 # %% ../../nbs/mmu/06_roots.ipynb #959818db

@@ -15,7 +15,7 @@ from .contexts import Vcpu, kvm_bug_on
 from .cpu_role import PageRole, diff_roles
 from .root_role import Host
 
-# %% ../../nbs/mmu/05_shadow_page.ipynb #c4a879c1
+# %% ../../nbs/mmu/05_shadow_page.ipynb #872bfc8d
 @dataclass
 class ShadowPage:
     "A table KVM built, and what it knows of it. KVM: `struct kvm_mmu_page` (mmu/mmu_internal.h)."
@@ -30,6 +30,7 @@ class ShadowPage:
     tdp: bool = False      # A root of the TDP MMU
     hashed: bool = True    # Can be found; False once zapped, or for a page made for one vCPU alone
     owner: 'tuple | None' = None   # (vCPU, MMU name) of a page made for one vCPU alone
+    slots: tuple = ()      # What such a page leads to: four of (frame, quadrant) or None
 
     @property
     def has_gptes(self) -> bool:
