@@ -1,0 +1,83 @@
+"""Roles: any registers, any word, any host."""
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from kvm_mmu_lit.guest.registers import Cr0, Cr4, Efer
+from kvm_mmu_lit.mmu.cpu_role import (COSTS, EXT_FIELDS, INPUTS, ROLE_FIELDS, CpuRole, PageRole, calc_cpu_role, cpu_role, diff_roles, draw_role,
+    page_role, show_flip)
+
+flags = st.booleans()
+bases = st.builds(PageRole, **{name: st.integers(0, (1 << width) - 1) for name, _, width in ROLE_FIELDS})
+states = st.tuples(st.integers(0, (1 << 32) - 1), st.integers(0, (1 << 32) - 1), st.integers(0, (1 << 16) - 1), flags, flags)
+
+
+def place(name) -> int:
+    "The mask of a field, of 64 bits."
+    shift, layout = (0, ROLE_FIELDS) if name in COSTS else (32, EXT_FIELDS)
+    low, width = next((low, width) for field, low, width in layout if field == name)
+    return (1 << width) - 1 << low + shift
+
+
+@given(states)
+def test_only_the_listed_inputs_count(state):
+    kept = [0] * 5
+    for register, bit in INPUTS.values(): kept[register] |= int(state[register]) & bit
+    assert calc_cpu_role(*state) == calc_cpu_role(*kept)
+
+
+@given(states)
+def test_the_word_is_the_manuals_sum(state):
+    cr0, cr4, efer, smm, guest_mode = state
+    pg, wp, pae, la57, lma, nx = cr0 >> 31 & 1, cr0 >> 16 & 1, cr4 >> 5 & 1, cr4 >> 12 & 1, efer >> 10 & 1, efer >> 11 & 1
+    smep, smap, pke, pse = cr4 >> 20 & 1, cr4 >> 21 & 1, cr4 >> 22 & 1, cr4 >> 4 & 1
+    word = 7 << 8 | guest_mode << 17 | smm << 24 | 1 << 32
+    if not pg: word |= 1 << 7
+    else:
+        word |= (lma and 4 + la57 or 2 + pae) | (1 - pae) << 4 | nx << 12 | wp << 13 | (smep & ~wp) << 14 | (smap & ~wp) << 15
+        word |= (pse << 2 | (pke & lma) << 3 | smap << 4 | smep << 5 | (la57 & lma) << 6 | lma << 7) << 32
+    assert calc_cpu_role(*state).word == word
+
+
+@given(bases)
+def test_a_role_word_decodes_to_its_role_or_says_why_not(role):
+    try: assert page_role(role.word) == role
+    except ValueError as why: assert f'{role.word:#x}' in str(why)
+
+
+@given(st.integers(-1, 1 << 33))
+def test_a_number_is_a_role_word_or_an_error(word):
+    try: assert page_role(word).word == word
+    except ValueError as why: assert 'role' in str(why)
+
+
+@given(states)
+def test_what_possible_registers_ask_for_decodes(state):
+    cr0, cr4, efer, smm, guest_mode = state
+    if efer & Efer.LMA: cr0, cr4 = cr0 | Cr0.PG, cr4 | Cr4.PAE
+    role = calc_cpu_role(cr0, cr4, efer, smm, guest_mode)
+    assert cpu_role(role.word) == role and page_role(role.base.word) == role.base
+
+
+@given(states, states)
+def test_a_difference_is_named_exactly_where_the_words_differ(one, other):
+    one, other = calc_cpu_role(*one), calc_cpu_role(*other)
+    named = [change.field for change in diff_roles(one, other)]
+    assert (one.word ^ other.word) & ~sum(map(place, named)) == 0
+    assert all((one.word ^ other.word) & place(name) for name in named)
+    assert [change.field for change in diff_roles(one.base, other.base)] == [name for name in named if name in COSTS]
+
+
+@given(bases)
+def test_a_drawing_says_every_field(role):
+    text = str(draw_role(role, ('level',)))
+    assert all(f'{name} = {getattr(role, name)}' in text for name, _, _ in ROLE_FIELDS)
+
+
+@pytest.mark.parametrize('wrong, said', [
+    (lambda: page_role(1 << 32), '32-bit'), (lambda: page_role(-1), '32-bit'), (lambda: page_role(1 << 19), '23:19'), (lambda: page_role(0x2000704), 'address space 2'),
+    (lambda: page_role(0x40704), 'passthrough'), (lambda: page_role(0x733), 'quadrant 1 at level 3'), (lambda: page_role(0x723), 'needs has_4_byte_gpte'),
+    (lambda: cpu_role(1 << 64), '64 bits'), (lambda: cpu_role(1 << 40), '63:40'), (lambda: cpu_role(0x704), 'valid would be 1'),
+    (lambda: cpu_role(1 << 32 | 0x701), 'level would be 2'), (lambda: diff_roles(PageRole(), CpuRole()), 'do not compare'),
+    (lambda: show_flip('6-level'), '2-level'), (lambda: show_flip(flip='CR8'), 'CR0.WP')])
+def test_what_is_no_role_is_refused_with_the_reason(wrong, said):
+    with pytest.raises(ValueError, match=said): wrong()
