@@ -47,7 +47,7 @@ def nested_load_cr3(
     if not nested_paging and not early: new_pgd(vcpu, cr3)
     return True
 
-# %% ../../nbs/mmu/10_nested_switch.ipynb #e7f052c6
+# %% ../../nbs/mmu/10_nested_switch.ipynb #08998a15
 def svm_vmrun(
     vcpu: Vcpu,
     l2: L2State,
@@ -60,6 +60,7 @@ def svm_vmrun(
     vcpu.guest_mode = True
     if l2.nested_pgd is not None: init_nested_npt(vcpu, l2.nested_pgd)
     vcpu.cr0, vcpu.cr4, vcpu.efer = l2.cr0, l2.cr4, l2.efer
+    vcpu.did('set_efer', val=int(vcpu.efer))
     if nested_load_cr3(vcpu, l2.cr3, l2.nested_pgd is not None): return True
     svm_vmexit(vcpu)
     return False
@@ -78,7 +79,7 @@ def init_nested_npt(
     vcpu.did('init_npt_ret')
     vcpu.walk_mmu_is = 'nested_mmu'
 
-# %% ../../nbs/mmu/10_nested_switch.ipynb #fd6dc596
+# %% ../../nbs/mmu/10_nested_switch.ipynb #6945c8df
 def svm_vmexit(
     vcpu: Vcpu,
 ) -> bool:                     # False: L1's own CR3 cannot be loaded, it dies of a triple fault
@@ -88,6 +89,7 @@ def svm_vmexit(
     vcpu.guest_mode, vcpu.nested_pgd = False, 0
     vcpu.cr0, cr3, vcpu.cr4, vcpu.efer = vcpu.l1
     vcpu.cr0 |= Cr0.PE
+    vcpu.did('set_efer', val=int(vcpu.efer))
     vcpu.l1 = None
     vcpu.requests |= {'MMU_SYNC', 'TLB_FLUSH_CURRENT'}
     vcpu.mmu_is = vcpu.walk_mmu_is = 'root_mmu'
