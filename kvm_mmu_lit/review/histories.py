@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['L1_NAMES', 'L2_NAMES', 'NESTED_NAMES', 'FRAMES', 'World', 'events_of', 'l2_pointers', 'l2_kinds', 'ExploredVm',
-           'start', 'pointer', 'Violation', 'Impossible', 'happen', 'enter', 'check_possible', 'freeze', 'freeze_cache',
-           'thaw', 'thaw_cache']
+           'start', 'pointer', 'Violation', 'Impossible', 'happen', 'act', 'at_rest_of', 'enter', 'check_possible',
+           'freeze', 'freeze_context', 'freeze_cache', 'thaw', 'thaw_cache']
 
 # %% ../../nbs/review/04_histories.ipynb #8188be30
 from dataclasses import dataclass, field, replace
@@ -122,7 +122,7 @@ def pointer(
     if name in NESTED_NAMES and world.host.vendor == 'vmx': return value | 0x5e
     return value | (1 + L1_NAMES.index(name) % 2 if world.pcid and name in L1_NAMES else 0)
 
-# %% ../../nbs/review/04_histories.ipynb #de265230
+# %% ../../nbs/review/04_histories.ipynb #aa3e15bd
 @dataclass(frozen=True)
 class Violation:
     "What broke, in a few words and in full."
@@ -142,17 +142,14 @@ def happen(
     if event not in events_of(world): raise Impossible(f"{event!r} is no event of this world: {', '.join(events_of(world))}")
     index, _, what = event.rpartition(': ')
     if not index and (what == 'zap' or what.startswith('edit ')): return _outside(vm, what)
-    vcpu = vm.vcpus[int(index or 0)]
+    vcpu, found = vm.vcpus[int(index or 0)], []
     check_possible(vcpu, world, what)
-    found, mmus = [], [m for m in (vcpu.root_mmu, vcpu.guest_mmu)]
-    vcpu.watch = _watch_switches(vcpu, found)
     try:
         if what != 'interrupt': found += enter(vcpu)
-        if not any(one.stops for one in found): _ACTIONS[what.split()[0]](vcpu, world, what.split()[1:])
+        if not any(one.stops for one in found): found += act(vcpu, world, what)
     except KvmBug as bug: found.append(Violation(bug.kind, str(bug)))
-    vcpu.watch = None
     vcpu.log.clear()
-    if not any(one.stops for one in found): found += _at_rest(vm, mmus)
+    if not any(one.stops for one in found): found += [*at_rest_of(vm, vcpu.root_mmu), *at_rest_of(vm, vcpu.guest_mmu)]
     return tuple(found)
 
 def _outside(vm, what):
@@ -160,25 +157,36 @@ def _outside(vm, what):
     else: vm.versions[FRAMES[what.split()[1]]] ^= 1
     return ()
 
-def _at_rest(vm, mmus):
-    for one in in_scope('mmu'):
-        for mmu in mmus:
-            why = one.check(vm, mmu)
-            if why: yield Violation(one.name, why, one.stops)
-    for one in in_scope('vm'):
-        if not vm.policy.one_off_pages and (why := one.check(vm)): yield Violation(one.name, why, one.stops)
-
-def _watch_switches(vcpu, found):
-    before = []
+def act(
+    vcpu: Vcpu,
+    world: World,
+    what: str,         # An event of this vCPU, one that is possible
+) -> list:             # Of `Violation`: of the switches on the way
+    "Do what the guest asks, without letting it run first."
+    found, before = [], []
     def watch(did):
         if did.what == 'new_pgd': before[:] = entries_of(vcpu.mmu)
-        if did.what != 'new_pgd_ret' or vcpu.vm.policy.keeps_invalid: return
-        for one in in_scope('switch'):
-            why = one.check(tuple(before), entries_of(vcpu.mmu), did['hit'])
-            if why: found.append(Violation(one.name, why))
-    return watch
+        if did.what == 'new_pgd_ret' and not vcpu.vm.policy.keeps_invalid: found.extend(_broken(in_scope('switch'), tuple(before), entries_of(vcpu.mmu), did['hit']))
+    vcpu.watch = watch
+    verb, *rest = what.split()
+    _ACTIONS[verb](vcpu, world, rest)
+    vcpu.watch = None
+    return found
 
-# %% ../../nbs/review/04_histories.ipynb #64bb16f1
+def at_rest_of(
+    vm: Vm,
+    mmu: Mmu,
+) -> list:             # Of `Violation`
+    "Ask what must hold between events."
+    counted = () if vm.policy.one_off_pages else in_scope('vm')
+    return [*_broken(in_scope('mmu'), vm, mmu), *_broken(counted, vm)]
+
+def _broken(invariants, *about):
+    for one in invariants:
+        why = one.check(*about)
+        if why: yield Violation(one.name, why, one.stops)
+
+# %% ../../nbs/review/04_histories.ipynb #6acd7bf2
 def enter(
     vcpu: Vcpu,
 ) -> list:         # Of `Violation`
@@ -211,7 +219,7 @@ def check_possible(
         raise Impossible(f"{what!r}: L1 is in that mode")
     if verb == 'vmrun' and world.host.vendor == 'vmx':
         if not vcpu.cr0 & Cr0.PG: raise Impossible(f"{what!r}: VMX needs a paging L1")
-        if rest[0] in ('4-level', '5-level') and not vcpu.efer & Efer.LMA: raise Impossible(f"{what!r}: a 32-bit L1 cannot run a 64-bit L2")
+        if (world.l2[0] if world.nested_paging else rest[0]) in ('4-level', '5-level') and not vcpu.efer & Efer.LMA: raise Impossible(f"{what!r}: a 32-bit L1 cannot run a 64-bit L2")
 
 # %% ../../nbs/review/04_histories.ipynb #12b39f13
 def _cr3(vcpu, world, rest):
@@ -242,16 +250,19 @@ def _invpcid(vcpu, world, rest):
 
 _ACTIONS = {'cr3': _cr3, 'mode': _mode, 'vmrun': _vmrun, 'vmexit': _vmexit, 'interrupt': _vmexit, 'invpcid': _invpcid}
 
-# %% ../../nbs/review/04_histories.ipynb #2e76aade
+# %% ../../nbs/review/04_histories.ipynb #75fd22b0
 def freeze(
     vm: ExploredVm,
     world: World,
 ) -> tuple:        # (versions, ((context, root cache, guest cache), ...)), equal for states that behave alike
     "The state as plain values: tables by what they are, not where; what can no longer matter is left out."
     versions = tuple(vm.versions[FRAMES[name]] for name in world.editable)
-    return versions, tuple((_freeze_context(vcpu), freeze_cache(vm, vcpu.root_mmu), freeze_cache(vm, vcpu.guest_mmu)) for vcpu in vm.vcpus)
+    return versions, tuple((freeze_context(vcpu), freeze_cache(vm, vcpu.root_mmu), freeze_cache(vm, vcpu.guest_mmu)) for vcpu in vm.vcpus)
 
-def _freeze_context(vcpu):
+def freeze_context(
+    vcpu: Vcpu,
+) -> tuple:
+    "Registers, roles and requests, as far as roots can notice them."
     requests = tuple(sorted(vcpu.requests & {'MMU_FREE_OBSOLETE_ROOTS', 'TRIPLE_FAULT'}))
     pdptrs = () if vcpu.host.has_tdp else tuple(vcpu.root_mmu.pdptrs)
     roles = tuple((mmu.cpu_role.word, mmu.root_role.word) for mmu in (vcpu.root_mmu, vcpu.guest_mmu))
