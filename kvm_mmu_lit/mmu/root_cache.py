@@ -12,12 +12,12 @@ __all__ = ['LINUX_6_1', 'LETTERS', 'is_root_usable', 'find_and_keep_current', 'f
            'fast_pgd_switch', 'new_pgd', 'pointer', 'switch_to', 'Switch', 'root_name', 'cached_roots', 'run_switches',
            'draw_switches', 'show_switches']
 
-# %% ../../nbs/mmu/07_root_cache.ipynb #25955e07
+# %% ../../nbs/mmu/07_root_cache.ipynb #5f64e7c9
 from dataclasses import dataclass
 
 from ..draw.ink import Hex
 from ..draw.timeline import Event, Timeline
-from .contexts import KvmBug, Mmu, NullDereference, Root, Vcpu
+from .contexts import INVALID_PAGE, KvmBug, Mmu, NullDereference, Root, Vcpu
 from .cpu_role import PageRole
 from .root_role import all_mmus
 from .roots import ROOT_CURRENT, alloc_roots, free_roots, vcpu_for
@@ -147,7 +147,7 @@ def switch_to(
     if not vcpu.mmu.root.valid: alloc_roots(vcpu)
     return hit
 
-# %% ../../nbs/mmu/07_root_cache.ipynb #80ec8b72
+# %% ../../nbs/mmu/07_root_cache.ipynb #286c7858
 @dataclass(frozen=True)
 class Switch:
     "One step of a history: what happened, and what the MMU holds after it."
@@ -165,6 +165,7 @@ def root_name(
     "A root in a word or two: its pointer, and what is special about it. '-' is no root."
     if not root.valid: return '-'
     sp, name = to_shadow_page(vm, root.hpa), (names or {}).get(root.pgd, str(Hex(root.pgd)))
+    if root.pgd == INVALID_PAGE: name = '?'
     if sp is None:
         kinds = [kind for kind in ('pae_root', 'pml4_root', 'pml5_root') if getattr(mmu, kind) == root.hpa]
         below = [to_shadow_page(vm, word) for word in mmu.pae_words if word]
@@ -175,15 +176,17 @@ def root_name(
              'one-off': sp.owner is not None}
     return ' '.join([name, *(mark for mark, on in marks.items() if on)])
 
-# %% ../../nbs/mmu/07_root_cache.ipynb #70adca1a
+# %% ../../nbs/mmu/07_root_cache.ipynb #adde910f
 def cached_roots(
     vcpu: Vcpu,
     names: 'dict | None' = None,
     mmus: tuple = ('root_mmu',),
 ) -> tuple:          # Four names for each MMU
     "What an MMU holds at this moment, by name: its root, then the previous ones."
-    found = [getattr(vcpu, name) for name in mmus]
-    return tuple(root_name(vcpu.vm, mmu, root, names) for mmu in found for root in (mmu.root, *mmu.prev_roots))
+    return tuple(root_name(vcpu.vm, mmu, root, names) for mmu, root in _places(vcpu, mmus))
+
+def _places(vcpu, mmus):
+    return [(mmu, root) for mmu in (getattr(vcpu, name) for name in mmus) for root in (mmu.root, *mmu.prev_roots)]
 
 def run_switches(
     vcpu: Vcpu,
@@ -194,19 +197,23 @@ def run_switches(
     "Run a history on a vCPU and write down what its MMUs hold after each event."
     steps = []
     for label, event, *who in events:
-        before, start = cached_roots(vcpu, names, mmus), len(vcpu.log)
+        held, start = _held(vcpu, names, mmus), len(vcpu.log)
         try: event(vcpu)
         except KvmBug as bug: broken = f"{type(bug).__name__}: {bug}"
         else: broken = ''
-        after = cached_roots(vcpu, names, mmus)
-        steps.append(Switch(label, after, broken or _cost(vcpu.log[start:], before, after), *who))
+        note = broken or _cost(vcpu.log[start:], held, _held(vcpu, names, mmus))
+        steps.append(Switch(label, cached_roots(vcpu, names, mmus), note, *who))
         if broken: break
     return steps
+
+def _held(vcpu, names, mmus):
+    "The roots that are there, by page and pointer, with their names."
+    return {(mmu.name, root.hpa, root.pgd): root_name(vcpu.vm, mmu, root, names) for mmu, root in _places(vcpu, mmus) if root.valid}
 
 def _cost(log, before, after):
     "What the log says of a switch, and which roots are there no more."
     words = [('hit' if did['hit'] else 'miss') for did in log if did.what == 'new_pgd_ret']
-    gone = [name for name in dict.fromkeys(before) if name != '-' and before.count(name) > after.count(name)]
+    gone = [name for key, name in before.items() if key not in after]
     if gone: words.append(f"frees {', '.join(gone)}")
     return ', '.join(words)
 
