@@ -1,10 +1,13 @@
 """Roles: any registers, any word, any host."""
+from dataclasses import replace
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from kvm_mmu_lit.guest.registers import Cr0, Cr4, Efer
 from kvm_mmu_lit.mmu.cpu_role import (COSTS, EXT_FIELDS, INPUTS, ROLE_FIELDS, CpuRole, PageRole, calc_cpu_role, cpu_role, diff_roles, draw_role,
     page_role, show_flip)
+from kvm_mmu_lit.mmu.root_role import (Host, all_hosts, all_mmus, has_per_vcpu_root, mmu_table, root_storage, shadow_ept_roles, shadow_npt_roles,
+    shadow_root_role, show_cases, show_mmus, show_root_moves, svm_host, tdp_level, tdp_root_role, vmx_host)
 
 flags = st.booleans()
 bases = st.builds(PageRole, **{name: st.integers(0, (1 << width) - 1) for name, _, width in ROLE_FIELDS})
@@ -78,6 +81,62 @@ def test_a_drawing_says_every_field(role):
     (lambda: page_role(0x40704), 'passthrough'), (lambda: page_role(0x733), 'quadrant 1 at level 3'), (lambda: page_role(0x723), 'needs has_4_byte_gpte'),
     (lambda: cpu_role(1 << 64), '64 bits'), (lambda: cpu_role(1 << 40), '63:40'), (lambda: cpu_role(0x704), 'valid would be 1'),
     (lambda: cpu_role(1 << 32 | 0x701), 'level would be 2'), (lambda: diff_roles(PageRole(), CpuRole()), 'do not compare'),
-    (lambda: show_flip('6-level'), '2-level'), (lambda: show_flip(flip='CR8'), 'CR0.WP')])
+    (lambda: Host(bits=16), '16 bits'), (lambda: Host(tdp='tdp'), "tdp='tdp'"), (lambda: Host(vendor='via'), "vendor='via'"), (lambda: Host(tdp='npt'), 'TDP of 0 levels'),
+    (lambda: Host(levels=3), '3 levels on 64 bits'), (lambda: svm_host(maxphyaddr=53), '32..52'), (lambda: shadow_ept_roles(3, True, True), 'EPTP of 3 levels'),
+    (lambda: show_root_moves('EPT'), 'shadow EPT'), (lambda: show_mmus('via'), 'vmx'), (lambda: show_mmus(levels=6), '6 levels'), (lambda: show_flip('6-level'), '2-level'), (lambda: show_flip(flip='CR8'), 'CR0.WP')])
 def test_what_is_no_role_is_refused_with_the_reason(wrong, said):
     with pytest.raises(ValueError, match=said): wrong()
+
+
+hosts = st.sampled_from(all_hosts())
+
+
+@given(hosts, states, st.integers(32, 52), flags)
+def test_a_tdp_root_depends_on_the_host_alone(host, state, width, ad):
+    host = replace(host, maxphyaddr=width, ad=ad)
+    if not host.has_tdp: return
+    role = tdp_root_role(host, calc_cpu_role(*state))
+    assert role == PageRole(tdp_level(host), direct=1, access=7, efer_nx=1, cr0_wp=1, ad_disabled=int(not ad), guest_mode=state[4], smm=state[3])
+    assert page_role(role.word) == role
+
+
+@given(hosts, states)
+def test_shadow_roots_are_roles_and_keep_what_keeps_tables_apart(host, state):
+    asked = calc_cpu_role(*state)
+    root = shadow_root_role(asked)
+    assert {change.field for change in diff_roles(asked.base, root)} <= {'level', 'efer_nx'} and root.level >= 3
+    if not host.has_tdp: return
+    asked, nested = shadow_npt_roles(host, state[1], state[2], smm=state[3])
+    assert {change.field for change in diff_roles(asked.base, nested)} <= {'level', 'passthrough'} and nested.level == tdp_level(host)
+    assert nested.cr0_wp == 0 and asked.base.level >= 2 and asked.ext.cr4_pke == 0
+
+
+@pytest.mark.parametrize('m', all_mmus(reachable=False), ids=lambda m: f'{m.host}, {m.name}')
+def test_a_row_of_the_table_holds_together(m):
+    assert cpu_role(m.cpu_role.word) == m.cpu_role and page_role(m.root_role.word) == m.root_role
+    assert m.storage == root_storage(m.cpu_role, m.root_role, m.host.uses_tdp_mmu)
+    assert has_per_vcpu_root(m) == (m.case > 0) == (m.storage in ('pae_root', 'pml4_root', 'pml5_root'))
+
+
+def test_hosts_differ_in_what_they_build():
+    built = {host: frozenset((m.name, m.cpu_role, m.root_role, m.storage) for m in all_mmus() if m.host == host) for host in all_hosts()}
+    assert len(built) == 14 and len({host.vendor for host in built}) == 2
+    # Without TDP the vendor decides nothing; any other two machines build something different.
+    alike = [one for one in built if any(built[one] == built[other] for other in built if other != one)]
+    assert all(not host.has_tdp for host in alike)
+
+
+@pytest.mark.parametrize('vendor, levels, tdp', [('svm', 4, True), ('svm', 5, False), ('svm', 3, True), ('vmx', 3, True), ('vmx', 5, True), ('vmx', 4, False)])
+def test_the_table_of_a_machine_has_its_rows(vendor, levels, tdp):
+    host = svm_host(levels, tdp) if vendor == 'svm' else vmx_host(levels, max(levels, 4) * tdp)
+    rows = show_mmus(vendor, levels, tdp, unreachable=True).rows
+    mine = [m for m in all_mmus(reachable=False) if m.host == host]
+    assert [(row[1], row[5]) for row in rows] == [(m.name, f'{m.root_role.word:#x}') for m in mine]
+    assert [row[-1] for row in rows] == [m.unreachable or m.case or '' for m in mine]
+    assert [row[0] for row in mmu_table(mine).rows] == [str(host)] * len(mine)
+
+
+def test_the_maps_count_the_cases():
+    counts = [sum(row.count(case) for nested in (False, True) for row in show_cases(nested).cells) for case in range(1, 6)]
+    assert counts == [6, 12, 3, 2, 4]
+    assert show_root_moves('shadow EPT').cells == ((False,) * 11,)
