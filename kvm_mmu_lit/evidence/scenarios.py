@@ -13,7 +13,7 @@ __all__ = ['MMUS', 'FILES', 'MAX_GUEST', 'CHANGERS', 'RecordedRoot', 'MmuState',
            'Slot', 'GuestTables', 'Scenario', 'is_scenario', 'load_scenario', 'StepEvents', 'steps_of', 'step_text',
            'RootChange', 'root_history', 'draw_root_history', 'role_words', 'draw_scenario']
 
-# %% ../../nbs/evidence/14_scenarios.ipynb #d9a871da
+# %% ../../nbs/evidence/14_scenarios.ipynb #018a42e6
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -24,14 +24,15 @@ from typing import NamedTuple
 from ..draw.table import Table
 from ..draw.timeline import Timeline
 from .agreement import EvidenceError
-from .ftrace import PROBES, Trace, TraceEvent, parse_trace
+from .event_forms import PROBES
+from .ftrace import Trace, TraceEvent, parse_trace
 from .images import load_meta
 from .vector_files import UNREADABLE, Column, open_npz, read_array
 from ..guest.addresses import PAGE_SHIFT, PAGE_SIZE, MiB
 from ..guest.memory import GuestMemory, add_ram
 from ..mmu.contexts import INVALID_PAGE
 
-# %% ../../nbs/evidence/14_scenarios.ipynb #2f6a6eb5
+# %% ../../nbs/evidence/14_scenarios.ipynb #3c595c46
 class RecordedRoot(NamedTuple):
     "A root as `struct kvm_mmu_root_info` holds it."
     pgd: int     # Guest-physical address of the guest's table, for which it was made; left behind when the root goes
@@ -65,6 +66,7 @@ class MmuState:
             if root.hpa == getattr(self, name): return f"{root.pgd:#x} {name}"
         return str(root)
 
+# %% ../../nbs/evidence/14_scenarios.ipynb #8806661d
 MMUS = ('root_mmu', 'guest_mmu', 'nested_mmu')
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Snapshot:
         "The MMU in charge."
         return self.guest_mmu if self.mmu == 'guest_mmu' else self.root_mmu
 
-# %% ../../nbs/evidence/14_scenarios.ipynb #52b54b54
+# %% ../../nbs/evidence/14_scenarios.ipynb #92f5c5c4
 @dataclass(frozen=True)
 class Layout:
     "Where things are in the memory of the kernel that was recorded."
@@ -113,6 +115,7 @@ class Layout:
         if not 0 <= address - self.page_offset_base < 1 << 52: raise ValueError(f"{address:#x} is not in the direct map, which starts at {self.page_offset_base:#x}")
         return address - self.page_offset_base
 
+# %% ../../nbs/evidence/14_scenarios.ipynb #6110e69b
 def has_state(event: TraceEvent) -> bool:
     "Has the event state arguments?"
     return 'Rd0' in event.fields
@@ -304,7 +307,7 @@ def load_scenario(
     return Scenario(path, meta['scenario'], meta['description'], bool(meta['npt']), bool(meta['tdp_mmu']), int(meta['host_paging'][0]), slots, _read_steps(meta, file),
                     _read_tables(meta, file), tuple(meta['vmcbs']), sregs, msrs, _read_cpuid(meta, file), _read_layout(meta, file), pages, final, trace, raw)
 
-# %% ../../nbs/evidence/14_scenarios.ipynb #f8c6321b
+# %% ../../nbs/evidence/14_scenarios.ipynb #6e981c92
 class StepEvents(NamedTuple):
     "What happened from one marker to the next."
     step: 'dict | None'    # None: before the first step
@@ -323,6 +326,7 @@ def steps_of(
         events.append(event)
     yield StepEvents(step, tuple(events))
 
+# %% ../../nbs/evidence/14_scenarios.ipynb #e7297b4b
 def step_text(
     step: 'dict | None',
 ) -> str:
@@ -378,7 +382,7 @@ def draw_root_history(
     left = len(changes) - first - len(events)
     return Timeline(('root', 'prev 0', 'prev 1', 'prev 2'), events, caption or f"{scenario.name}: {mmu}{f', {left} more changes' if left > 0 else ''}")
 
-# %% ../../nbs/evidence/14_scenarios.ipynb #c55b2a91
+# %% ../../nbs/evidence/14_scenarios.ipynb #f5c63bb9
 def role_words(
     scenario: Scenario,
 ) -> Counter:          # Of (mmu in charge, cpu_role, root_role)
@@ -390,6 +394,7 @@ def role_words(
             found[now.mmu, now.current.cpu_role, now.current.root_role] += 1
     return found
 
+# %% ../../nbs/evidence/14_scenarios.ipynb #110bc073
 def draw_scenario(
     scenario: Scenario,
 ) -> Table:
