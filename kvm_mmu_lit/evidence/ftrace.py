@@ -209,11 +209,11 @@ def draw_counts(
     rows = sorted(((system_of(name), name, count) for name, count in trace.counts().items()), key=lambda row: (order.index(row[0]), -row[2], row[1]))
     return Table(('system', 'event', 'events'), rows, caption or repr(trace))
 
-# %% ../../nbs/evidence/13_ftrace.ipynb #523ae2e6
+# %% ../../nbs/evidence/13_ftrace.ipynb #98756758
 def draw_events(
     events: Iterable,     # Of `TraceEvent`
     caption: str = '',
-    letters: int = 60,    # Of a text, at most
+    letters: int = 102,   # Of a text, at most
 ) -> Timeline:
     "What happened, and in which part of the trace it is said; the step is the line."
     def label(event):
