@@ -1,9 +1,13 @@
 """Roles: any registers, any word, any host."""
+from copy import deepcopy
 from dataclasses import replace
+from types import SimpleNamespace
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from kvm_mmu_lit.guest.registers import Cr0, Cr4, Efer
+from kvm_mmu_lit.mmu.contexts import (INVALID_PAGE, MODES, WHO, Did, KvmBug, Mmu, NullDereference, Root, Vcpu, draw_contexts, forget_roles, init_mmu,
+    init_shadow_ept_roles, kvm_bug_on, show_contexts, show_pairings, vcpu_at, walker_of)
 from kvm_mmu_lit.mmu.cpu_role import (COSTS, EXT_FIELDS, INPUTS, ROLE_FIELDS, CpuRole, PageRole, calc_cpu_role, cpu_role, diff_roles, draw_role,
     page_role, show_flip)
 from kvm_mmu_lit.mmu.root_role import (Host, all_hosts, all_mmus, has_per_vcpu_root, mmu_table, root_storage, shadow_ept_roles, shadow_npt_roles,
@@ -140,3 +144,53 @@ def test_the_maps_count_the_cases():
     counts = [sum(row.count(case) for nested in (False, True) for row in show_cases(nested).cells) for case in range(1, 6)]
     assert counts == [6, 12, 3, 2, 4]
     assert show_root_moves('shadow EPT').cells == ((False,) * 11,)
+
+
+steps = st.lists(st.tuples(st.sampled_from(('cr0', 'cr4', 'efer', 'smm')), st.integers(0, 31)), max_size=8)
+
+
+@given(hosts, steps)
+def test_whatever_the_registers_did_the_roles_are_those_of_now_and_the_roots_stay(host, flips):
+    vcpu = vcpu_at(host, 'nonpaging')
+    vcpu.root_mmu.root, vcpu.root_mmu.prev_roots[1] = Root(0x3000, 0x10_0000), Root(0x4000, 0x20_0000)
+    for name, bit in flips:
+        setattr(vcpu, name, not vcpu.smm if name == 'smm' else getattr(vcpu, name) ^ 1 << bit)
+        before, words = deepcopy(vcpu.root_mmu), (vcpu.root_mmu.cpu_role, vcpu.root_mmu.root_role)
+        changed = init_mmu(vcpu)
+        mmu = vcpu.root_mmu
+        assert mmu.cpu_role == calc_cpu_role(vcpu.cr0, vcpu.cr4, vcpu.efer, vcpu.smm)
+        assert mmu.root_role == (tdp_root_role(host, mmu.cpu_role) if host.has_tdp else shadow_root_role(mmu.cpu_role))
+        assert changed == (words != (mmu.cpu_role, mmu.root_role)) and not init_mmu(vcpu)
+        assert (mmu.root, mmu.prev_roots) == (before.root, before.prev_roots)
+        assert mmu.walker == walker_of(mmu.cpu_role) and mmu.fault == ('tdp' if host.has_tdp else mmu.walker)
+    assert [done.what for done in vcpu.log] == ['init_mmu', 'init_mmu_ret'] * (1 + 2 * len(flips))
+
+
+@given(hosts, st.sampled_from(list(MODES)), st.sampled_from(list(MODES)), st.sampled_from(WHO))
+def test_a_situation_is_drawn_as_it_is_or_refused(host, l1, l2, who):
+    try: vcpu = vcpu_at(host, l1, l2, who)
+    except ValueError: return
+    picture = draw_contexts(vcpu)
+    assert {(edge.start, edge.end) for edge in picture.edges if edge.kind == 'taken'} == {('mmu', vcpu.mmu.name), ('walk_mmu', vcpu.walk_mmu.name)}
+    assert picture.caption.startswith(who) and f'{vcpu.mmu.root_role.word:#x}' in picture.dot()
+    words = [mmu.cpu_role for mmu in (vcpu.root_mmu, vcpu.guest_mmu, vcpu.nested_mmu)]
+    forget_roles(vcpu)
+    for mmu, role in zip((vcpu.root_mmu, vcpu.guest_mmu, vcpu.nested_mmu), words):
+        assert not mmu.root_role.word and mmu.cpu_role.base == role.base and not mmu.cpu_role.ext.valid
+
+
+def test_what_happened_is_written_and_watched():
+    seen, vcpu = [], Vcpu(SimpleNamespace(host=svm_host()))
+    vcpu.watch = lambda done: seen.append((done.what, vcpu.root_mmu.cpu_role.word))
+    init_mmu(vcpu)
+    assert seen == [('init_mmu', 0), ('init_mmu_ret', 0x1_0000_0780)]
+    done = Did('new_pgd', (('pgd', 0x3000), ('hit', True), ('fmmu', 'root_mmu')))
+    assert str(done) == 'new_pgd(pgd=0x3000, hit=True, fmmu=root_mmu)' and done['pgd'] == 0x3000
+    vcpu.request('MMU_SYNC')
+    assert vcpu.requests == {'MMU_SYNC'} and not Root().valid and Root(0, 0x1000).valid and Mmu('root_mmu').root == Root(0, INVALID_PAGE)
+
+
+def test_a_broken_invariant_is_a_bug_of_kvms():
+    kvm_bug_on(False, 'nothing')
+    with pytest.raises(KvmBug, match='leak'): kvm_bug_on(True, 'a leak')
+    assert issubclass(NullDereference, KvmBug)
