@@ -24,7 +24,7 @@ from ..guest.registers import Cr0, Cr4
 from kvm_mmu_lit.mmu.cpu_role import (INPUTS, MODES, ROLE_FIELDS, CpuRole, ExtendedRole, PageRole, all_inputs, calc_cpu_role,
     diff_roles)
 
-# %% ../../nbs/mmu/02_root_role.ipynb #63c85e30
+# %% ../../nbs/mmu/02_root_role.ipynb #eeb4d3ba
 PT32E_ROOT_LEVEL, PT64_ROOT_4LEVEL, PT64_ROOT_5LEVEL = 3, 4, 5
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class Host:
     tdp_mmu: bool = True       # Module parameter; works on 64 bits only
     ad: bool = True            # TDP tables have accessed and dirty bits
     me_value: int = 0          # The encryption bit of entries, when memory is encrypted
+    flush_on_reuse: bool = False   # Module parameter: a cached root is synced and flushed before it is used
+    mixes_cr4: bool = False    # Without NPT, #VMEXIT from an L2 that pages when L1 does not, or the reverse, spoils L1's CR4, as SVM of 6.1 does
 
     def __post_init__(self):
         for wrong, why in _no_such_host(self):
