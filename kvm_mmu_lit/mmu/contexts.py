@@ -11,7 +11,7 @@ way.
 # %% auto #0
 __all__ = ['INVALID_PAGE', 'NUM_PREV_ROOTS', 'WHO', 'Root', 'Mmu', 'KvmBug', 'NullDereference', 'kvm_bug_on', 'Did', 'Vcpu',
            'walker_of', 'set_roles', 'roles_now', 'init_mmu', 'init_shadow_npt_roles', 'init_shadow_ept_roles',
-           'vcpu_at', 'draw_contexts', 'show_contexts', 'forget_roles', 'show_pairings']
+           'vcpu_at', 'draw_contexts', 'show_contexts', 'refresh_passthrough', 'forget_roles', 'show_pairings']
 
 # %% ../../nbs/mmu/03_contexts.ipynb #f31d29f3
 from dataclasses import dataclass, field, replace
@@ -84,7 +84,7 @@ class Did:
         def text(value): return f"{value:#x}" if type(value) is int else str(value)
         return f"{self.what}({', '.join(f'{name}={text(value)}' for name, value in self.facts)})"
 
-# %% ../../nbs/mmu/03_contexts.ipynb #9e75825d
+# %% ../../nbs/mmu/03_contexts.ipynb #b1853839
 @dataclass
 class Vcpu:
     "A virtual CPU: registers, three MMUs, requests, and a log of what KVM did. KVM: `struct kvm_vcpu_arch` (asm/kvm_host.h)."
@@ -97,6 +97,7 @@ class Vcpu:
     smm: bool = False
     guest_mode: bool = False   # L2 runs
     has_pcid: bool = True      # CPUID offers PCID
+    cr4_missing: int = 0       # CR4 bits CPUID does not offer
     root_mmu: Mmu = field(default_factory=lambda: Mmu('root_mmu'))
     guest_mmu: Mmu = field(default_factory=lambda: Mmu('guest_mmu'))
     nested_mmu: Mmu = field(default_factory=lambda: Mmu('nested_mmu'))
@@ -273,6 +274,14 @@ def show_contexts(
     if tdp not in ('npt', 'ept', 'off'): raise ValueError(f"tdp={tdp!r}: 'npt', 'ept' or 'off'")
     host = vmx_host(levels, max(levels, 4)) if tdp == 'ept' else svm_host(levels, tdp == 'npt')
     return draw_contexts(vcpu_at(host, l1, l2, who))
+
+# %% ../../nbs/mmu/03_contexts.ipynb #cdcc7d82
+def refresh_passthrough(
+    vcpu: Vcpu,
+    mmu: Mmu,          # Whose walker judges an access; with TDP, and not `guest_mmu`
+):
+    "Bring the role's WP up to CR0's. KVM: `__kvm_mmu_refresh_passthrough_bits` (mmu/mmu.c)."
+    mmu.cpu_role = replace(mmu.cpu_role, base=replace(mmu.cpu_role.base, cr0_wp=int(bool(vcpu.cr0 & Cr0.WP))))
 
 # %% ../../nbs/mmu/03_contexts.ipynb #dc1a800d
 def forget_roles(
