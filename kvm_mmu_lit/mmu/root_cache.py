@@ -109,7 +109,7 @@ def fast_pgd_switch(
     find = find_and_keep_current if keep else find_without_current
     return find(vcpu, mmu, pgd, role)
 
-# %% ../../nbs/mmu/07_root_cache.ipynb #162570be
+# %% ../../nbs/mmu/07_root_cache.ipynb #0dce5c8e
 def new_pgd(
     vcpu: Vcpu,
     pgd: int,
@@ -122,7 +122,7 @@ def new_pgd(
     hit = fast_pgd_switch(vcpu, mmu, pgd, role or mmu.root_role)
     if hit:
         vcpu.request('LOAD_MMU_PGD')
-        if flush_on_reuse: vcpu.requests |= {'MMU_SYNC', 'TLB_FLUSH_CURRENT'}
+        if flush_on_reuse or vcpu.host.flush_on_reuse: vcpu.requests |= {'MMU_SYNC', 'TLB_FLUSH_CURRENT'}
         if not mmu.root_role.direct: to_shadow_page(vcpu.vm, mmu.root.hpa).write_flooding = 0
     vcpu.did('new_pgd_ret', hit=hit)
     return hit
