@@ -6,7 +6,7 @@
 __all__ = ['CR0_ROLE_BITS', 'CR4_ROLE_BITS', 'EFER_ROLE_BITS', 'CR0_PDPTR_BITS', 'CR4_PDPTR_BITS', 'INVPCID_ADDRESS',
            'INVPCID_CONTEXT', 'INVPCID_ALL', 'INVPCID_ALL_BUT_GLOBAL', 'load_pdptrs', 'set_cr3', 'invalidate_pcid',
            'invpcid', 'invpcid_gva', 'invlpg', 'set_cr0', 'post_set_cr0', 'set_cr4', 'post_set_cr4', 'set_efer',
-           'smm_changed']
+           'smm_changed', 'enter_smm', 'set_sregs']
 
 # %% ../../nbs/mmu/09_register_writes.ipynb #dac5dde6
 from ..guest.registers import CR3_NOFLUSH, CR3_PCID_MASK, Cr0, Cr4, Efer, GeneralProtection, paging_format
@@ -153,7 +153,7 @@ def post_set_cr0(
     if (new ^ old) & Cr0.PG and not new & Cr0.PG: vcpu.request('TLB_FLUSH_GUEST')
     if (new ^ old) & CR0_ROLE_BITS: reset_context(vcpu)
 
-# %% ../../nbs/mmu/09_register_writes.ipynb #fb7bd9f1
+# %% ../../nbs/mmu/09_register_writes.ipynb #93b8e170
 def set_cr4(
     vcpu: Vcpu,
     value: int,
@@ -171,6 +171,7 @@ def set_cr4(
     return GeneralProtection(f"CR4 {value:#x}: {refused}") if refused else None
 
 def _cr4_refused(vcpu, value, old, lma):
+    if value & vcpu.cr4_missing: return f"CPUID does not offer bits {value & vcpu.cr4_missing:#x}"
     if lma and not value & Cr4.PAE: return "long mode needs PAE"
     if lma and (value ^ old) & Cr4.LA57: return "LA57 cannot change in long mode"
     if value & Cr4.PCIDE and not old & Cr4.PCIDE:
@@ -191,7 +192,7 @@ def post_set_cr4(
     if changed & Cr4.PGE or gone & Cr4.PCIDE: vcpu.request('TLB_FLUSH_GUEST')
     elif changed & Cr4.PAE or new & ~old & Cr4.SMEP: vcpu.request('TLB_FLUSH_CURRENT')
 
-# %% ../../nbs/mmu/09_register_writes.ipynb #f4a90b9e
+# %% ../../nbs/mmu/09_register_writes.ipynb #fdb261c9
 def set_efer(
     vcpu: Vcpu,
     value: int,        # LMA is ignored: it follows from LME and CR0.PG
@@ -211,3 +212,29 @@ def smm_changed(
     vcpu.did('smm_changed', entering=entering)
     vcpu.smm = entering
     reset_context(vcpu)
+
+def enter_smm(
+    vcpu: Vcpu,
+):
+    "A system-management interrupt: real mode, in another set of memory slots. Two resets, though one would do. KVM: `enter_smm` (x86.c)."
+    smm_changed(vcpu, True)
+    vcpu.cr0 &= ~int(Cr0.PE | Cr0.EM | Cr0.TS | Cr0.PG)
+    vcpu.cr4 = vcpu.efer = 0
+    vcpu.did('set_efer', val=0)
+    reset_context(vcpu)
+
+# %% ../../nbs/mmu/09_register_writes.ipynb #3640a1d1
+def set_sregs(
+    vcpu: Vcpu,
+    cr0: int,
+    cr3: int,
+    cr4: int,
+    efer: int,
+):
+    "Userspace sets all of them at once: only a change costs the roots, but PAE paging always counts as one. KVM: `__set_sregs` (x86.c)."
+    changed = (cr0, cr3, cr4, efer) != (vcpu.cr0, vcpu.cr3, vcpu.cr4, vcpu.efer)
+    vcpu.cr3, vcpu.efer = cr3, efer
+    vcpu.did('set_efer', val=efer)
+    vcpu.cr0, vcpu.cr4 = cr0, cr4
+    if vcpu.is_pae_paging: load_pdptrs(vcpu, cr3)
+    if changed or vcpu.is_pae_paging: reset_context(vcpu)
