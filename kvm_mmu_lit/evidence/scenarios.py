@@ -107,7 +107,7 @@ _KEYS = dict(scenario=str, description=str, npt=int, tdp_mmu=int, host_paging=st
              vmcbs=list, steps=list, guest_cpuid=list, addresses=dict, struct_offsets=dict, trace_lines=int)
 MAX_GUEST = 256 * MiB   # Memory of a recorded guest; those recorded have 8 MiB
 
-# %% ../../nbs/evidence/14_scenarios.ipynb #0b81b177
+# %% ../../nbs/evidence/14_scenarios.ipynb #5f976906
 def _read_slots(meta, file):
     "The memory slots, not overlapping."
     slots = []
@@ -126,7 +126,14 @@ def _read_steps(meta, file):
     for i, step in enumerate(meta['steps']):
         _need(step, dict(id=int, op=str, cpu=str, bits=int), file, f'steps[{i}]')
         if step['id'] != i or step['bits'] not in (16, 32, 64): raise EvidenceError(file, f'steps[{i}]', f"id {step['id']}, {step['bits']} bits: must be id {i}, and 16, 32 or 64 bits")
+        odd = [key for key, value in step.items() if not (value is None or type(value) in (int, str) or type(value) is list and all(type(one) is str for one in value))]
+        if odd: raise EvidenceError(file, f'steps[{i}].{odd[0]}', "must be a number, a text, null or a list of texts")
     return tuple(meta['steps'])
+
+def _read_vmcbs(meta, file):
+    "What the guest's VMCBs say."
+    keys = dict.fromkeys(('vmcb', 'gpa', 'nested_paging', 'nCR3', 'L2_cr0', 'L2_cr3', 'L2_cr4', 'L2_efer', 'L2_bits'), int)
+    return tuple(_need(vmcb, keys, file, f'vmcbs[{i}]') for i, vmcb in enumerate(meta['vmcbs']))
 
 def _read_tables(meta, file):
     "The page tables."
@@ -175,7 +182,7 @@ def _page_dict(path, prefix, gfns, pages, slots):
         if not any(slot.gpa <= gfn << PAGE_SHIFT < slot.gpa + slot.size for slot in slots): raise EvidenceError(path, f'{prefix}gfn', f"frame {gfn:#x} lies in no memory slot")
     return {gfn: page.tobytes() for gfn, page in zip(gfns, pages)}
 
-# %% ../../nbs/evidence/14_scenarios.ipynb #35f3126d
+# %% ../../nbs/evidence/14_scenarios.ipynb #8856cb8c
 def load_scenario(
     path,              # A folder with FILES
 ) -> Scenario:
@@ -197,7 +204,7 @@ def load_scenario(
     try: msrs = {int(number, 16): int(value) for number, value in meta['initial_msrs'].items()}
     except (TypeError, ValueError): raise EvidenceError(file, 'initial_msrs', "must be numbers like '0xc0010117': '0x77000'") from None
     return Scenario(path, meta['scenario'], meta['description'], bool(meta['npt']), bool(meta['tdp_mmu']), int(meta['host_paging'][0]), slots, _read_steps(meta, file),
-                    _read_tables(meta, file), tuple(meta['vmcbs']), sregs, msrs, _read_cpuid(meta, file), _read_layout(meta, file), pages, final, trace, raw)
+                    _read_tables(meta, file), _read_vmcbs(meta, file), sregs, msrs, _read_cpuid(meta, file), _read_layout(meta, file), pages, final, trace, raw)
 
 # %% ../../nbs/evidence/14_scenarios.ipynb #6e981c92
 class StepEvents(NamedTuple):
