@@ -57,19 +57,25 @@ class Mmu:
     fault: str = ''            # Which fault handler: 'nonpaging', 'paging32', 'paging64', 'ept', 'tdp'
     walker: str = ''           # Which walker emulates the guest: 'nonpaging', 'paging32', 'paging64', 'ept'
 
-# %% ../../nbs/mmu/03_contexts.ipynb #c5efc5cd
+# %% ../../nbs/mmu/03_contexts.ipynb #efa24234
 class KvmBug(Exception):
     "An invariant of KVM's is broken: where this is raised, the kernel warns, leaks or crashes."
+    kind = 'broken invariant'      # In a few words, without numbers: counterexamples are sorted by it
 
 class NullDereference(KvmBug):
     "The kernel reads through a NULL pointer: the host oopses."
+    kind = 'null dereference'
 
 def kvm_bug_on(
     condition: bool,       # True when the invariant is broken
     why: str,
+    kind: str = 'broken invariant',
 ):
     "Raise `KvmBug` when an invariant is broken. KVM: `WARN_ON` and `BUG_ON`."
-    if condition: raise KvmBug(why)
+    if not condition: return
+    bug = KvmBug(why)
+    bug.kind = kind
+    raise bug
 
 # %% ../../nbs/mmu/03_contexts.ipynb #7735b46a
 @dataclass(frozen=True)
