@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['L1_NAMES', 'L2_NAMES', 'NESTED_NAMES', 'FRAMES', 'World', 'events_of', 'l2_pointers', 'l2_kinds', 'ExploredVm',
            'start', 'pointer', 'Violation', 'Impossible', 'happen', 'act', 'at_rest_of', 'enter', 'check_possible',
-           'freeze', 'freeze_context', 'freeze_cache', 'thaw', 'thaw_cache']
+           'freeze', 'freeze_context', 'freeze_cache', 'thaw', 'thaw_cache', 'worlds', 'world', 'small_worlds']
 
 # %% ../../nbs/review/04_histories.ipynb #8188be30
 from dataclasses import dataclass, field, replace
@@ -355,3 +355,36 @@ def _special_page(vm, mmu, kind):
     if mmu.pml4_root: mmu.pml4_word = mmu.pae_root | 0x27
     if mmu.pml5_root: mmu.pml5_word = mmu.pml4_root | 0x27
     return getattr(mmu, kind)
+
+# %% ../../nbs/review/04_histories.ipynb #b6c94d84
+@lru_cache
+def worlds() -> tuple:     # Of `World`
+    "The worlds of the review: every host and kind of nesting in which a root can be a vCPU's own, and those beside them."
+    npt, ept = dict(l2=('4-level',), nested_paging=True, pointers=3), dict(nested_paging=True, pointers=4)
+    return (
+        World('shadow paging, 4-level SVM host', svm_host(4, npt=False), ('4-level', 'PAE', '2-level', 'nonpaging'), ('PAE', '4-level', 'nonpaging'), shared_pointer=True),
+        World('shadow paging, 5-level SVM host', svm_host(5, npt=False), ('5-level', '4-level', 'PAE'), ('5-level', 'PAE')),
+        World('shadow paging, 4-level VMX host', vmx_host(4, 0), ('4-level', 'PAE'), ('PAE', '4-level', '2-level')),
+        World('shadow paging, 32-bit SVM host', svm_host(3, npt=False), ('PAE', '2-level', 'nonpaging'), ('PAE', '2-level')),
+        World('shadow paging, PCIDs', svm_host(4, npt=False), ('4-level',), pcid=True, pointers=4),
+        World('NPT, 4-level host', svm_host(4), ('4-level', 'PAE', '2-level'), **npt),
+        World('NPT, 5-level host', svm_host(5), ('5-level', '4-level', 'PAE', '2-level'), **npt),
+        World('NPT, 32-bit host', svm_host(3), ('PAE', '2-level'), ('PAE',), nested_paging=True, pointers=3),
+        World('NPT, L2 without it', svm_host(4), ('4-level', 'PAE'), ('PAE', '4-level')),
+        World('EPT, 4-level host', vmx_host(4, 4), ('4-level',), ('4-level',), **ept),
+        World('EPT, 5-level host', vmx_host(5, 5), ('5-level',), ('PAE',), **ept),
+        World('two vCPUs, shadow paging', svm_host(4, npt=False), ('4-level',), ('PAE', '4-level'), pointers=1, vcpus=2),
+        World('two vCPUs, NPT', svm_host(4), ('4-level', 'PAE'), ('4-level',), nested_paging=True, pointers=1, vcpus=2))
+
+def world(
+    name: str,
+) -> World:
+    "A world of the review by its name."
+    for one in worlds():
+        if one.name == name: return one
+    raise ValueError(f"no world is called {name!r}: {'; '.join(one.name for one in worlds())}")
+
+# %% ../../nbs/review/04_histories.ipynb #b4c0942e
+def small_worlds() -> tuple:     # Of `World`
+    "The same worlds with fewer pointers: a search of seconds that finds the same kinds of violations."
+    return tuple(replace(one, pointers=min(one.pointers, 1 if one.l2 and not one.nested_paging else 2)) for one in worlds())
