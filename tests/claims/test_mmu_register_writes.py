@@ -9,7 +9,7 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global Grid, LETTERS, draw_switches, expect_fail, explore, machine, partial, predict, roles_now, run_switches, to_shadow_page, with_pcid
+    global Grid, LETTERS, draw_switches, expect_fail, explore, machine, machine_with_pcid, partial, predict, roles_now, run_switches, to_shadow_page, with_pcid
     from functools import partial
 
     from fastcore.test import expect_fail
@@ -30,10 +30,15 @@ def setup_cells():
         vcpu.log.clear()
         return vcpu
 
+    def machine_with_pcid():
+        "A 4-level guest with CR4.PCIDE=1, right after it set the bit."
+        vcpu = machine(cr4=MODES['4-level'][1] | int(Cr4.PCIDE))
+        unload(vcpu)
+        return vcpu
+
     def with_pcid(steps):
         "A 4-level guest with CR4.PCIDE=1 that loads pointers like 'A1', PCID 1; 'A1!' without keeping the TLB."
-        vcpu = machine(cr3=pointer('K'))
-        set_cr4(vcpu, vcpu.cr4 | Cr4.PCIDE)
+        vcpu = machine_with_pcid()
         names = {pgd | pcid: f"{letter}{pcid}" for pgd, letter in LETTERS.items() for pcid in range(4)}
         def event(step):
             value = pointer(step[0]) | int(step[1]) | (0 if step.endswith('!') else CR3_NOFLUSH)
@@ -70,12 +75,11 @@ def test_writing_the_pointer_that_is_there_looks_for_no_root_in_every_mode_with_
             assert [did.what for did in vcpu.log].count('new_pgd') == 1
 
 
-@pytest.mark.claim('nbs/mmu/09_register_writes.ipynb', '6305fa7b', 'after a flushing load no previous root carries the PCID that was loaded; a keeping load drops none and asks for no sync')
+@pytest.mark.claim('nbs/mmu/09_register_writes.ipynb', '3dd1777d', 'after a flushing load no previous root carries the PCID that was loaded; a keeping load drops none and asks for no sync')
 def test_after_a_flushing_load_no_previous_root_carries_the_pcid_that_was_loaded_a_keeping_load_drops_none_and_asks_for_no_sync():
     def check(keep):
         for order in ('A1 B2 C1 D2', 'A1 B1 C1 D1', 'A1 B2 C3 A2', 'A1 A2 A3 B1'):
-            vcpu = machine(cr3=pointer('K'))
-            set_cr4(vcpu, vcpu.cr4 | Cr4.PCIDE)
+            vcpu = machine_with_pcid()
             for step in order.split():
                 set_cr3(vcpu, pointer(step[0]) | int(step[1]) | CR3_NOFLUSH)
                 enter_guest(vcpu)
@@ -103,10 +107,9 @@ def test_without_cr4_pcide_the_cached_roots_stay_and_every_load_asks_for_a_sync_
     assert 'above MAXPHYADDR' in str(set_cr3(vcpu, pointer('A') | CR3_NOFLUSH))        # bit 63 means nothing yet
 
 
-@pytest.mark.claim('nbs/mmu/09_register_writes.ipynb', '1ec98d74', 'INVPCID of one address visits the roots of that PCID, INVLPG visits all, and an address that is not canonical none')
+@pytest.mark.claim('nbs/mmu/09_register_writes.ipynb', '742f5eb7', 'INVPCID of one address visits the roots of that PCID, INVLPG visits all, and an address that is not canonical none')
 def test_invpcid_of_one_address_visits_the_roots_of_that_pcid_invlpg_visits_all_and_an_address_that_is_not_canonical_none():
-    vcpu = machine(cr3=pointer('K'))
-    set_cr4(vcpu, vcpu.cr4 | Cr4.PCIDE)
+    vcpu = machine_with_pcid()
     for step in ('A1', 'B2', 'C1', 'D2'):
         set_cr3(vcpu, pointer(step[0]) | int(step[1]) | CR3_NOFLUSH)
         enter_guest(vcpu)
@@ -120,11 +123,10 @@ def test_invpcid_of_one_address_visits_the_roots_of_that_pcid_invlpg_visits_all_
     assert 'not canonical' in str(invpcid(vcpu, INVPCID_ADDRESS, 1, 1 << 47))
 
 
-@pytest.mark.claim('nbs/mmu/09_register_writes.ipynb', '6108cbb4', 'INVPCID of a context drops its previous roots and syncs the current one; of everything it asks for a flush')
+@pytest.mark.claim('nbs/mmu/09_register_writes.ipynb', 'c306bff1', 'INVPCID of a context drops its previous roots and syncs the current one; of everything it asks for a flush')
 def test_invpcid_of_a_context_drops_its_previous_roots_and_syncs_the_current_one_of_everything_it_asks_for_a_flush():
     for pcid, left, sync in ((0, 'ABCD', False), (1, 'BD', False), (2, 'ACD', True)):
-        vcpu = machine(cr3=pointer('K'))
-        set_cr4(vcpu, vcpu.cr4 | Cr4.PCIDE)
+        vcpu = machine_with_pcid()
         for step in ('A1', 'B2', 'C1', 'D2'):
             set_cr3(vcpu, pointer(step[0]) | int(step[1]) | CR3_NOFLUSH)
             enter_guest(vcpu)
