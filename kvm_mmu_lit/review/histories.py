@@ -289,7 +289,7 @@ def _freeze_page(vm, mmu, hpa):
     if sp is not None: return ('tdp' if sp.tdp else 'one-off' if sp.owner is not None else 'page', sp.gfn, sp.role.word, int(sp.gen != vm.gen), sp.slots, hpa == mmu.pae_root)
     return (next((name for name in ('pml5_root', 'pml4_root', 'pae_root') if getattr(mmu, name) == hpa), 'gone'),)
 
-# %% ../../nbs/review/04_histories.ipynb #36b195fb
+# %% ../../nbs/review/04_histories.ipynb #10b359bc
 @lru_cache(maxsize=None)
 def _role(word): return page_role(word)
 @lru_cache(maxsize=None)
@@ -351,7 +351,7 @@ def _thaw_page(vm, vcpu, mmu, page):
 def _special_page(vm, mmu, kind):
     order = ('pae_root', 'pml4_root', 'pml5_root')
     for name in order[:order.index(kind) + 1]:
-        if getattr(mmu, name) is None: setattr(mmu, name, vm.alloc_page())
+        if not getattr(mmu, name): setattr(mmu, name, vm.alloc_page())
     if mmu.pml4_root: mmu.pml4_word = mmu.pae_root | 0x27
     if mmu.pml5_root: mmu.pml5_word = mmu.pml4_root | 0x27
     return getattr(mmu, kind)
