@@ -169,11 +169,11 @@ def _alloc_per_vcpu_root(vcpu, gfn, pdptrs):
     tables = [(pdpte_gfn(pdpte), 0) if pdpte & PRESENT else None for pdpte in pdptrs]
     _fill_slots(vcpu, tables or [(gfn, quadrant) for quadrant in range(4)], flags)
 
-# %% ../../nbs/mmu/06_roots.ipynb #1205f2c9
+# %% ../../nbs/mmu/06_roots.ipynb #af22ab3b
 def alloc_roots(
     vcpu: Vcpu,
 ) -> bool:                 # False: a triple fault was requested
-    "Give the MMU in charge a root of the kind its role wants. KVM: `kvm_mmu_load` (mmu/mmu.c), the part that allocates."
+    "Give the MMU in charge a root of the kind its role wants; nothing but the role decides which. KVM: `kvm_mmu_load` (mmu/mmu.c), the part that allocates."
     alloc_special_roots(vcpu)
     if not vcpu.mmu.root_role.direct: return alloc_shadow_roots(vcpu)
     alloc_direct_roots(vcpu)
@@ -212,7 +212,7 @@ def per_vcpu_pages(
     starts = [i for i, (_, hpa, _) in enumerate(pages) if hpa == mmu.root.hpa]
     return pages[starts[0]:] if starts else []
 
-# %% ../../nbs/mmu/06_roots.ipynb #27db292f
+# %% ../../nbs/mmu/06_roots.ipynb #836f0d17
 def draw_roots(
     vcpus: list,           # Of `Vcpu`s of one VM
     caption: str = '',
@@ -238,7 +238,7 @@ def _draw_table(vcpu, hpa, nodes):
     sp, name = to_shadow_page(vcpu.vm, hpa), f"{hpa & ~0xfff:#x}"
     if sp is None: return nodes.setdefault(name, Node(name))
     what = f"frame {sp.gfn:#x}, quadrant {sp.role.quadrant}" if sp.role.has_4_byte_gpte else 'TDP root' if sp.tdp else f"frame {sp.gfn:#x}"
-    nodes.setdefault(name, Node(name, f"level {sp.role.level}, {what}\nheld {sp.root_count} times", 'shadow'))
+    nodes.setdefault(name, Node(name, f"level {sp.role.level}, {what}\nheld {'once' if sp.root_count == 1 else f'{sp.root_count} times'}", 'shadow'))
 
 # %% ../../nbs/mmu/06_roots.ipynb #edb6e9bc
 def two_vcpus(
