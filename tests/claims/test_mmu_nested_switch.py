@@ -88,6 +88,20 @@ def test_the_second_vmrun_with_the_same_pointer_hits_except_in_cases_4_and_5_whe
             assert hits == ([False] * 3 if case.case else [False, True, True]), case
 
 
+@pytest.mark.claim('nbs/mmu/10_nested_switch.ipynb', 'f777eb53', 'an emulated MOV to CR3 of an L2 with nested paging doubles a root, or puts the root of another nCR3 in place')
+def test_an_emulated_mov_to_cr3_of_an_l2_with_nested_paging_doubles_a_root_or_puts_the_root_of_another_ncr3_in_place():
+    vcpu = hypervisor(host=HOSTS['SVM, NPT'])
+    for letter in 'NM':
+        assert svm_vmrun(vcpu, l2_state('4-level', pointer('X'), pointer(letter))) and enter_guest(vcpu)
+        if letter == 'N': assert svm_vmexit(vcpu)
+    set_cr3(vcpu, pointer('Y'))
+    enter_guest(vcpu)
+    assert cached_roots(vcpu, LETTERS, ('guest_mmu',)) == ('M', 'M', 'N', '-')
+    set_cr3(vcpu, pointer('N'))
+    enter_guest(vcpu)
+    assert vcpu.nested_pgd == pointer('M') and vcpu.guest_mmu.root.pgd == pointer('N')
+
+
 @pytest.mark.claim('nbs/mmu/10_nested_switch.ipynb', '37b15deb', 'with TDP and no nested paging there is one root for L1 and one for L2, whatever either does, and both stay')
 def test_with_tdp_and_no_nested_paging_there_is_one_root_for_l1_and_one_for_l2_whatever_either_does_and_both_stay():
     for host in HOSTS.values():
