@@ -13,7 +13,7 @@ __all__ = ['INVALID_PAGE', 'NUM_PREV_ROOTS', 'WHO', 'Root', 'Mmu', 'KvmBug', 'Nu
            'walker_of', 'set_roles', 'roles_now', 'init_mmu', 'init_shadow_npt_roles', 'init_shadow_ept_roles',
            'vcpu_at', 'draw_contexts', 'show_contexts', 'refresh_passthrough', 'forget_roles', 'show_pairings']
 
-# %% ../../nbs/mmu/03_contexts.ipynb #f31d29f3
+# %% ../../nbs/mmu/03_contexts.ipynb #35612783
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
@@ -21,7 +21,8 @@ from ..draw.graph import Graph
 from ..draw.table import Table
 from ..guest.registers import Cr0, Cr4, Efer
 from .cpu_role import MODES, CpuRole, PageRole, calc_cpu_role
-from .root_role import Host, all_mmus, shadow_ept_roles, shadow_npt_roles, shadow_root_role, svm_host, tdp_root_role, vmx_host
+from .root_role import Host, all_mmus, svm_host, vmx_host
+from .root_role import shadow_ept_roles, shadow_npt_roles, shadow_root_role, tdp_root_role
 
 # %% ../../nbs/mmu/03_contexts.ipynb #c359ca91
 INVALID_PAGE = (1 << 64) - 1
@@ -90,10 +91,10 @@ class Did:
         def text(value): return f"{value:#x}" if type(value) is int else str(value)
         return f"{self.what}({', '.join(f'{name}={text(value)}' for name, value in self.facts)})"
 
-# %% ../../nbs/mmu/03_contexts.ipynb #b1853839
+# %% ../../nbs/mmu/03_contexts.ipynb #1558f7ee
 @dataclass
 class Vcpu:
-    "A virtual CPU: registers, three MMUs, requests, and a log of what KVM did. KVM: `struct kvm_vcpu_arch` (asm/kvm_host.h)."
+    "A virtual CPU: registers, three MMUs, requests, and a log. KVM: `struct kvm_vcpu_arch` (asm/kvm_host.h)."
     vm: object                 # The `Vm` it belongs to
     index: int = 0
     cr0: int = 0x6000_0010     # As after reset
@@ -212,7 +213,7 @@ def init_shadow_ept_roles(
     if changed: vcpu.guest_mmu.walker = vcpu.guest_mmu.fault = 'ept'
     return changed
 
-# %% ../../nbs/mmu/03_contexts.ipynb #84b19c62
+# %% ../../nbs/mmu/03_contexts.ipynb #8c2eb1e4
 WHO = ('L1', 'L2 with nested paging', 'L2 without nested paging')
 
 def vcpu_at(
@@ -239,9 +240,10 @@ def vcpu_at(
 
 def _check_situation(host, l1, l2, who):
     if who not in WHO: raise ValueError(f"who={who!r}: one of {', '.join(WHO)}")
-    if who == 'L2 with nested paging' and not host.has_tdp: raise ValueError(f"KVM offers nested paging only where it uses TDP itself: {host}")
+    if who == 'L2 with nested paging' and not host.has_tdp:
+        raise ValueError(f"KVM offers nested paging only where it uses TDP itself: {host}")
     for mode in (l1,) if who == 'L1' else (l1, l2):
-        why = [m.unreachable for m in all_mmus(reachable=False) if (m.host.bits, m.host.levels, m.mode, m.mmu) == (host.bits, host.levels, mode, 'root_mmu')]
+        why = [m.unreachable for m in all_mmus(reachable=False) if (m.host.levels, m.mode, m.mmu) == (host.levels, mode, 'root_mmu')]
         if not why: raise ValueError(f"mode {mode!r}: one of {', '.join(MODES)}")
         if why[0]: raise ValueError(f"no {mode} guest: {why[0]}")
     why = who != 'L1' and host.vendor == 'vmx' and _vmx_forbids(l1, l2)
@@ -289,11 +291,11 @@ def refresh_passthrough(
     "Bring the role's WP up to CR0's. KVM: `__kvm_mmu_refresh_passthrough_bits` (mmu/mmu.c)."
     mmu.cpu_role = replace(mmu.cpu_role, base=replace(mmu.cpu_role.base, cr0_wp=int(bool(vcpu.cr0 & Cr0.WP))))
 
-# %% ../../nbs/mmu/03_contexts.ipynb #dc1a800d
+# %% ../../nbs/mmu/03_contexts.ipynb #207fcda3
 def forget_roles(
     vcpu: Vcpu,
 ):
-    "Make every role look uncomputed, so that the next `init_mmu` sets everything up again. KVM: `kvm_mmu_after_set_cpuid` (mmu/mmu.c)."
+    "Make every role look uncomputed, so that the next `init_mmu` sets up anew. KVM: `kvm_mmu_after_set_cpuid` (mmu/mmu.c)."
     for mmu in (vcpu.root_mmu, vcpu.guest_mmu, vcpu.nested_mmu):
         mmu.root_role = PageRole()
         mmu.cpu_role = replace(mmu.cpu_role, ext=replace(mmu.cpu_role.ext, valid=0))

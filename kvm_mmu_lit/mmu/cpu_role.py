@@ -9,8 +9,8 @@ registers, one bit at a time.
 
 # %% auto #0
 __all__ = ['ROLE_FIELDS', 'EXT_FIELDS', 'MODES', 'COSTS', 'INPUTS', 'PageRole', 'ExtendedRole', 'CpuRole', 'draw_role',
-           'calc_cpu_role', 'cpu_role_of', 'RoleChange', 'diff_roles', 'all_inputs', 'moved_fields', 'show_moves',
-           'page_role', 'cpu_role', 'show_flip']
+           'calc_cpu_role', 'cpu_role_of', 'RoleChange', 'diff_roles', 'state_of', 'all_inputs', 'moved_fields',
+           'show_moves', 'page_role', 'cpu_role', 'show_flip']
 
 # %% ../../nbs/mmu/01_cpu_role.ipynb #ee13ed42
 from dataclasses import dataclass, fields, replace
@@ -115,7 +115,7 @@ def draw_role(
             strip.append((shift + low + width - 1, shift + low, name, value, kind, f'{name} = {value}'))
     return BitStrip(f'{role.word:#x}', 40 if isinstance(role, CpuRole) else 32, tuple(reversed(strip)))
 
-# %% ../../nbs/mmu/01_cpu_role.ipynb #6ebbe331
+# %% ../../nbs/mmu/01_cpu_role.ipynb #d455be2f
 def calc_cpu_role(
     cr0: int,              # PG and WP are read
     cr4: int,              # PSE, PAE, LA57, SMEP, SMAP and PKE are read
@@ -126,12 +126,13 @@ def calc_cpu_role(
     "The role a set of registers asks for; any combination is answered. KVM: `kvm_calc_cpu_role` (mmu/mmu.c)."
     where = dict(access=int(ACC_ALL), smm=int(smm), guest_mode=int(guest_mode))
     if not cr0 & Cr0.PG: return CpuRole(PageRole(direct=1, **where), ExtendedRole(valid=1))
-    wp, nx, pae, lma = int(bool(cr0 & Cr0.WP)), int(bool(efer & Efer.NX)), int(bool(cr4 & Cr4.PAE)), int(bool(efer & Efer.LMA))
-    smep, smap, pse, pke, la57 = (int(bool(cr4 & bit)) for bit in (Cr4.SMEP, Cr4.SMAP, Cr4.PSE, Cr4.PKE, Cr4.LA57))
+    wp, nx, lma = int(bool(cr0 & Cr0.WP)), int(bool(efer & Efer.NX)), int(bool(efer & Efer.LMA))
+    pae, smep, smap, pse, pke, la57 = (int(bool(cr4 & bit)) for bit in (Cr4.PAE, Cr4.SMEP, Cr4.SMAP, Cr4.PSE, Cr4.PKE, Cr4.LA57))
     level = 4 + la57 if lma else 2 + pae
     base = PageRole(level=level, has_4_byte_gpte=1 - pae, efer_nx=nx, cr0_wp=wp,
                     smep_andnot_wp=int(smep and not wp), smap_andnot_wp=int(smap and not wp), **where)
-    ext = ExtendedRole(valid=1, cr4_pse=pse, cr4_pke=lma & pke, cr4_smap=smap, cr4_smep=smep, cr4_la57=lma & la57, efer_lma=lma)
+    ext = ExtendedRole(valid=1, cr4_pse=pse, cr4_pke=lma & pke, cr4_smap=smap, cr4_smep=smep,
+                       cr4_la57=lma & la57, efer_lma=lma)
     return CpuRole(base, ext)
 
 def cpu_role_of(
@@ -166,7 +167,7 @@ COSTS = {
     'passthrough': "level 5 only forwards",
     'smm': "another set of memory slots"}
 
-# %% ../../nbs/mmu/01_cpu_role.ipynb #5d01e426
+# %% ../../nbs/mmu/01_cpu_role.ipynb #d9fb224a
 @dataclass(frozen=True)
 class RoleChange:
     "One field in which two roles differ."
@@ -185,25 +186,31 @@ def diff_roles(
 ) -> tuple:        # Of `RoleChange`, from bit 0 up
     "Which fields differ, and what each costs."
     if type(before) is not type(after):
-        raise ValueError(f"a {type(before).__name__} and a {type(after).__name__} do not compare: take the base of the CPU role")
+        kinds = f"a {type(before).__name__} and a {type(after).__name__}"
+        raise ValueError(f"{kinds} do not compare: take the base of the CPU role")
     parts = [(before, after)] if isinstance(before, PageRole) else [(before.base, after.base), (before.ext, after.ext)]
     return tuple(RoleChange(field.name, getattr(a, field.name), getattr(b, field.name))
                  for a, b in parts for field in fields(a) if getattr(a, field.name) != getattr(b, field.name))
 
-# %% ../../nbs/mmu/01_cpu_role.ipynb #449912d7
+# %% ../../nbs/mmu/01_cpu_role.ipynb #e2de61dd
 INPUTS = {   # name -> (which argument of `calc_cpu_role`, the bit)
     'CR0.PG': (0, int(Cr0.PG)), 'CR0.WP': (0, int(Cr0.WP)), 'CR4.PSE': (1, int(Cr4.PSE)), 'CR4.PAE': (1, int(Cr4.PAE)),
-    'CR4.LA57': (1, int(Cr4.LA57)), 'CR4.SMEP': (1, int(Cr4.SMEP)), 'CR4.SMAP': (1, int(Cr4.SMAP)), 'CR4.PKE': (1, int(Cr4.PKE)),
-    'EFER.NX': (2, int(Efer.NX)), 'EFER.LMA': (2, int(Efer.LMA)), 'SMM': (3, 1), 'guest mode': (4, 1)}
+    'CR4.LA57': (1, int(Cr4.LA57)), 'CR4.SMEP': (1, int(Cr4.SMEP)), 'CR4.SMAP': (1, int(Cr4.SMAP)),
+    'CR4.PKE': (1, int(Cr4.PKE)), 'EFER.NX': (2, int(Efer.NX)), 'EFER.LMA': (2, int(Efer.LMA)), 'SMM': (3, 1), 'guest mode': (4, 1)}
+
+def state_of(
+    on: 'frozenset | set',     # Names of `INPUTS` that are 1
+) -> tuple:                    # (CR0, CR4, EFER, smm, guest_mode)
+    "What `calc_cpu_role` takes, with these bits alone."
+    return tuple(sum(bit for name, (where, bit) in INPUTS.items() if where == argument and name in on) for argument in range(5))
 
 def all_inputs():      # Of (names that are 1, the role)
     "Every combination of what goes into a role, 4096 of them."
     for bits in product((0, 1), repeat=len(INPUTS)):
-        on, state = frozenset(name for name, bit in zip(INPUTS, bits) if bit), [0] * 5
-        for name in on: state[INPUTS[name][0]] |= INPUTS[name][1]
-        yield on, calc_cpu_role(*state)
+        on = frozenset(name for name, bit in zip(INPUTS, bits) if bit)
+        yield on, calc_cpu_role(*state_of(on))
 
-# %% ../../nbs/mmu/01_cpu_role.ipynb #a9ddfbc6
+# %% ../../nbs/mmu/01_cpu_role.ipynb #f59aca44
 def moved_fields(
     given: 'frozenset | set' = frozenset(),    # Inputs that stay 1, e.g. {'CR0.PG'}
     without: 'frozenset | set' = frozenset(),  # Inputs that stay 0
@@ -211,9 +218,10 @@ def moved_fields(
     "Flip each input in every state, and see which fields of the role follow."
     roles = {on: role for on, role in all_inputs() if given <= on and not without & on}
     flips = [(name, role, roles.get(on | {name}, role)) for on, role in roles.items() for name in INPUTS]
-    return frozenset((name, change.field) for name, before, after in flips if before.word != after.word for change in diff_roles(before, after))
+    return frozenset((name, change.field) for name, before, after in flips if before.word != after.word
+                     for change in diff_roles(before, after))
 
-# %% ../../nbs/mmu/01_cpu_role.ipynb #26bd27a1
+# %% ../../nbs/mmu/01_cpu_role.ipynb #492ba609
 def show_moves(
     paging: bool = True,     # CR0.PG stays 1; otherwise it is flipped too
     wp: str = 'either',      # CR0.WP: 'either', '0' or '1'
@@ -224,7 +232,8 @@ def show_moves(
     without = {name for name, off in (('CR0.WP', wp == '0'), ('EFER.LMA', lma == '0')) if off}
     moved, free = moved_fields(given, without), [name for name in INPUTS if name not in given | without]
     rows = [field for field, _, _ in (*ROLE_FIELDS, *EXT_FIELDS) if any((name, field) in moved for name in free)]
-    return Grid(rows, [name.partition('.')[2] or name for name in free], [[(name, field) in moved for name in free] for field in rows],
+    cells = [[(name, field) in moved for name in free] for field in rows]
+    return Grid(rows, [name.partition('.')[2] or name for name in free], cells,
                 f"which input moves which field: paging {'on' if paging else 'on or off'}, WP {wp}, LMA {lma}", 'changed')
 
 # %% ../../nbs/mmu/01_cpu_role.ipynb #01460da3

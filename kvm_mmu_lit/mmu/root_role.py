@@ -14,17 +14,17 @@ __all__ = ['PT32E_ROOT_LEVEL', 'PT64_ROOT_4LEVEL', 'PT64_ROOT_5LEVEL', 'KINDS', 
            'root_storage', 'MmuCase', 'has_per_vcpu_root', 'all_hosts', 'all_mmus', 'mmu_table', 'show_mmus',
            'show_cases']
 
-# %% ../../nbs/mmu/02_root_role.ipynb #bb28accb
+# %% ../../nbs/mmu/02_root_role.ipynb #fd866c5c
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ..draw.table import Grid, Table
 from ..guest.gpte import ACC_ALL
 from ..guest.registers import Cr0, Cr4
-from kvm_mmu_lit.mmu.cpu_role import (INPUTS, MODES, ROLE_FIELDS, CpuRole, ExtendedRole, PageRole, all_inputs, calc_cpu_role,
-    diff_roles)
+from .cpu_role import CpuRole, ExtendedRole, PageRole, all_inputs, calc_cpu_role, diff_roles, state_of
+from .cpu_role import INPUTS, MODES, ROLE_FIELDS
 
-# %% ../../nbs/mmu/02_root_role.ipynb #eeb4d3ba
+# %% ../../nbs/mmu/02_root_role.ipynb #c3331d03
 PT32E_ROOT_LEVEL, PT64_ROOT_4LEVEL, PT64_ROOT_5LEVEL = 3, 4, 5
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Host:
     ad: bool = True            # TDP tables have accessed and dirty bits
     me_value: int = 0          # The encryption bit of entries, when memory is encrypted
     flush_on_reuse: bool = False   # Module parameter: a cached root is synced and flushed before it is used
-    mixes_cr4: bool = False    # Without NPT, #VMEXIT from an L2 that pages when L1 does not, or the reverse, spoils L1's CR4, as SVM of 6.1 does
+    mixes_cr4: bool = False    # Without NPT, #VMEXIT spoils L1's CR4 when one of L1 and L2 pages alone, as SVM of 6.1 does
 
     def __post_init__(self):
         for wrong, why in _no_such_host(self):
@@ -59,7 +59,8 @@ class Host:
 
     def __str__(self):
         paging = f"{self.levels}-level" if self.bits == 64 else 'PAE'
-        return f"{self.bits}-bit {self.vendor.upper()} host, {paging}, {'shadow paging' if not self.has_tdp else self.tdp.upper()}"
+        tdp = self.tdp.upper() if self.has_tdp else 'shadow paging'
+        return f"{self.bits}-bit {self.vendor.upper()} host, {paging}, {tdp}"
 
 def _no_such_host(host):
     depth = host.forced_level or host.max_level
@@ -128,18 +129,18 @@ def shadow_npt_roles(
     passthrough = level == PT64_ROOT_5LEVEL and asked.base.level == PT64_ROOT_4LEVEL
     return asked, replace(asked.base, level=level, passthrough=int(passthrough))
 
-# %% ../../nbs/mmu/02_root_role.ipynb #19cfd79e
+# %% ../../nbs/mmu/02_root_role.ipynb #e37eeaf4
 def shadow_ept_roles(
     level: int,            # Of the EPTP: 4 or 5
     ad: bool,              # EPTP bit 6
     execonly: bool,        # The nested EPT may map execute-only pages
 ) -> tuple:                # (CpuRole, PageRole)
-    "Roles of the MMU that shadows an L1's EPT; L1's registers do not matter. KVM: `kvm_calc_shadow_ept_root_page_role` (mmu/mmu.c)."
+    "Roles of the MMU that shadows an L1's EPT; no register matters. KVM: `kvm_calc_shadow_ept_root_page_role` (mmu/mmu.c)."
     if level not in (4, 5): raise ValueError(f"an EPTP of {level} levels: EPT has 4 or 5")
     base = PageRole(level=level, access=int(ACC_ALL), ad_disabled=int(not ad), guest_mode=1)
     return CpuRole(base, ExtendedRole(valid=1, execonly=int(execonly))), base
 
-# %% ../../nbs/mmu/02_root_role.ipynb #cd632d29
+# %% ../../nbs/mmu/02_root_role.ipynb #d43cb984
 KINDS = ('shadow', 'TDP', 'shadow NPT', 'shadow EPT')
 
 def show_root_moves(
@@ -149,7 +150,8 @@ def show_root_moves(
     "Which input moves which field of the root role, over every state a CPU can be in with paging on."
     if kind not in KINDS: raise ValueError(f"kind {kind!r}: one of {', '.join(KINDS)}")
     host = svm_host(levels, npt=kind != 'shadow') if kind != 'shadow EPT' else vmx_host(levels)
-    roots = {on: _root_of(kind, host, on, asked) for on, asked in all_inputs() if 'CR0.PG' in on and ('EFER.LMA' not in on or 'CR4.PAE' in on)}
+    def possible(on): return 'CR0.PG' in on and ('EFER.LMA' not in on or 'CR4.PAE' in on)
+    roots = {on: _root_of(kind, host, on, asked) for on, asked in all_inputs() if possible(on)}
     free = [name for name in INPUTS if name != 'CR0.PG']
     flips = {(name, role, roots[on | {name}]) for on, role in roots.items() for name in free if on | {name} in roots}
     moved = {(name, change.field) for name, before, after in flips for change in diff_roles(before, after)}
@@ -161,8 +163,8 @@ def _root_of(kind, host, on, asked):
     if kind == 'shadow': return shadow_root_role(asked)
     if kind == 'TDP': return tdp_root_role(host, asked)
     if kind == 'shadow EPT': return shadow_ept_roles(4, True, True)[1]
-    cr4, efer = (sum(bit for name, (register, bit) in INPUTS.items() if register == which and name in on) for which in (1, 2))
-    return shadow_npt_roles(host, cr4, efer, smm='SMM' in on)[1]
+    _, cr4, efer, smm, _ = state_of(on)
+    return shadow_npt_roles(host, cr4, efer, smm=bool(smm))[1]
 
 # %% ../../nbs/mmu/02_root_role.ipynb #996aa0fa
 STORAGES = ('none', 'shadow page', 'pae_root', 'pml4_root', 'pml5_root', 'TDP root')
@@ -250,14 +252,14 @@ def _no_such_guest(host, mode):
     if mode == '5-level' and host.levels < 5: return 'guests get LA57 only from a host that uses it'
     return ''
 
-# %% ../../nbs/mmu/02_root_role.ipynb #30d6bdbc
+# %% ../../nbs/mmu/02_root_role.ipynb #777bc5b0
 def mmu_table(
     mmus: tuple,       # Of `MmuCase`
     caption: str = '',
 ) -> Table:
     "MMUs as a table: what the guest asked for, what KVM builds, where the root lives."
-    rows = [(str(m.host), m.mmu, m.name, m.cpu_role.base.level, m.root_role.level, m.root_role.direct, f"{m.root_role.word:#x}", m.storage,
-             m.unreachable or m.case or '') for m in mmus]
+    rows = [(str(m.host), m.mmu, m.name, m.cpu_role.base.level, m.root_role.level, m.root_role.direct, f"{m.root_role.word:#x}",
+             m.storage, m.unreachable or m.case or '') for m in mmus]
     header = ('host', 'mmu', 'what', 'asked', 'built', 'direct', 'root role', 'root lives in', 'case')
     start = 1 if caption and len({m.host for m in mmus}) == 1 else 0      # One host is for the caption to name
     return Table(header[start:], [row[start:] for row in rows], caption)
@@ -274,7 +276,7 @@ def show_mmus(
     mmus = [m for m in all_mmus(reachable=not unreachable) if m.host == host]
     return mmu_table(mmus, f"{host}: {len(mmus)} MMUs, {sum(map(has_per_vcpu_root, mmus))} with a per-vCPU root")
 
-# %% ../../nbs/mmu/02_root_role.ipynb #609cb55d
+# %% ../../nbs/mmu/02_root_role.ipynb #3f0ee3d3
 def show_cases(
     nested: bool = True,     # The MMU that shadows L1's nested tables; otherwise the guest's own
 ) -> Grid:
@@ -285,4 +287,5 @@ def show_cases(
         if not row: continue
         rows.append(f"{host}{f' of {host.max_level}' if host.tdp == 'ept' else ''}")
         cells.append([row.get(mode) for mode in MODES])
-    return Grid(rows, list(MODES), cells, f"case, by host and by mode of {'L1 (NPT) or EPTP (EPT)' if nested else 'the guest'}")
+    whose = 'L1 (NPT) or EPTP (EPT)' if nested else 'the guest'
+    return Grid(rows, list(MODES), cells, f"case, by host and by mode of {whose}")

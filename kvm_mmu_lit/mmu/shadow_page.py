@@ -133,7 +133,7 @@ def to_shadow_page(
     "The page structure behind a table. KVM: `to_shadow_page` (mmu/spte.h)."
     return vm.pages.get(hpa & 0xf_ffff_ffff_f000)
 
-# %% ../../nbs/mmu/05_shadow_page.ipynb #a09e97bb
+# %% ../../nbs/mmu/05_shadow_page.ipynb #80ae1e1f
 def why_missed(
     vm: Vm,
     gfn: Gfn,
@@ -157,11 +157,13 @@ def draw_pages(
     caption: str = '',
 ) -> Table:
     "Every table KVM has, in the order they were made."
-    def state(sp): return 'invalid' if sp.role.invalid else 'obsolete' if is_obsolete_sp(vm, sp) else 'unsync' if sp.unsync else 'valid'
+    def state(sp):
+        if sp.role.invalid: return 'invalid'
+        return 'obsolete' if is_obsolete_sp(vm, sp) else 'unsync' if sp.unsync else 'valid'
     rows = [(Hex(sp.spt), Hex(sp.gfn), str(sp.role), sp.root_count, sp.gen, state(sp)) for sp in vm.pages.values()]
     return Table(('table', 'shadows frame', 'role', 'roots', 'generation', 'state'), rows, caption)
 
-# %% ../../nbs/mmu/05_shadow_page.ipynb #c078eafb
+# %% ../../nbs/mmu/05_shadow_page.ipynb #be2fae8e
 def child_role(
     parent: PageRole,
     index: int,        # The parent's slot, 0..511
@@ -169,7 +171,8 @@ def child_role(
     access: int,       # Rights that remain, 0..7
 ) -> PageRole:
     "The role of a table linked below another. KVM: `kvm_mmu_child_role` (mmu/mmu.c)."
-    if not 0 <= index < 512 or not 0 <= access < 8: raise ValueError(f"slot {index}, access {access}: a table has slots 0..511, access is 0..7")
+    if not 0 <= index < 512 or not 0 <= access < 8:
+        raise ValueError(f"slot {index}, access {access}: a table has slots 0..511, access is 0..7")
     kvm_bug_on(parent.invalid, f"a child for the zapped table {parent}")
     kvm_bug_on(parent.level < 2, f"a level-{parent.level} table has no children")
     # A 4-byte table at level 2 maps 4 MiB a slot: two shadow tables, and the slot's low bit says which.
@@ -197,17 +200,18 @@ def quadrant_path(
     directory, pd_slot, pt_slot = (pt_index(gva, level, PAE) for level in (3, 2, 1))
     return QuadrantPath(*guest, directory, pd_slot, pd_slot & 1, pt_slot)
 
-# %% ../../nbs/mmu/05_shadow_page.ipynb #5f16eb41
+# %% ../../nbs/mmu/05_shadow_page.ipynb #7584e895
 def shadow_slots(
     level: int,      # 2 for a PDE, 1 for a PTE
     index: int,      # Of the guest's entry, 0..1023
 ) -> tuple:          # Of (quadrant, slot)
     "Which slots of which shadow tables shadow a 4-byte guest entry. KVM: `get_written_sptes` (mmu/mmu.c)."
-    if level not in (1, 2) or not 0 <= index < 1024: raise ValueError(f"entry {index} at level {level}: a 2-level guest has 1024 at levels 1 and 2")
-    width = level                                        # A PDE of 4 MiB is two slots of 2 MiB
+    if level not in (1, 2) or not 0 <= index < 1024:
+        raise ValueError(f"entry {index} at level {level}: a 2-level guest has 1024 at levels 1 and 2")
+    width = level      # A PDE covers 4 MiB, a slot 2 MiB: two slots; a PTE and a slot both cover 4 KiB
     return tuple(divmod(index * width + i, 512) for i in range(width))
 
-# %% ../../nbs/mmu/05_shadow_page.ipynb #fa09f2ab
+# %% ../../nbs/mmu/05_shadow_page.ipynb #9b346d62
 def show_quadrants(
     gva: 'int | str' = '0xc040_3123',   # 32 bits, as an int or as text
 ) -> Chain:
@@ -215,7 +219,7 @@ def show_quadrants(
     path = quadrant_path(gva)
     pair = [slot for _, slot in shadow_slots(2, path.pde)]
     first, half = path.directory * 256, path.half * 512
-    halves = [(slot, f"PDE {path.pde}, {('lower', 'upper')[slot & 1]} half", 'taken' if slot == path.pd_slot else '') for slot in pair]
+    halves = [(slot, f"PDE {path.pde}, {('lower', 'upper')[slot & 1]} half", 'taken' * (slot == path.pd_slot)) for slot in pair]
     quarters = [(i, f"PDEs {256 * i}..{256 * i + 255}", 'taken' if i == path.directory else '') for i in range(4)]
     return Chain((
         Box('guest page directory', ((path.pde, 'PDE', 'taken'),), entries=1024),

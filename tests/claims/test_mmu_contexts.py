@@ -9,13 +9,13 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global INPUTS, all_hosts, all_inputs, all_situations, copy, diff_roles, expect_fail, explore, itertools, predict, who_changes, without_log
+    global all_hosts, all_inputs, all_situations, copy, diff_roles, expect_fail, explore, itertools, predict, state_of, who_changes, without_log
     import copy
     import itertools
     from fastcore.test import expect_fail
     from kvm_mmu_lit.draw.exercise import predict
     from kvm_mmu_lit.draw.explore import explore
-    from kvm_mmu_lit.mmu.cpu_role import INPUTS, all_inputs, diff_roles
+    from kvm_mmu_lit.mmu.cpu_role import all_inputs, diff_roles, state_of
     from kvm_mmu_lit.mmu.root_role import all_hosts
 
     def all_situations():
@@ -33,10 +33,10 @@ def setup_cells():
         return [name for name in ('root_mmu', 'guest_mmu', 'nested_mmu') if getattr(vcpu, name) != getattr(before, name)]
 
 
-@pytest.mark.claim('nbs/mmu/03_contexts.ipynb', '637b4088', 'PDPTE registers count exactly where the CPU role has three levels')
+@pytest.mark.claim('nbs/mmu/03_contexts.ipynb', 'b9736fe7', 'PDPTE registers count exactly where the CPU role has three levels')
 def test_pdpte_registers_count_exactly_where_the_cpu_role_has_three_levels():
     for on, asked in all_inputs():
-        cr0, cr4, efer = (sum(bit for name, (register, bit) in INPUTS.items() if register == which and name in on) for which in range(3))
+        cr0, cr4, efer, _, _ = state_of(on)
         assert Vcpu(None, cr0=cr0, cr4=cr4, efer=efer).is_pae_paging == (asked.base.level == 3)
 
 
@@ -81,6 +81,17 @@ def test_setting_up_is_a_function_of_the_state_now_so_two_paths_to_one_state_lea
             vcpu.cr0, vcpu.cr4, vcpu.efer = MODES[other]
             init_mmu(vcpu)
             assert vcpu.root_mmu == vcpu_at(host, other).root_mmu
+
+
+@pytest.mark.claim('nbs/mmu/03_contexts.ipynb', '81e0201d', 'a guest that does not page gets a role with cr0_wp, which no registers ask for, and the next init takes it back')
+def test_a_guest_that_does_not_page_gets_a_role_with_cr0_wp_which_no_registers_ask_for_and_the_next_init_takes_it_back():
+    vcpu = vcpu_at(svm_host(), 'nonpaging')
+    vcpu.cr0 |= Cr0.WP
+    init_mmu(vcpu)
+    asked = vcpu.root_mmu.cpu_role
+    refresh_passthrough(vcpu, vcpu.root_mmu)
+    assert not asked.base.cr0_wp and vcpu.root_mmu.cpu_role.base.cr0_wp
+    assert init_mmu(vcpu) and vcpu.root_mmu.cpu_role == asked
 
 
 @pytest.mark.claim('nbs/mmu/03_contexts.ipynb', 'b777bd80', 'after a CPUID change the words are those a recorded kernel had, before and after the next init')

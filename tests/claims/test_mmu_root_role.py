@@ -83,11 +83,10 @@ def test_passthrough_is_one_level_5_in_front_of_four_and_no_other_pair_of_depths
     assert seen[1] == {(4, 5)} and (4, 4) in seen[0] and (5, 5) in seen[0]
 
 
-@pytest.mark.claim('nbs/mmu/02_root_role.ipynb', '3f894e22', 'an L1 cannot ask for nested tables without paging, since KVM says PG=1 for it; nor do its WP and its protection keys count')
+@pytest.mark.claim('nbs/mmu/02_root_role.ipynb', 'e858fa6a', 'an L1 cannot ask for nested tables without paging, since KVM says PG=1 for it; nor do its WP and its protection keys count')
 def test_an_l1_cannot_ask_for_nested_tables_without_paging_since_kvm_says_pg_1_for_it_nor_do_its_wp_and_its_protection_keys_count():
     for levels, (on, _) in itertools.product((4, 5), all_inputs()):
-        cr4, efer = (sum(bit for name, (register, bit) in INPUTS.items() if register == which and name in on) for which in (1, 2))
-        asked, root = shadow_npt_roles(svm_host(levels), cr4, efer)
+        asked, root = shadow_npt_roles(svm_host(levels), *state_of(on)[1:3])
         assert asked.base.level >= 2 and not root.cr0_wp and not asked.ext.cr4_pke and root.guest_mode
         assert (root.smep_andnot_wp, root.smap_andnot_wp) == (asked.ext.cr4_smep, asked.ext.cr4_smap)
 
