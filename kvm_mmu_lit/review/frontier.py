@@ -6,7 +6,7 @@
 __all__ = ['IMPOSSIBLE', 'UNKNOWN', 'STOPPED', 'MOST_CELLS', 'Interned', 'Growing', 'Tables', 'learn_context', 'learn_move',
            'Locals', 'learn_locals', 'explore_fast']
 
-# %% ../../nbs/review/06_frontier.ipynb #85887f6f
+# %% ../../nbs/review/06_frontier.ipynb #f077c08e
 from collections.abc import Callable
 from itertools import product
 
@@ -16,7 +16,9 @@ from ..mmu.contexts import KvmBug
 from ..mmu.root_cache import RootPolicy
 from ..mmu.roots import get_pdptrs, guest_pgd
 from .explore import Exploration, counterexample
-from .histories import Impossible, Violation, World, act, at_rest_of, check_possible, enter, events_of, freeze, freeze_cache, freeze_context, start, thaw, zap_all_fast
+from ..mmu.shadow_page import zap_all_fast
+from .histories import Impossible, Violation, World, act, at_rest_of, check_possible, enter, events_of, start
+from .states import freeze, freeze_cache, freeze_context, thaw
 
 # %% ../../nbs/review/06_frontier.ipynb #cd7bf0a0
 IMPOSSIBLE, UNKNOWN, STOPPED = -3, -2, -1

@@ -5,23 +5,21 @@
 # %% auto #0
 __all__ = ['L1_NAMES', 'L2_NAMES', 'NESTED_NAMES', 'FRAMES', 'World', 'events_of', 'l2_pointers', 'l2_kinds', 'ExploredVm',
            'start', 'pointer', 'Violation', 'Impossible', 'happen', 'act', 'at_rest_of', 'enter', 'check_possible',
-           'freeze', 'freeze_context', 'freeze_cache', 'thaw', 'thaw_cache', 'worlds', 'world', 'small_worlds']
+           'worlds', 'world', 'small_worlds']
 
-# %% ../../nbs/review/04_histories.ipynb #8188be30
-from dataclasses import dataclass, field, replace
+# %% ../../nbs/review/04_histories.ipynb #f5c22b59
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ..guest.addresses import PAGE_SHIFT
 from ..guest.registers import CR3_NOFLUSH, Cr0, Cr4, Efer
-from ..mmu.contexts import INVALID_PAGE, KvmBug, Mmu, Root, Vcpu
-from ..mmu.cpu_role import CpuRole, PageRole, cpu_role, page_role
+from ..mmu.contexts import KvmBug, Mmu, Vcpu
 from ..mmu.nested_switch import L2State, svm_vmexit, svm_vmrun, vmx_enter, vmx_exit
 from ..mmu.register_writes import invpcid, set_cr0, set_cr3, set_cr4, set_efer
 from ..mmu.reload import enter_guest, new_vcpu
 from ..mmu.root_cache import RootPolicy
 from ..mmu.root_role import MODES, Host, svm_host, vmx_host
-from ..mmu.roots import create_mmus
-from ..mmu.shadow_page import ShadowPage, Vm, add_shadow_page, to_shadow_page, zap_all_fast
+from ..mmu.shadow_page import Vm, zap_all_fast
 from .invariants import entries_of, in_scope
 
 # %% ../../nbs/review/04_histories.ipynb #2bc790b5
@@ -249,112 +247,6 @@ def _invpcid(vcpu, world, rest):
     invpcid(vcpu, 2 if rest == ['all'] else 1, 0 if rest == ['all'] else int(rest[0]))
 
 _ACTIONS = {'cr3': _cr3, 'mode': _mode, 'vmrun': _vmrun, 'vmexit': _vmexit, 'interrupt': _vmexit, 'invpcid': _invpcid}
-
-# %% ../../nbs/review/04_histories.ipynb #75fd22b0
-def freeze(
-    vm: ExploredVm,
-    world: World,
-) -> tuple:        # (versions, ((context, root cache, guest cache), ...)), equal for states that behave alike
-    "The state as plain values: tables by what they are, not where; what can no longer matter is left out."
-    versions = tuple(vm.versions[FRAMES[name]] for name in world.editable)
-    return versions, tuple((freeze_context(vcpu), freeze_cache(vm, vcpu.root_mmu), freeze_cache(vm, vcpu.guest_mmu)) for vcpu in vm.vcpus)
-
-def freeze_context(
-    vcpu: Vcpu,
-) -> tuple:
-    "Registers, roles and requests, as far as roots can notice them."
-    requests = tuple(sorted(vcpu.requests & {'MMU_FREE_OBSOLETE_ROOTS', 'TRIPLE_FAULT'}))
-    pdptrs = () if vcpu.host.has_tdp else tuple(vcpu.root_mmu.pdptrs)
-    roles = tuple((mmu.cpu_role.word, mmu.root_role.word) for mmu in (vcpu.root_mmu, vcpu.guest_mmu))
-    return (vcpu.cr0, vcpu.cr3, vcpu.cr4, vcpu.efer, vcpu.guest_mode, vcpu.l1, vcpu.nested_pgd, vcpu.mmu_is, vcpu.walk_mmu_is, vcpu.fresh, requests, roles, pdptrs)
-
-def freeze_cache(
-    vm: Vm,
-    mmu: Mmu,
-) -> tuple:        # (entries, pages, slots): entries and slots name pages by number, in order of appearance
-    "The roots of one MMU."
-    numbers, pages = {}, []
-    def number(hpa):
-        hpa &= 0xf_ffff_ffff_f000
-        if hpa not in numbers:
-            numbers[hpa] = len(pages)
-            pages.append(_freeze_page(vm, mmu, hpa))
-        return numbers[hpa]
-    entries = tuple((root.pgd, number(root.hpa)) if root.valid else None for root in (mmu.root, *mmu.prev_roots))
-    slots = tuple(number(word) if word else None for word in mmu.pae_words)
-    return entries, tuple(pages), slots
-
-def _freeze_page(vm, mmu, hpa):
-    sp = to_shadow_page(vm, hpa)
-    if sp is not None: return ('tdp' if sp.tdp else 'one-off' if sp.owner is not None else 'page', sp.gfn, sp.role.word, int(sp.gen != vm.gen), sp.slots, hpa == mmu.pae_root)
-    return (next((name for name in ('pml5_root', 'pml4_root', 'pae_root') if getattr(mmu, name) == hpa), 'gone'),)
-
-# %% ../../nbs/review/04_histories.ipynb #10b359bc
-@lru_cache(maxsize=None)
-def _role(word): return page_role(word)
-@lru_cache(maxsize=None)
-def _cpu_role(word): return cpu_role(word) if word else CpuRole()
-
-def thaw(
-    state: tuple,      # As `freeze` gives it
-    world: World,
-    policy: RootPolicy,
-) -> ExploredVm:
-    "A machine in this state."
-    versions, frozen = state
-    vm = ExploredVm(world.host, memory=None, policy=policy)
-    vm.versions = {frame: 0 for frame in FRAMES.values()}
-    vm.versions.update((FRAMES[name], version) for name, version in zip(world.editable, versions))
-    for context, root_cache, guest_cache in frozen:
-        vcpu = _thaw_context(vm, context)
-        thaw_cache(vm, vcpu, vcpu.root_mmu, root_cache)
-        thaw_cache(vm, vcpu, vcpu.guest_mmu, guest_cache)
-    return vm
-
-def _thaw_context(vm, context):
-    cr0, cr3, cr4, efer, guest_mode, l1, nested_pgd, mmu_is, walk_mmu_is, fresh, requests, roles, pdptrs = context
-    vcpu = Vcpu(vm, len(vm.vcpus), cr0, cr3, cr4, efer, guest_mode=guest_mode, mmu_is=mmu_is, walk_mmu_is=walk_mmu_is, l1=l1, nested_pgd=nested_pgd, requests=set(requests))
-    vcpu.fresh = fresh
-    vm.vcpus.append(vcpu)
-    create_mmus(vcpu)
-    for mmu, (asked, root) in zip((vcpu.root_mmu, vcpu.guest_mmu), roles): mmu.cpu_role, mmu.root_role = _cpu_role(asked), _role(root)
-    if pdptrs: vcpu.root_mmu.pdptrs = list(pdptrs)
-    return vcpu
-
-def thaw_cache(vm, vcpu, mmu, cache):
-    "Put frozen roots back into an MMU; tables of the hash are shared with those that are there."
-    entries, pages, slots = cache
-    hpas = [_thaw_page(vm, vcpu, mmu, page) for page in pages]
-    flags = 0x27 if mmu.pml4_root else 1
-    def hold(number):
-        sp = to_shadow_page(vm, hpas[number])
-        if sp is not None: sp.root_count += 1
-        return hpas[number]
-    roots = [Root(entry[0], hold(entry[1])) if entry else Root() for entry in entries]
-    mmu.root, mmu.prev_roots = roots[0], roots[1:]
-    mmu.pae_words = [0 if number is None else hold(number) | flags for number in slots]
-
-def _thaw_page(vm, vcpu, mmu, page):
-    kind, *what = page
-    if kind == 'gone': return vm.alloc_page()
-    if kind.endswith('_root'): return _special_page(vm, mmu, kind)
-    gfn, word, old, slots, low = what
-    role = _role(word)
-    if kind == 'tdp': found = next((sp for sp in vm.pages.values() if sp.tdp and sp.role == role), None)
-    else: found = next((sp for sp in vm.buckets.get(gfn, ()) if sp.role == role and sp.gen == vm.gen ^ old), None) if kind == 'page' and not role.invalid else None
-    if found: return found.spt
-    if low and not mmu.pae_root: mmu.pae_root = vm.alloc_page()
-    owner = (vcpu.index, mmu.name) if kind == 'one-off' else None
-    sp = ShadowPage(gfn, role, mmu.pae_root if low else vm.alloc_page(), vm.gen ^ old, tdp=kind == 'tdp', hashed=kind == 'page' and not role.invalid, owner=owner, slots=slots)
-    return add_shadow_page(vm, sp).spt
-
-def _special_page(vm, mmu, kind):
-    order = ('pae_root', 'pml4_root', 'pml5_root')
-    for name in order[:order.index(kind) + 1]:
-        if not getattr(mmu, name): setattr(mmu, name, vm.alloc_page())
-    if mmu.pml4_root: mmu.pml4_word = mmu.pae_root | 0x27
-    if mmu.pml5_root: mmu.pml5_word = mmu.pml4_root | 0x27
-    return getattr(mmu, kind)
 
 # %% ../../nbs/review/04_histories.ipynb #b6c94d84
 @lru_cache
