@@ -14,20 +14,20 @@ __all__ = ['HOSTS', 'L2State', 'l2_state', 'lettered_memory', 'hypervisor', 'nes
            'svm_vmexit', 'vmx_enter', 'vmx_exit', 'init_nested_ept', 'new_eptp', 'eptp_switch', 'enter_l2', 'leave_l2',
            'eptp_of', 'show_nested', 'invept', 'invvpid', 'leave_nested']
 
-# %% ../../nbs/mmu/10_nested_switch.ipynb #2a8c61f9
+# %% ../../nbs/mmu/10_nested_switch.ipynb #315f4a56
 from dataclasses import dataclass
 
-from ..draw.table import Table
 from ..draw.timeline import Timeline
 from ..guest.addresses import PAGE_SHIFT
 from ..guest.memory import GuestMemory, ram
 from ..guest.registers import Cr0, Cr4, Efer
 from .contexts import Vcpu, init_mmu, init_shadow_ept_roles, init_shadow_npt_roles, roles_now
+from .cpu_role import MODES
 from .register_writes import load_pdptrs
 from .reload import enter_guest, flush_local
 from .root_cache import LETTERS, draw_switches, new_pgd, pointer, policy_of, run_switches
-from .root_role import MODES, Host, shadow_ept_roles, shadow_npt_roles, svm_host, vmx_host
-from .roots import (ROOT_CURRENT, ROOT_PREVIOUS, ROOTS_ALL, free_guest_mode_roots, free_roots, new_vcpu)
+from .root_role import Host, shadow_ept_roles, shadow_npt_roles, svm_host, vmx_host
+from .roots import ROOT_CURRENT, ROOT_PREVIOUS, ROOTS_ALL, free_guest_mode_roots, free_roots, new_vcpu
 from .shadow_page import Vm
 
 # %% ../../nbs/mmu/10_nested_switch.ipynb #dc70faa2
@@ -42,7 +42,7 @@ class L2State:
     pdptrs: 'tuple | None' = None        # VMX with EPT: the VMCS brings PDPTEs along
     vpid: bool = True                    # VMX: L1 gives L2 a VPID
 
-# %% ../../nbs/mmu/10_nested_switch.ipynb #61ab20dc
+# %% ../../nbs/mmu/10_nested_switch.ipynb #6c44ff93
 def l2_state(
     mode: str,                           # Of L2, a name in `MODES`
     cr3: int,
@@ -66,7 +66,8 @@ def hypervisor(
 ) -> Vcpu:
     "A vCPU that runs L1 on pointer A."
     cr0, cr4, efer = MODES[mode]
-    vcpu = new_vcpu(Vm(host or svm_host(npt=False), lettered_memory()), cr0=int(cr0 | Cr0.ET), cr3=pointer('A'), cr4=cr4, efer=efer)
+    vm = Vm(host or svm_host(npt=False), lettered_memory())
+    vcpu = new_vcpu(vm, cr0=int(cr0 | Cr0.ET), cr3=pointer('A'), cr4=cr4, efer=efer)
     if vcpu.is_pae_paging: load_pdptrs(vcpu, vcpu.cr3)
     enter_guest(vcpu)
     vcpu.log.clear()
@@ -146,18 +147,22 @@ def svm_vmexit(
     if not loaded: vcpu.request('TRIPLE_FAULT')
     return loaded
 
-# %% ../../nbs/mmu/10_nested_switch.ipynb #7973bafd
+# %% ../../nbs/mmu/10_nested_switch.ipynb #54ec3a2c
 def _mixed_cr4(cr0, l2_cr4):
-    "What 6.1 leaves L1 in CR4 when L2 paged and L1 does not, or the reverse. KVM: `svm_set_cr0`, `svm_set_cr4` (svm/svm.c)."
+    """What 6.1 leaves L1 in CR4 when L2 paged and L1 does not, or the reverse.
+
+    KVM: `svm_set_cr0`, `svm_set_cr4` (svm/svm.c)."""
     host = Cr4.PAE | Cr4.MCE
     return int(l2_cr4 | host) if cr0 & Cr0.PG else int((l2_cr4 | host) & ~(Cr4.SMEP | Cr4.SMAP | Cr4.PKE))
 
-# %% ../../nbs/mmu/10_nested_switch.ipynb #8ef1fbe8
+# %% ../../nbs/mmu/10_nested_switch.ipynb #68540996
 def vmx_enter(
     vcpu: Vcpu,
     l2: L2State,
 ) -> bool:                     # False: L2 did not start, L1 runs on
-    "VMLAUNCH or VMRESUME as far as the MMU sees it. KVM: `nested_vmx_enter_non_root_mode`, `prepare_vmcs02` (vmx/nested.c)."
+    """VMLAUNCH or VMRESUME as far as the MMU sees it.
+
+    KVM: `nested_vmx_enter_non_root_mode`, `prepare_vmcs02` (vmx/nested.c)."""
     if vcpu.guest_mode: raise ValueError("VM entry while L2 runs: L2 is no hypervisor here")
     if l2.efer & Efer.LMA and not vcpu.efer & Efer.LMA: raise ValueError("VM entry: a 32-bit L1 cannot run a 64-bit L2")
     vcpu.did('nested_vmx_enter')
@@ -249,9 +254,9 @@ def eptp_of(
     "An EPTP for write-back memory."
     return pgd | ad << 6 | levels - 1 << 3 | 6
 
-# %% ../../nbs/mmu/10_nested_switch.ipynb #45639397
-HOSTS = {'SVM, NPT': svm_host(5), 'SVM, shadow': svm_host(5, npt=False), 'VMX, EPT': vmx_host(5, 5), 'VMX, shadow': vmx_host(5, 0),
-         'SVM, 32-bit NPT': svm_host(3)}
+# %% ../../nbs/mmu/10_nested_switch.ipynb #6cf8f078
+HOSTS = {'SVM, NPT': svm_host(5), 'SVM, shadow': svm_host(5, npt=False), 'VMX, EPT': vmx_host(5, 5),
+         'VMX, shadow': vmx_host(5, 0), 'SVM, 32-bit NPT': svm_host(3)}
 
 def show_nested(
     l1: str = '4-level',           # Mode of L1
@@ -262,20 +267,22 @@ def show_nested(
 ) -> Timeline:
     "L1 runs L2 once for each pointer: what both MMUs hold after each step."
     if host not in HOSTS: raise ValueError(f"no host is called {host!r}: there are {', '.join(HOSTS)}")
-    if nested_paging and not HOSTS[host].has_tdp: raise ValueError(f"{HOSTS[host]}: KVM offers nested paging only where it uses TDP itself")
+    if nested_paging and not HOSTS[host].has_tdp:
+        raise ValueError(f"{HOSTS[host]}: KVM offers nested paging only where it uses TDP itself")
     vcpu, vmx = hypervisor(l1, HOSTS[host]), HOSTS[host].vendor == 'vmx'
+    what = 'CR3' if not nested_paging else 'EPTP' if vmx else 'nCR3'
     names = {**LETTERS, **{eptp_of(pgd): letter for pgd, letter in LETTERS.items()}}
     events = []
     for letter in pointers:
         pgd = pointer(letter)
-        state = l2_state(l2, pointer('X') if nested_paging else pgd, (eptp_of(pgd) if vmx else pgd) if nested_paging else None)
-        events.append((f"{'VM entry' if vmx else 'VMRUN'}, {'EPTP' if vmx and nested_paging else 'nCR3' if nested_paging else 'CR3'} = {letter}",
+        state = l2_state(l2, pointer('X'), eptp_of(pgd) if vmx else pgd) if nested_paging else l2_state(l2, pgd)
+        events.append((f"{'VM entry' if vmx else 'VMRUN'}, {what} = {letter}",
                        lambda vcpu, state=state: (enter_l2(vcpu, state), enter_guest(vcpu)), 'L1'))
         events.append(('VM exit' if vmx else '#VMEXIT', lambda vcpu: (leave_l2(vcpu), enter_guest(vcpu)), 'L2'))
     mmus = ('root_mmu', 'guest_mmu') if nested_paging else ('root_mmu',)
     return draw_switches(run_switches(vcpu, events, names, mmus), f"{l1} L1, {l2} L2, {HOSTS[host]}")
 
-# %% ../../nbs/mmu/10_nested_switch.ipynb #490bd8ac
+# %% ../../nbs/mmu/10_nested_switch.ipynb #8116a493
 def invept(
     vcpu: Vcpu,
     eptp: 'int | None' = None,     # None: every context
@@ -296,5 +303,7 @@ def invvpid(
 def leave_nested(
     vcpu: Vcpu,
 ):
-    "L1 gives up its VMCS (VMXOFF, VMCLEAR of the current one): the shadow EPT goes. KVM: `free_nested`, `nested_release_vmcs12` (vmx/nested.c)."
+    """L1 gives up its VMCS (VMXOFF, VMCLEAR of the current one): the shadow EPT goes.
+
+    KVM: `free_nested`, `nested_release_vmcs12` (vmx/nested.c)."""
     free_roots(vcpu, vcpu.guest_mmu, ROOTS_ALL)

@@ -13,17 +13,17 @@ __all__ = ['INVPCID_ADDRESS', 'INVPCID_CONTEXT', 'INVPCID_ALL', 'INVPCID_ALL_BUT
            'invalidate_pcid', 'invpcid', 'invpcid_gva', 'invlpg', 'set_cr0', 'post_set_cr0', 'set_cr4', 'post_set_cr4',
            'set_efer', 'smm_changed', 'enter_smm', 'set_sregs', 'Cost', 'bit_costs', 'show_costs']
 
-# %% ../../nbs/mmu/09_register_writes.ipynb #ce9c10f3
+# %% ../../nbs/mmu/09_register_writes.ipynb #5434e858
 from dataclasses import dataclass
 
 from ..draw.table import Table
 from ..guest.addresses import LONG4, LONG5, is_canonical
 from ..guest.registers import CR3_NOFLUSH, CR3_PCID_MASK, Cr0, Cr4, Efer, GeneralProtection
 from .contexts import Vcpu, init_mmu
-from .cpu_role import diff_roles
+from .cpu_role import MODES, diff_roles
 from .reload import enter_guest, reset_context, unload
 from .root_cache import new_pgd, pointer
-from .root_role import MODES, svm_host
+from .root_role import svm_host
 from .roots import ROOT_CURRENT, ROOT_PREVIOUS, free_roots, new_vcpu, small_memory
 from .shadow_page import Vm
 
@@ -68,12 +68,14 @@ def set_cr3(
     vcpu.did('set_cr3_ret', ret=int(refused is not None))
     return refused
 
-# %% ../../nbs/mmu/09_register_writes.ipynb #b2653ccd
+# %% ../../nbs/mmu/09_register_writes.ipynb #8e862fc6
 def invalidate_pcid(
     vcpu: Vcpu,
     pcid: int,         # 0..4095
 ):
-    "Forget what was cached under a PCID: sync if it is the active one, drop previous roots that carry it. KVM: `kvm_invalidate_pcid` (x86.c)."
+    """Forget what was cached under a PCID: sync if it is the active one, drop previous roots that carry it.
+
+    KVM: `kvm_invalidate_pcid` (x86.c)."""
     vcpu.did('invalidate_pcid', pcid=pcid)
     if vcpu.host.has_tdp: return vcpu.request('TLB_FLUSH_GUEST')
     if _active_pcid(vcpu) == pcid: vcpu.requests |= {'MMU_SYNC', 'TLB_FLUSH_CURRENT'}
@@ -83,7 +85,7 @@ def invalidate_pcid(
 
 def _active_pcid(vcpu): return vcpu.cr3 & CR3_PCID_MASK if vcpu.cr4 & Cr4.PCIDE else 0
 
-# %% ../../nbs/mmu/09_register_writes.ipynb #5b2af560
+# %% ../../nbs/mmu/09_register_writes.ipynb #b2250499
 INVPCID_ADDRESS, INVPCID_CONTEXT, INVPCID_ALL, INVPCID_ALL_BUT_GLOBAL = range(4)
 
 def invpcid(
@@ -97,20 +99,23 @@ def invpcid(
     if pcid >> 12: return GeneralProtection(f"INVPCID of PCID {pcid:#x}, which has 12 bits")
     if kind <= INVPCID_CONTEXT and pcid and not vcpu.cr4 & Cr4.PCIDE:
         return GeneralProtection(f"INVPCID of PCID {pcid:#x} with CR4.PCIDE=0")
-    if kind == INVPCID_ADDRESS and not _canonical(vcpu, gva): return GeneralProtection(f"INVPCID of {gva:#x}, not canonical")
+    if kind == INVPCID_ADDRESS and not _canonical(vcpu, gva):
+        return GeneralProtection(f"INVPCID of {gva:#x}, not canonical")
     if kind == INVPCID_ADDRESS: invpcid_gva(vcpu, gva, pcid)
     elif kind == INVPCID_CONTEXT: invalidate_pcid(vcpu, pcid)
     else: vcpu.request('TLB_FLUSH_GUEST')
 
 def _canonical(vcpu, gva): return is_canonical(gva, LONG5 if vcpu.cr4 & Cr4.LA57 else LONG4)
 
-# %% ../../nbs/mmu/09_register_writes.ipynb #ec785529
+# %% ../../nbs/mmu/09_register_writes.ipynb #10d3a2b0
 def invpcid_gva(
     vcpu: Vcpu,
     gva: int,
     pcid: int,
 ):
-    "One address under one PCID: the current root and every previous one that carries it. KVM: `kvm_mmu_invpcid_gva` (mmu/mmu.c)."
+    """One address under one PCID: the current root and every previous one that carries it.
+
+    KVM: `kvm_mmu_invpcid_gva` (mmu/mmu.c)."""
     mmu = vcpu.mmu
     roots = [mmu.root.hpa] if _active_pcid(vcpu) == pcid else []
     roots += [prev.hpa for prev in mmu.prev_roots if prev.valid and prev.pgd & CR3_PCID_MASK == pcid]
@@ -122,7 +127,9 @@ def invlpg(
     vcpu: Vcpu,
     gva: int,
 ):
-    "INVLPG: one address in the current root and in all previous ones. KVM: `kvm_mmu_invlpg`, `kvm_mmu_invalidate_gva` (mmu/mmu.c)."
+    """INVLPG: one address in the current root and in all previous ones.
+
+    KVM: `kvm_mmu_invlpg`, `kvm_mmu_invalidate_gva` (mmu/mmu.c)."""
     mmu = vcpu.walk_mmu
     vcpu.did('invalidate_gva', mmu=mmu.name, gva=gva)
     if mmu.name != 'guest_mmu' and not _canonical(vcpu, gva): return
@@ -139,7 +146,7 @@ CR0_PDPTR_BITS = int(Cr0.CD | Cr0.NW | Cr0.PG)                       # Their cha
 CR4_PDPTR_BITS = int(Cr4.PGE | Cr4.PSE | Cr4.PAE | Cr4.SMEP)
 CR0_KNOWN_BITS = int(sum(Cr0))                                       # Others read as 0
 
-# %% ../../nbs/mmu/09_register_writes.ipynb #aa252751
+# %% ../../nbs/mmu/09_register_writes.ipynb #a1630d86
 def set_cr0(
     vcpu: Vcpu,
     value: int,
@@ -161,7 +168,7 @@ def _cr0_refused(vcpu, value, old):
     if value >> 32: return "bits 63:32 are 0"
     if value & Cr0.PG and not value & Cr0.PE: return "PG needs PE"
     if value & Cr0.NW and not value & Cr0.CD: return "NW needs CD"
-    if vcpu.efer & Efer.LME and not old & Cr0.PG and value & Cr0.PG and not vcpu.cr4 & Cr4.PAE: return "long mode needs CR4.PAE"
+    if vcpu.efer & Efer.LME and value & ~old & Cr0.PG and not vcpu.cr4 & Cr4.PAE: return "long mode needs CR4.PAE"
     if not value & Cr0.PG and vcpu.cr4 & Cr4.PCIDE: return "paging cannot go while CR4.PCIDE=1"
     return ''
 
@@ -219,7 +226,7 @@ def post_set_cr4(
     if changed & Cr4.PGE or gone & Cr4.PCIDE: vcpu.request('TLB_FLUSH_GUEST')
     elif changed & Cr4.PAE or new & ~old & Cr4.SMEP: vcpu.request('TLB_FLUSH_CURRENT')
 
-# %% ../../nbs/mmu/09_register_writes.ipynb #98d78922
+# %% ../../nbs/mmu/09_register_writes.ipynb #ac40afe7
 def set_efer(
     vcpu: Vcpu,
     value: int,        # LMA is ignored: it follows from LME and CR0.PG
@@ -236,7 +243,9 @@ def smm_changed(
     vcpu: Vcpu,
     entering: bool,
 ):
-    "Enter or leave system-management mode: another set of memory slots, so no root fits. KVM: `kvm_smm_changed` (x86.c)."
+    """Enter or leave system-management mode: another set of memory slots, so no root fits.
+
+    KVM: `kvm_smm_changed` (x86.c)."""
     vcpu.did('smm_changed', entering=entering)
     vcpu.smm = entering
     reset_context(vcpu)
@@ -271,14 +280,14 @@ def set_sregs(
     if vcpu.is_pae_paging: load_pdptrs(vcpu, cr3)
     if changed or vcpu.is_pae_paging: reset_context(vcpu)
 
-# %% ../../nbs/mmu/09_register_writes.ipynb #b596da5d
+# %% ../../nbs/mmu/09_register_writes.ipynb #f738f83f
 @dataclass(frozen=True)
 class Cost:
     "What flipping one bit of a register does."
     bit: str           # 'CR0.WP'
     value: int         # What the bit becomes
     refused: str       # Why the write is a #GP; '' when it is done
-    dropped: str       # 'all roots', 'the current root' or ''
+    dropped: str       # 'all roots', 'the current root', 'cached roots' or ''
     roles: tuple       # Of `RoleChange`: fields of `cpu_role` that moved
     requests: tuple    # What is asked for before the guest runs
 
@@ -295,7 +304,8 @@ def bit_costs(
 def _with_cache(mode, tdp):
     "A vCPU of this mode that has loaded four pointers."
     cr0, cr4, efer = MODES[mode]
-    vcpu = new_vcpu(Vm(svm_host(5, npt=tdp), small_memory()), cr0=int(cr0 | Cr0.ET), cr3=pointer('A'), cr4=cr4, efer=efer)
+    vm = Vm(svm_host(5, npt=tdp), small_memory())
+    vcpu = new_vcpu(vm, cr0=int(cr0 | Cr0.ET), cr3=pointer('A'), cr4=cr4, efer=efer)
     for letter in 'BCDE':
         set_cr3(vcpu, pointer(letter))
         enter_guest(vcpu)
@@ -306,11 +316,13 @@ def _cost_of(vcpu, register, bit):
     role, held = mmu.cpu_role, sum(root.valid for root in (mmu.root, *mmu.prev_roots))
     refused = _SETTERS[register][1](vcpu, getattr(vcpu, name) ^ bit)
     left = sum(root.valid for root in (mmu.root, *mmu.prev_roots))
-    dropped = 'all roots' if held and not left else 'the current root' if not mmu.root.valid else '' if left == held else 'cached roots'
-    return Cost(f"{register}.{bit.name}", int(bool(getattr(vcpu, name) & bit)), refused.because if refused else '', dropped,
-                diff_roles(role, mmu.cpu_role), tuple(sorted(vcpu.requests)))
+    some = 'cached roots' if mmu.root.valid else 'the current root'
+    dropped = '' if left == held else some if left else 'all roots'
+    value, why = int(bool(getattr(vcpu, name) & bit)), refused.because if refused else ''
+    moved = diff_roles(role, mmu.cpu_role)
+    return Cost(f"{register}.{bit.name}", value, why, dropped, moved, tuple(sorted(vcpu.requests)))
 
-# %% ../../nbs/mmu/09_register_writes.ipynb #925db9c5
+# %% ../../nbs/mmu/09_register_writes.ipynb #2067a26e
 def show_costs(
     mode: str = '4-level',    # Of the guest
     tdp: bool = False,
@@ -321,4 +333,5 @@ def show_costs(
     rows = [(f"{c.bit} = {c.value}" if not c.refused else c.bit, '#GP' if c.refused else c.dropped,
              ', '.join(change.field for change in c.roles), ', '.join(c.requests)) for c in dear]
     rows.append((f"{len(costs) - len(dear)} other bits", '', '', ''))
-    return Table(('bit', 'drops', 'moves in cpu_role', 'asks for'), rows, f"{mode} guest, {'TDP' if tdp else 'shadow paging'}")
+    caption = f"{mode} guest, {'TDP' if tdp else 'shadow paging'}"
+    return Table(('bit', 'drops', 'moves in cpu_role', 'asks for'), rows, caption)

@@ -11,11 +11,12 @@ to the hardware that is about to be freed.
 __all__ = ['REQUESTS', 'is_unsync_root', 'sync_roots', 'sync_prev_roots', 'load', 'reload', 'load_pgd', 'unload', 'reset_context',
            'after_set_cpuid', 'take', 'flush_local', 'enter_guest', 'draw_entry', 'show_entry']
 
-# %% ../../nbs/mmu/08_reload.ipynb #544e0dd1
+# %% ../../nbs/mmu/08_reload.ipynb #b3fd81f2
 from ..draw.timeline import Event, Timeline
 from .contexts import Vcpu, forget_roles, init_mmu, kvm_bug_on
+from .cpu_role import MODES
 from .root_cache import LETTERS, cached_roots
-from .root_role import MODES, PT64_ROOT_4LEVEL, svm_host
+from .root_role import PT64_ROOT_4LEVEL, svm_host
 from .roots import (ROOT_PREVIOUS, ROOTS_ALL, alloc_roots, free_obsolete_roots, free_roots, new_vcpu,
                                    small_memory)
 from .shadow_page import Vm, to_shadow_page
@@ -110,8 +111,9 @@ def after_set_cpuid(
     forget_roles(vcpu)
     reset_context(vcpu)
 
-# %% ../../nbs/mmu/08_reload.ipynb #6a2c031c
-REQUESTS = ('MMU_FREE_OBSOLETE_ROOTS', 'MMU_SYNC', 'LOAD_MMU_PGD', 'TLB_FLUSH', 'TLB_FLUSH_CURRENT', 'TLB_FLUSH_GUEST')   # As served
+# %% ../../nbs/mmu/08_reload.ipynb #31db9552
+REQUESTS = (   # In the order they are served
+    'MMU_FREE_OBSOLETE_ROOTS', 'MMU_SYNC', 'LOAD_MMU_PGD', 'TLB_FLUSH', 'TLB_FLUSH_CURRENT', 'TLB_FLUSH_GUEST')
 
 def take(
     vcpu: Vcpu,
@@ -122,11 +124,13 @@ def take(
     vcpu.requests.remove(name)
     return True
 
-# %% ../../nbs/mmu/08_reload.ipynb #8f21d77f
+# %% ../../nbs/mmu/08_reload.ipynb #38eea934
 def flush_local(
     vcpu: Vcpu,
 ):
-    "Serve the two requests that concern the current context alone. KVM: `kvm_service_local_tlb_flush_requests` (x86.c)."
+    """Serve the two requests that concern the current context alone.
+
+    KVM: `kvm_service_local_tlb_flush_requests` (x86.c)."""
     if take(vcpu, 'TLB_FLUSH_CURRENT'): vcpu.did('flush_current')
     if take(vcpu, 'TLB_FLUSH_GUEST'):
         if not vcpu.host.has_tdp:
@@ -134,11 +138,13 @@ def flush_local(
             sync_prev_roots(vcpu)
         vcpu.did('flush_guest')
 
-# %% ../../nbs/mmu/08_reload.ipynb #38e73f34
+# %% ../../nbs/mmu/08_reload.ipynb #41d55801
 def enter_guest(
     vcpu: Vcpu,
 ) -> bool:                 # False: a triple fault is pending, or no root could be built
-    "All that happens between an exit and the next run of the guest. KVM: `vcpu_enter_guest` (x86.c), the part the MMU sees."
+    """All that happens between an exit and the next run of the guest.
+
+    KVM: `vcpu_enter_guest` (x86.c), the part the MMU sees."""
     if take(vcpu, 'MMU_FREE_OBSOLETE_ROOTS'): free_obsolete_roots(vcpu)
     if take(vcpu, 'MMU_SYNC'): sync_roots(vcpu)
     if take(vcpu, 'LOAD_MMU_PGD'): load_pgd(vcpu)
@@ -149,14 +155,16 @@ def enter_guest(
     if 'TRIPLE_FAULT' in vcpu.requests: return False
     return reload(vcpu)
 
-# %% ../../nbs/mmu/08_reload.ipynb #6d94024a
+# %% ../../nbs/mmu/08_reload.ipynb #23a4b05b
 def draw_entry(
     vcpu: Vcpu,
     caption: str = '',
 ) -> Timeline:
     "Enter the guest, and draw what KVM does on the way."
     events, watch = [], vcpu.watch
-    def state(): return (' '.join(name for name in REQUESTS if name in vcpu.requests) or '-', cached_roots(vcpu, LETTERS, (vcpu.mmu_is,))[0])
+    def state():
+        left = [name for name in REQUESTS if name in vcpu.requests]
+        return (' '.join(left) or '-', cached_roots(vcpu, LETTERS, (vcpu.mmu_is,))[0])
     def see(did):
         if not did.what.endswith('_ret'): events.append(Event(len(events) + 1, 'KVM', did.what, state()))
     events.append(Event(1, 'guest', 'has exited', state()))

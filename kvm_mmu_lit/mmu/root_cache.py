@@ -23,7 +23,7 @@ from .root_role import all_mmus
 from .roots import ROOT_CURRENT, alloc_roots, free_roots, vcpu_for
 from .shadow_page import Vm, is_obsolete_sp, to_shadow_page
 
-# %% ../../nbs/mmu/07_root_cache.ipynb #8452774d
+# %% ../../nbs/mmu/07_root_cache.ipynb #4b37812d
 def is_root_usable(
     vm: Vm,
     root: Root,
@@ -34,17 +34,20 @@ def is_root_usable(
     if not role.direct and pgd != root.pgd: return False
     if not root.valid: return False
     sp = to_shadow_page(vm, root.hpa)
-    if sp is None: raise NullDereference(f"is_root_usable() reads the role of root {root.hpa:#x}, which has no shadow page")
+    if sp is None:
+        raise NullDereference(f"is_root_usable() reads the role of root {root.hpa:#x}, which has no shadow page")
     return sp.role == role
 
-# %% ../../nbs/mmu/07_root_cache.ipynb #84fdea4c
+# %% ../../nbs/mmu/07_root_cache.ipynb #bb429b99
 def find_and_keep_current(
     vcpu: Vcpu,
     mmu: Mmu,
     pgd: int,
     role: PageRole,
 ) -> bool:             # A hit; on a miss the oldest root is gone and there is no current one
-    "Look for a root; the current one becomes the most recent previous one. KVM: `cached_root_find_and_keep_current` (mmu/mmu.c)."
+    """Look for a root; the current one becomes the most recent previous one.
+
+    KVM: `cached_root_find_and_keep_current` (mmu/mmu.c)."""
     if is_root_usable(vcpu.vm, mmu.root, pgd, role): return True
     for i in range(len(mmu.prev_roots)):
         mmu.root, mmu.prev_roots[i] = mmu.prev_roots[i], mmu.root
@@ -176,7 +179,7 @@ def root_name(
              'one-off': sp.owner is not None}
     return ' '.join([name, *(mark for mark, on in marks.items() if on)])
 
-# %% ../../nbs/mmu/07_root_cache.ipynb #adde910f
+# %% ../../nbs/mmu/07_root_cache.ipynb #d2b41fbb
 def cached_roots(
     vcpu: Vcpu,
     names: 'dict | None' = None,
@@ -208,7 +211,8 @@ def run_switches(
 
 def _held(vcpu, names, mmus):
     "The roots that are there, by page and pointer, with their names."
-    return {(mmu.name, root.hpa, root.pgd): root_name(vcpu.vm, mmu, root, names) for mmu, root in _places(vcpu, mmus) if root.valid}
+    held = [(mmu, root) for mmu, root in _places(vcpu, mmus) if root.valid]
+    return {(mmu.name, root.hpa, root.pgd): root_name(vcpu.vm, mmu, root, names) for mmu, root in held}
 
 def _cost(log, before, after):
     "What the log says of a switch, and which roots are there no more."
@@ -217,7 +221,7 @@ def _cost(log, before, after):
     if gone: words.append(f"frees {', '.join(gone)}")
     return ', '.join(words)
 
-# %% ../../nbs/mmu/07_root_cache.ipynb #a8c46f18
+# %% ../../nbs/mmu/07_root_cache.ipynb #be141fdd
 def draw_switches(
     steps: list,         # Of `Switch`, or tuples of what a `Switch` takes
     caption: str = '',
@@ -228,7 +232,8 @@ def draw_switches(
     columns = ('root', 'prev_roots[0]', '[1]', '[2]')
     if steps and len(steps[0].roots) > 4:
         columns = tuple(f"{mmu} {column}" if column == 'root' else column for mmu in mmus for column in columns)
-    events = [Event(i, step.who, f"{step.label}: {step.note}" if step.note else step.label, step.roots) for i, step in enumerate(steps, 1)]
+    def label(step): return f"{step.label}: {step.note}" if step.note else step.label
+    events = [Event(i, step.who, label(step), step.roots) for i, step in enumerate(steps, 1)]
     return Timeline(columns, events, caption)
 
 def show_switches(

@@ -14,15 +14,16 @@ __all__ = ['PRESENT', 'WRITABLE', 'USER', 'ACCESSED', 'ROOT_CURRENT', 'ROOTS_ALL
            'show_root', 'free_root_page', 'ROOT_PREVIOUS', 'free_roots', 'free_pae_slots', 'is_obsolete_root',
            'free_obsolete_roots', 'free_guest_mode_roots', 'walk_start']
 
-# %% ../../nbs/mmu/06_roots.ipynb #c824c7ed
+# %% ../../nbs/mmu/06_roots.ipynb #494fe46b
 from dataclasses import replace
 
 from ..draw.graph import Edge, Graph, Node
 from ..guest.addresses import PAGE_SHIFT
 from ..guest.memory import GuestMemory, ram
-from .contexts import (INVALID_PAGE, Mmu, Root, Vcpu, init_mmu, init_shadow_ept_roles, init_shadow_npt_roles,
-                                      kvm_bug_on)
-from .root_role import MODES, PT32E_ROOT_LEVEL, PT64_ROOT_4LEVEL, PT64_ROOT_5LEVEL, MmuCase, all_mmus
+from .contexts import (INVALID_PAGE, Mmu, Root, Vcpu, init_mmu, init_shadow_ept_roles,
+                                      init_shadow_npt_roles, kvm_bug_on)
+from .cpu_role import MODES
+from .root_role import PT32E_ROOT_LEVEL, PT64_ROOT_4LEVEL, PT64_ROOT_5LEVEL, MmuCase, all_mmus
 from .shadow_page import (ShadowPage, Vm, add_shadow_page, get_shadow_page, is_obsolete_sp, prepare_zap,
                                          to_shadow_page)
 
@@ -35,11 +36,13 @@ def small_memory(
     for i, word in enumerate((0x1_0001, pdpte, 0x1_2001, 0x1_3001)): memory.words(8)[5][i] = word
     return memory
 
-# %% ../../nbs/mmu/06_roots.ipynb #0850a422
+# %% ../../nbs/mmu/06_roots.ipynb #5e67873e
 def create_mmus(
     vcpu: Vcpu,
 ):
-    "Give the vCPU its `pae_root` pages, where the host needs them from the start. KVM: `kvm_mmu_create`, `__kvm_mmu_create` (mmu/mmu.c)."
+    """Give the vCPU its `pae_root` pages, where the host needs them from the start.
+
+    KVM: `kvm_mmu_create`, `__kvm_mmu_create` (mmu/mmu.c)."""
     host = vcpu.host
     low_root = not host.has_tdp or (host.forced_level or host.max_level) <= PT32E_ROOT_LEVEL
     if low_root: vcpu.root_mmu.pae_root = vcpu.vm.alloc_page()
@@ -85,13 +88,15 @@ def alloc_tdp_root(
     vcpu.did('tdp_root_ret', hpa=sp.spt)
     return sp.spt
 
-# %% ../../nbs/mmu/06_roots.ipynb #52df0fd5
+# %% ../../nbs/mmu/06_roots.ipynb #0df4a10a
 PRESENT, WRITABLE, USER, ACCESSED = 1 << 0, 1 << 1, 1 << 2, 1 << 5
 
 def alloc_direct_roots(
     vcpu: Vcpu,
 ):
-    "A root that maps frames one after the other: the guest does not page, or hardware walks its tables. KVM: `mmu_alloc_direct_roots` (mmu/mmu.c)."
+    """A root that maps frames one after the other: the guest does not page, or hardware walks its tables.
+
+    KVM: `mmu_alloc_direct_roots` (mmu/mmu.c)."""
     mmu, level = vcpu.mmu, vcpu.mmu.root_role.level
     if vcpu.host.uses_tdp_mmu: mmu.root.hpa = alloc_tdp_root(vcpu)
     elif level >= PT64_ROOT_4LEVEL: mmu.root.hpa = alloc_root(vcpu, 0, 0, level)
@@ -102,7 +107,7 @@ def alloc_direct_roots(
     mmu.root.pgd = 0
 
 def _fill_slots(vcpu, tables, flags):
-    "Write the four entries of `pae_root`: `tables` is (frame, quadrant) for each, None for an entry that is not present."
+    "Write the four entries of `pae_root`: `tables` has (frame, quadrant) for each, None for one that is not present."
     mmu = vcpu.mmu
     for i, table in enumerate(tables):
         kvm_bug_on(mmu.pae_words[i], f"pae_root slot {i} still holds {mmu.pae_words[i]:#x}: its tables' counts leak",
@@ -169,11 +174,13 @@ def _alloc_per_vcpu_root(vcpu, gfn, pdptrs):
     tables = [(pdpte_gfn(pdpte), 0) if pdpte & PRESENT else None for pdpte in pdptrs]
     _fill_slots(vcpu, tables or [(gfn, quadrant) for quadrant in range(4)], flags)
 
-# %% ../../nbs/mmu/06_roots.ipynb #af22ab3b
+# %% ../../nbs/mmu/06_roots.ipynb #e34f9b40
 def alloc_roots(
     vcpu: Vcpu,
 ) -> bool:                 # False: a triple fault was requested
-    "Give the MMU in charge a root of the kind its role wants; nothing but the role decides which. KVM: `kvm_mmu_load` (mmu/mmu.c), the part that allocates."
+    """Give the MMU in charge a root of the kind its role wants; nothing but the role decides which.
+
+    KVM: `kvm_mmu_load` (mmu/mmu.c), the part that allocates."""
     alloc_special_roots(vcpu)
     if not vcpu.mmu.root_role.direct: return alloc_shadow_roots(vcpu)
     alloc_direct_roots(vcpu)
@@ -212,7 +219,7 @@ def per_vcpu_pages(
     starts = [i for i, (_, hpa, _) in enumerate(pages) if hpa == mmu.root.hpa]
     return pages[starts[0]:] if starts else []
 
-# %% ../../nbs/mmu/06_roots.ipynb #836f0d17
+# %% ../../nbs/mmu/06_roots.ipynb #368d9056
 def draw_roots(
     vcpus: list,           # Of `Vcpu`s of one VM
     caption: str = '',
@@ -237,10 +244,12 @@ def draw_roots(
 def _draw_table(vcpu, hpa, nodes):
     sp, name = to_shadow_page(vcpu.vm, hpa), f"{hpa & ~0xfff:#x}"
     if sp is None: return nodes.setdefault(name, Node(name))
-    what = f"frame {sp.gfn:#x}, quadrant {sp.role.quadrant}" if sp.role.has_4_byte_gpte else 'TDP root' if sp.tdp else f"frame {sp.gfn:#x}"
-    nodes.setdefault(name, Node(name, f"level {sp.role.level}, {what}\nheld {'once' if sp.root_count == 1 else f'{sp.root_count} times'}", 'shadow'))
+    what = 'TDP root' if sp.tdp else f"frame {sp.gfn:#x}"
+    if sp.role.has_4_byte_gpte: what += f", quadrant {sp.role.quadrant}"
+    held = 'once' if sp.root_count == 1 else f"{sp.root_count} times"
+    nodes.setdefault(name, Node(name, f"level {sp.role.level}, {what}\nheld {held}", 'shadow'))
 
-# %% ../../nbs/mmu/06_roots.ipynb #edb6e9bc
+# %% ../../nbs/mmu/06_roots.ipynb #8d074aa0
 def two_vcpus(
     case: MmuCase,
     memory: 'GuestMemory | None' = None,
@@ -261,7 +270,8 @@ def show_root(
 ) -> Graph:
     "The roots of two vCPUs of an SVM host in this MMU."
     for case in all_mmus():
-        if (case.name, case.host.levels, case.host.vendor) == (what, levels, 'svm'): return draw_roots(two_vcpus(case), f"{what}, {case.host}")
+        if (case.name, case.host.levels, case.host.vendor) == (what, levels, 'svm'):
+            return draw_roots(two_vcpus(case), f"{what}, {case.host}")
     raise ValueError(f"no SVM host of {levels} levels has an MMU {what!r}")
 
 # %% ../../nbs/mmu/06_roots.ipynb #e3b6b883
@@ -320,12 +330,14 @@ def free_pae_slots(
         if word: free_root_page(vm, word)
         mmu.pae_words[i] = 0
 
-# %% ../../nbs/mmu/06_roots.ipynb #901d2a0c
+# %% ../../nbs/mmu/06_roots.ipynb #7cf5c826
 def is_obsolete_root(
     vm: Vm,
     root: Root,
 ) -> bool:
-    "Must it go after a zap? A root without a shadow page counts as obsolete, to be safe. KVM: `is_obsolete_root` (mmu/mmu.c)."
+    """Must it go after a zap? A root without a shadow page counts as obsolete, to be safe.
+
+    KVM: `is_obsolete_root` (mmu/mmu.c)."""
     if not root.valid: return False
     sp = to_shadow_page(vm, root.hpa)
     return sp is None or is_obsolete_sp(vm, sp)
@@ -353,13 +365,15 @@ def free_guest_mode_roots(
         return root.valid and (sp is None or sp.role.guest_mode)
     free_roots(vcpu, mmu, sum(ROOT_PREVIOUS(i) for i, prev in enumerate(mmu.prev_roots) if goes(prev)))
 
-# %% ../../nbs/mmu/06_roots.ipynb #b38f612c
+# %% ../../nbs/mmu/06_roots.ipynb #dee4e1f9
 def walk_start(
     vm: Vm,
     mmu: Mmu,
     addr: int,             # That the walk is to translate
 ) -> tuple:                # (level, host address of the table); level 0 when the walk ends before it began
-    "Where a walk of KVM's own tables starts: below a per-vCPU root, at the level-2 table. KVM: `shadow_walk_init_using_root` (mmu/mmu.c)."
+    """Where a walk of KVM's own tables starts: below a per-vCPU root, at the level-2 table.
+
+    KVM: `shadow_walk_init_using_root` (mmu/mmu.c)."""
     level, asked = mmu.root_role.level, mmu.cpu_role.base.level
     if asked < PT64_ROOT_4LEVEL <= level and not mmu.root_role.direct: level = PT32E_ROOT_LEVEL
     if level != PT32E_ROOT_LEVEL: return level, mmu.root.hpa

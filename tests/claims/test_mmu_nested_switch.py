@@ -9,10 +9,11 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global MODES_OF_SHADOW, all_mmus, at_the_switch, cached_roots, enters, expect_fail, explore, long_role, nested_on_4_levels, pae_role, per_vcpu_pages, predict, root_storage, set_cr0, set_cr3, to_shadow_page
+    global MODES_OF_SHADOW, Table, all_mmus, at_the_switch, cached_roots, enters, expect_fail, explore, long_role, nested_on_4_levels, pae_role, per_vcpu_pages, predict, root_storage, set_cr0, set_cr3, to_shadow_page
     from fastcore.test import expect_fail
     from kvm_mmu_lit.draw.exercise import predict
     from kvm_mmu_lit.draw.explore import explore
+    from kvm_mmu_lit.draw.table import Table
     from kvm_mmu_lit.mmu.register_writes import set_cr0, set_cr3
     from kvm_mmu_lit.mmu.root_cache import cached_roots
     from kvm_mmu_lit.mmu.root_role import all_mmus, root_storage
