@@ -6,7 +6,7 @@
 __all__ = ['HARMLESS', 'draw_history', 'root_text', 'Verdict', 'verdict', 'verdict_table', 'record_verdicts', 'recorded_verdicts',
            'main', 'counterexample_json', 'history_of']
 
-# %% ../../nbs/review/07_verdicts.ipynb #8cb0e1c6
+# %% ../../nbs/review/07_verdicts.ipynb #cdabb6da
 import json
 import sys
 from collections.abc import Callable
@@ -20,7 +20,6 @@ from ..mmu.root_cache import RootPolicy
 from ..mmu.shadow_page import is_obsolete_sp, to_shadow_page
 from .designs import DESIGNS, design
 from .explore import Counterexample, explore, replay
-from .frontier import explore_fast
 from .histories import FRAMES, ExploredVm, World, start, worlds
 from .histories import world as world_named
 from .predicates import kind_of_root
@@ -107,7 +106,7 @@ def _worst(one):
         if example.name not in HARMLESS + ('per-vCPU root cached', 'pae_root filled without a root'): return f"{example.name}: {', '.join(example.events)}"
     return f"({one.found[0][1].name}: {', '.join(one.found[0][1].events)})" if one.found else ''
 
-# %% ../../nbs/review/07_verdicts.ipynb #170763bf
+# %% ../../nbs/review/07_verdicts.ipynb #22ba1196
 def record_verdicts(
     path: 'Path | str',    # A JSON file, written anew
     verdicts: list,        # Of `Verdict`
@@ -133,6 +132,7 @@ def main(
     arguments: 'list | None' = None,
 ):
     "Search every world under every design: `make verdicts` writes nbs/review/verdicts.json."
+    from kvm_mmu_lit.review.frontier import explore_fast
     path = (arguments or sys.argv[1:] or ['nbs/review/verdicts.json'])[0]
     found = [verdict(one, worlds(), explore_fast, progress=lambda text: print(text, flush=True)) for one in DESIGNS]
     record_verdicts(path, found)
