@@ -53,7 +53,7 @@ def check_values(
             row = int(np.argmax((part < low) | (part > high)))
             raise ValueError(f"value {int(part.flat[row]):#x} at {row}{f', column {i}' if last > 1 else ''}: must be {low:#x}..{high:#x}")
 
-# %% ../../nbs/evidence/07_vector_files.ipynb #a7c938ef
+# %% ../../nbs/evidence/07_vector_files.ipynb #4a4deddd
 @dataclass(frozen=True)
 class Form:
     "One kind of file."
@@ -69,7 +69,9 @@ class Form:
 
     def key_groups(self, keys: set) -> dict:
         "The groups that `keys` make up. A group is there as a whole or not at all."
-        found = {name: group for name, group in self.groups.items() if keys & set(group)}
+        def own(name): return set(self.groups[name]) - {key for other, group in self.groups.items() if other != name for key in group}
+        found = {name: group for name, group in self.groups.items() if keys & own(name)}
+        if not found: found = {name: group for name, group in self.groups.items() if keys & set(group)}   # Only what groups share
         for name, group in found.items():
             missing = set(group) - keys
             if missing: raise ValueError(f"{', '.join(sorted(missing))} missing, which {', '.join(sorted(keys & set(group)))} needs")
