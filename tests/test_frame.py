@@ -72,7 +72,14 @@ def test_a_module_imports_only_through_the_doors(module):
     assert closed_doors(module, ours(notebooks.absolute_imports(path)) - {module}) == []
 
 
-@per_notebook(CHAPTERS)
+MODULES = [path for path in CHAPTERS if claims.module_of(json.loads(path.read_text())['cells'])]   # A case study has none: nothing imports it, and it may look everywhere
+
+
+def test_only_case_studies_have_no_module():
+    assert {path.parent.name for path in set(CHAPTERS) - set(MODULES)} <= {'review'}
+
+
+@per_notebook(MODULES)
 def test_a_chapter_needs_no_later_chapter(path):
     code = '\n'.join(source(cell) for cell in read(path) if cell['cell_type'] == 'code')
     module = claims.module_of(read(path))
@@ -257,7 +264,14 @@ def test_a_chapter_shows_a_picture(path):
     assert any('image/svg+xml' in bundle or '<svg' in ''.join(bundle.get('text/html', '')) for bundle in bundles)
 
 
-@per_notebook(CHAPTERS)
+@per_notebook([path for path in CHAPTERS if path not in MODULES])
+def test_a_case_study_opens_with_its_question_and_the_answer_in_brief(path):
+    title, answer = read(path)[:2]
+    assert re.fullmatch(r'# .+\n\n> .+\?\s*', source(title))
+    assert answer['cell_type'] == 'markdown' and len(source(answer)) > 80
+
+
+@per_notebook(MODULES)
 def test_a_chapter_opens_with_its_question_and_the_answer_in_brief(path):
     first, title = read(path)[:2]
     assert re.fullmatch(r'#\| *default_exp +[\w.]+', source(first).strip()), 'the first cell says which module this is'
@@ -268,7 +282,7 @@ def test_a_chapter_opens_with_its_question_and_the_answer_in_brief(path):
     assert len(answer) > 80, 'the cell under the title answers in a few sentences'
 
 
-@per_notebook([path for path in CHAPTERS if path.parent.name in ('guest', 'evidence')])
+@per_notebook([path for path in CHAPTERS if path.parent.name in ('guest', 'mmu', 'review', 'evidence')])
 def test_a_chapter_claims_something(path):
     sentences = [claims.directive(cell, 'claim') for cell in read(path)]
     assert [sentence for sentence in sentences if sentence]
