@@ -27,11 +27,11 @@ from .root_role import PT32E_ROOT_LEVEL, PT64_ROOT_4LEVEL, PT64_ROOT_5LEVEL, Mmu
 from .shadow_page import (ShadowPage, Vm, add_shadow_page, get_shadow_page, is_obsolete_sp, prepare_zap,
                                          to_shadow_page)
 
-# %% ../../nbs/mmu/06_roots.ipynb #91c94d75
+# %% ../../nbs/mmu/06_roots.ipynb #3de77a88
 def small_memory(
     pdpte: int = 0x1_1001,     # The second of four, at 0x5008; 0 is not present
 ) -> GuestMemory:              # 1 MiB
-    "RAM with four PDPTEs at 0x5000; frames 0x10, 0x12 and 0x13 are page directories."
+    "RAM with four PDPTEs at 0x5000, which lead to page directories at frames 0x10 to 0x13."
     memory = ram((0, 0x10_0000))
     for i, word in enumerate((0x1_0001, pdpte, 0x1_2001, 0x1_3001)): memory.words(8)[5][i] = word
     return memory
