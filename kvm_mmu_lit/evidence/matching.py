@@ -12,12 +12,13 @@ __all__ = ['CAUSES', 'ENTRIES', 'EFFECTS', 'COMPARED', 'RECORDED_AS', 'MAY_BE_IN
            'Run', 'draw_kinds', 'do_below', 'pass_below', 'is_read_for_a_walk', 'read_for_a_walk', 'watch', 'upcoming',
            'expect', 'nobody_said', 'compare_call', 'compare_state', 'borrow_flushes']
 
-# %% ../../nbs/evidence/15_matching.ipynb #8ce7d30c
+# %% ../../nbs/evidence/15_matching.ipynb #bdfbe88d
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ..draw.table import Table
+from .agreement import EvidenceError
 from .below import RULES, Linked, Stores
 from .compared import Addresses, Row, meet, requests_of, root_texts, state_rows
 from .ftrace import TraceEvent
@@ -39,7 +40,7 @@ RECORDED_AS = {'flush_current': ('flush_current', 'flush_asid'), 'flush_guest': 
 MAY_BE_INLINED = {'unload', 'unload_ret', 'reset_context'}
 TABLE_WORK = {'page_fault', 'invalidate_gva', 'pte_write', 'zap_sp', 'kvm_mmu_sync_page', 'kvm_mmu_unsync_page', 'kvm_mmu_get_page', 'kvm_mmu_zap_all_fast', 'kvm_mmu_set_spte'}
 
-# %% ../../nbs/evidence/15_matching.ipynb #e15816c2
+# %% ../../nbs/evidence/15_matching.ipynb #151624d7
 class Moment(NamedTuple):
     "The roots when a function that changes them returned."
     event: TraceEvent
@@ -71,7 +72,11 @@ class Run:
     work: bool = False         # Something happened below the roots since the last run of the guest
     entering: bool = False     # Preparing the guest
     loading: bool = False      # Building a root
+    inside: bool = False       # The guest is about to run
     pge: int = 0               # CR4.PGE as last seen
+    last: str = ''             # The last event that was matched
+    unload_after: str = ''     # The last one before `unload`
+    gaps: dict = field(default_factory=dict)    # (function, event before it) -> is it inlined there?
 
     @property
     def events(self) -> tuple: return self.scenario.trace.events
@@ -83,6 +88,18 @@ class Run:
         if rule not in RULES: raise ValueError(f"no rule is called {rule!r}")
         self.rules[rule] += 1
         return value
+
+    def mmu_of(self, event: TraceEvent, field: str) -> str:
+        "The MMU an event points to."
+        try: return self.scenario.layout.mmu_name(event[field])
+        except ValueError as why: raise EvidenceError(self.scenario.trace.file, f'line {event.line}', str(why)) from None
+
+    def table_of(self, event: TraceEvent) -> int:
+        "Where the table lies that an event speaks of."
+        try:
+            if not event['spt']: raise ValueError(f"{event.name}: spt is NULL")
+            return self.scenario.layout.physical(event['spt'])
+        except ValueError as why: raise EvidenceError(self.scenario.trace.file, f'line {event.line}', str(why)) from None
 
     def peek(self, count: int, stop: tuple = ()) -> list:
         "The next events."
@@ -156,7 +173,7 @@ def upcoming(
         if not is_read_for_a_walk(run): return run.events[run.at]
         read_for_a_walk(run)
 
-# %% ../../nbs/evidence/15_matching.ipynb #3e73c376
+# %% ../../nbs/evidence/15_matching.ipynb #a24f50e8
 def expect(
     run: Run,
     name: str,         # Of the event
@@ -165,14 +182,20 @@ def expect(
     "Take the event off the trace. What comes before it instead is a difference, as is its absence."
     _flush_of_cr4(run, did)
     event = upcoming(run)
+    if name in MAY_BE_INLINED and _is_inlined(run, name, event is None or event.name != name): return run.lend('inlined')
     if event is None or event.name != name:
-        if did.what in MAY_BE_INLINED: return run.lend('inlined')
         if event is None or not _comes(run, name): return _missing(run, event or run.events[-1], did)
     while event is not None and event.name != name:
         nobody_said(run, event)
         event = upcoming(run)
-    if event is not None: run.at += 1
+    if event is not None: run.at, run.last = run.at + 1, name
     return event
+
+def _is_inlined(run, name, gone):
+    "A build inlines a function into a caller always or never, and a function that was not seen to begin does not end."
+    if name == 'unload': run.unload_after = run.last
+    place = ('unload', run.unload_after) if name == 'unload_ret' else (name, run.last)
+    return run.gaps.setdefault(place, gone) and gone
 
 def _missing(run, event, did): run.row('calls', event, event.name, str(did))
 
@@ -197,7 +220,7 @@ def _flush_of_cr4(run, did):
     run.row('calls', event, event.name, 'flush_asid')
     if event.name == 'flush_asid': run.at += 1
 
-# %% ../../nbs/evidence/15_matching.ipynb #f59ee4a9
+# %% ../../nbs/evidence/15_matching.ipynb #49fce634
 def compare_call(
     run: Run,
     event: TraceEvent,
@@ -214,7 +237,7 @@ def _same_names(run, event, facts):
     return {name: event[name] for name in names}, {name: facts.get(name) for name in names}
 
 def _free_roots(run, event, facts):
-    return dict(event.fields, fmmu=run.scenario.layout.mmu_name(event['fmmu'])), {name: facts[name] for name in ('fmmu', 'roots')}
+    return dict(event.fields, fmmu=run.mmu_of(event, 'fmmu')), {name: facts[name] for name in ('fmmu', 'roots')}
 
 def _smm(run, event, facts): return bool(event['entering']), facts['entering']
 
@@ -222,11 +245,11 @@ def _return_of(run, at):
     "The event that ends a load of PDPTEs."
     return next((event for event in run.events[at:at + 60] if event.name == 'load_pdptrs_ret'), None)
 
-# %% ../../nbs/evidence/15_matching.ipynb #b10978ee
+# %% ../../nbs/evidence/15_matching.ipynb #ce3b4bda
 def _get_sp(run, event, facts):
     "A table: found or made? By which count of roots held, out of sync or not, and the same table as ever."
-    spt, sp = run.scenario.layout.physical(event['spt']), run.vcpu.vm.pages.get(facts['sp'])
-    created = bool(run.made is not None and run.made['created'])
+    spt, sp = run.table_of(event), run.vcpu.vm.pages.get(facts['sp'])
+    created = None if run.made is None else bool(run.made['created'])
     run.made = None
     if facts['created']: _pair(run, event, spt, facts['sp'])
     said = dict(table=f'{spt:#x}', gfn=event['gfn'], role=event['role'], root_count=event['rc'], created=created, unsync=bool(event['unsync']), unsync_children=event['uc'])
@@ -244,7 +267,7 @@ def _pair(run, event, recorded, ours):
     wrong = run.addresses.pair(recorded, ours)
     if wrong: run.row('tables', event, f"{recorded:#x} is new", wrong)
 
-# %% ../../nbs/evidence/15_matching.ipynb #994a677a
+# %% ../../nbs/evidence/15_matching.ipynb #49ce361b
 def _root(run, event, facts):
     "A root is handed to its MMU or to the hardware."
     if facts['hpa'] not in run.addresses.theirs: _meet_next(run)
@@ -257,7 +280,7 @@ def _meet_next(run):
 
 def _sync_children(run, event, facts):
     run.linked.clear(facts['sp'])
-    said = (f"{run.scenario.layout.physical(event['spt']):#x}", event['gfn'], event['role'])
+    said = (f"{run.table_of(event):#x}", event['gfn'], event['role'])
     return said, (run.addresses.name(facts['sp']), facts['gfn'], facts['role'])
 
 _COMPARISONS = {'get_sp_ret': _get_sp, 'tdp_root_ret': _tdp_root, 'alloc_root_ret': _root, 'load_mmu_pgd': _root, 'sync_children': _sync_children, 'free_roots': _free_roots,

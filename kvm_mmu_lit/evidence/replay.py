@@ -52,7 +52,7 @@ def _with_accessed_bit(run, words):
         words[present[0]] |= run.lend('accessed bit in guest PDPTEs', 1 << 5)
     return words
 
-# %% ../../nbs/evidence/15_replay.ipynb #7a992661
+# %% ../../nbs/evidence/15_replay.ipynb #27486976
 def start(
     scenario: Scenario,
 ) -> Run:
@@ -63,7 +63,10 @@ def start(
     missing = cr4_missing(scenario)
     run.vcpu = new_vcpu(vm, has_pcid=not missing & Cr4.PCIDE, cr4_missing=missing)
     run.addresses, run.linked, run.stores, run.below = Addresses(vm), Linked(vm), Stores(scenario, vm.memory), _BELOW
-    run.vcpu.watch = lambda did: watch(run, did)
+    def told(did):
+        _keep_l2(run, did)
+        watch(run, did)
+    run.vcpu.watch = told
     return run
 
 # %% ../../nbs/evidence/15_replay.ipynb #e286145d
@@ -98,7 +101,7 @@ def _cr3_of_hardware(run):
 def borrow_cr3(run, value):
     if run.scenario.npt and value != run.vcpu.cr3: run.vcpu.cr3 = run.lend('CR3 loaded without an exit', value)
 
-# %% ../../nbs/evidence/15_replay.ipynb #8aa19556
+# %% ../../nbs/evidence/15_replay.ipynb #8bb63380
 def _vmrun(run, event):
     at = next((i for i, event in enumerate(run.peek(100), run.at) if event.name in ('kvm_nested_vmenter', 'vmentry')), None)
     run.at += 1
@@ -114,15 +117,18 @@ def _vmrun(run, event):
     run.row('calls', enter, (bool(enter['nested_paging']), enter['pgd']), (nested_pgd is not None, vmcb['cr3'] if nested_pgd is None else nested_pgd))
     svm_vmrun(run.vcpu, L2State(vmcb['cr0'], vmcb['cr3'], vmcb['cr4'], vmcb['efer'], nested_pgd))
 
-def _vmexit(run, event):
-    for name in ('cr0', 'cr3', 'cr4', 'efer'): run.stores.write(run.vmcb + VMCB_FIELDS[name], int(getattr(run.vcpu, name)).to_bytes(8, 'little'))
-    svm_vmexit(run.vcpu)
+def _vmexit(run, event): svm_vmexit(run.vcpu)
+
+def _keep_l2(run, did):
+    "#VMEXIT begins: KVM writes L2's registers back into its VMCB, whether L1 asked for L2 or KVM could not start it."
+    if did.what == 'nested_vmexit':
+        for name in ('cr0', 'cr3', 'cr4', 'efer'): run.stores.write(run.vmcb + VMCB_FIELDS[name], int(getattr(run.vcpu, name)).to_bytes(8, 'little'))
 
 def _pdptrs(run, event):
     if is_read_for_a_walk(run): read_for_a_walk(run)
     else: nobody_said(run, event)
 
-# %% ../../nbs/evidence/15_replay.ipynb #fa623f88
+# %% ../../nbs/evidence/15_replay.ipynb #300af07b
 def _child(run, event):
     if event.caller != 'kvm_mmu_get_child_sp': return nobody_said(run, event)
     try: role = page_role(event['role'])
@@ -130,21 +136,21 @@ def _child(run, event):
         run.row('tables', event, f"{event['role']:#x}", str(why))
         return nobody_said(run, event)
     sp = get_shadow_page(run.vcpu, event['gfn'], run.lend('table linked by a fault', role))
-    parent = run.linked.at(run.vcpu.mmu, run.fault or 0, role.level + 1)
-    if parent is None: return run.row('tables', event, 'linked', f"no table of level {role.level + 1} leads to {run.fault or 0:#x}")
+    parent = None if run.fault is None else run.linked.at(run.vcpu.mmu, run.fault, role.level + 1)
+    if parent is None: return run.row('tables', event, 'linked', f"no table of level {role.level + 1} leads to {run.fault and hex(run.fault)}")
     index = entry_index(run.fault, role.level + 1)
     run.row('tables', event, event['role'], child_role(run.vcpu.vm.pages[parent].role, index, role.direct, role.access).word)
     run.linked.link(parent, index, sp.spt)
 
 def _child_sync(run, event):
     run.at += 1
-    table = run.addresses.ours.get(run.scenario.layout.physical(event['spt']))
+    table = run.addresses.ours.get(run.table_of(event))
     if table is not None: run.linked.clear(run.lend('table brought up to date', table))
 
 _DO = {'after_set_cpuid': _cpuid, 'set_cr0': _cr0, 'set_cr3': _cr3, 'set_cr4': _cr4, 'set_efer': _efer, 'kvm_smm_transition': _smi, 'nested_vmrun': _vmrun, 'nested_vmexit': _vmexit,
        'load_pdptrs': _pdptrs, 'get_sp_ret': _child, 'sync_children': _child_sync}
 
-# %% ../../nbs/evidence/15_replay.ipynb #8f6bb4d8
+# %% ../../nbs/evidence/15_replay.ipynb #4fd9dab6
 def _enter(run, event):
     first, served = run.at, {'MMU_FREE_OBSOLETE_ROOTS', 'MMU_SYNC', 'TLB_FLUSH_CURRENT', 'TLB_FLUSH_GUEST'}
     run.entering = True
@@ -161,13 +167,15 @@ def _enter(run, event):
 def _run_guest(run, event):
     run.at += 1
     _left_over(run)
+    if run.inside: run.row('calls', event, 'vmentry', 'the guest is about to run already')
+    run.inside = True
     pointer = event['ncr3'] if event['np'] else event['vcr3']
     run.row('calls', event, (bool(event['np']), f'{pointer & 0xf_ffff_ffff_f000:#x}'), (run.scenario.npt, run.addresses.name(run.vcpu.mmu.root.hpa)))
     borrow_cr3(run, event['vcr3'])
     compare_state(run, event)
     run.work = False
 
-# %% ../../nbs/evidence/15_replay.ipynb #47420f60
+# %% ../../nbs/evidence/15_replay.ipynb #831fac8c
 def _mark(run, event):
     fields, vcpu = event.fields, run.vcpu
     if 'cr3' in fields: borrow_cr3(run, fields['cr3'])
@@ -177,6 +185,11 @@ def _mark(run, event):
     if fields.get('marker') == 'set_sregs_initial': run.sregs = {name: run.scenario.sregs[name] for name in now}
     words = fields['what'].split() if fields.get('marker') == 'action' else [None]
     if words[0] == 'set': run.sregs = dict(now, **({words[1]: int(words[2], 16)} if words[1] in now else {}))
+
+def _entered(run, event):
+    "The last thing before the guest runs; a probe has seen it coming."
+    if not run.inside: run.row('calls', event, 'kvm_entry', 'nobody prepared the guest')
+    run.inside = False
 
 def _made(run, event):
     _left_over(run)
@@ -188,12 +201,12 @@ def _left_over(run):
     if made is not None and not (made['direct'] and run.vcpu.host.uses_tdp_mmu): run.row('tables', made, 'a table', 'nobody asked for one')
 
 def _fault(run, event): run.fault = event['addr']
-def _refresh(run, event): refresh_passthrough(run.vcpu, getattr(run.vcpu, run.scenario.layout.mmu_name(event['pmmu'])))
+def _refresh(run, event): refresh_passthrough(run.vcpu, getattr(run.vcpu, run.mmu_of(event, 'pmmu')))
 
-# %% ../../nbs/evidence/15_replay.ipynb #87549886
+# %% ../../nbs/evidence/15_replay.ipynb #79b96805
 def _invalidate(run, event):
     "One address: in every root, or in the one that a fault was injected for."
-    name, vcpu = run.scenario.layout.mmu_name(event['imm']), run.vcpu
+    name, vcpu = run.mmu_of(event, 'imm'), run.vcpu
     if event['root'] == INVALID_PAGE:
         run.row('calls', event, name, vcpu.walk_mmu_is)
         return invlpg(vcpu, event['gva'])
@@ -201,7 +214,7 @@ def _invalidate(run, event):
 
 def _zap(run, event):
     "A table goes. The model may have taken it away already, because it gave up the last root that held it."
-    table = run.addresses.ours.get(run.scenario.layout.physical(event['spt']))
+    table = run.addresses.ours.get(run.table_of(event))
     sp = run.vcpu.vm.pages.get(table)
     if sp is None: return
     said = dict(gfn=event['gfn'], role=event['role'], root_count=event['rc'], unsync=bool(event['unsync']), unsync_children=event['uc'])
@@ -210,12 +223,12 @@ def _zap(run, event):
     if sp.hashed: prepare_zap(run.vcpu.vm, run.lend('table zapped below the roots', sp))
     run.linked.zap(table)
 
-# %% ../../nbs/evidence/15_replay.ipynb #04dcd3f5
+# %% ../../nbs/evidence/15_replay.ipynb #d919ada3
 def _zap_all(run, event):
     "A memory slot went: every table is obsolete, and the hash is empty. What the model takes away must be what the kernel did."
     live = {spt for spt, sp in run.vcpu.vm.pages.items() if sp.hashed}
     zap_all_fast(run.vcpu.vm)
-    zapped = {run.scenario.layout.physical(one['spt']) for one in _zaps(run)}
+    zapped = {run.table_of(one) for one in _zaps(run)}
     run.row('tables', event, tuple(sorted(f'{spt:#x}' for spt in zapped)), tuple(sorted(map(run.addresses.name, live))))
     for spt in live: run.linked.zap(spt)
 
@@ -225,7 +238,7 @@ def _zaps(run):
         if event.name == 'zap_sp': yield event
         elif event.name not in ('kvm_mmu_prepare_zap_page', 'kvm_mmu_sync_page'): return
 
-# %% ../../nbs/evidence/15_replay.ipynb #50ee86ce
+# %% ../../nbs/evidence/15_replay.ipynb #ba16c684
 def _tables_of(run, event, unsync):
     block = sp_block(event)
     mask, value = block.role_bits
@@ -241,7 +254,7 @@ def _sync(run, event):
     block = sp_block(event)
     known = next((sp for sp in run.linked.synced if (sp.gfn, sp.role.level, sp.role.quadrant, sp.role.access) == (block.gfn, block.level, block.quadrant, block.access)), None)
     if known is not None: return run.linked.synced.remove(known)
-    looked_up = next((run.addresses.ours.get(run.scenario.layout.physical(event['spt'])) for event in run.peek(20) if event.name == 'get_sp_ret'), None)
+    looked_up = next((run.addresses.ours.get(run.table_of(event)) for event in run.peek(20) if event.name == 'get_sp_ret'), None)
     fitting = sorted(_tables_of(run, event, True), key=lambda sp: sp.spt != looked_up)
     if fitting: fitting[0].unsync = run.lend('table brought up to date', False)
 
@@ -249,10 +262,10 @@ def _store(run, event):
     for sp in run.vcpu.vm.buckets.get(event['gpa'] >> PAGE_SHIFT, ()):
         for index in written_entries(sp, event['gpa']): run.linked.unlink(sp.spt, index)
 
-_BELOW = {'tracing_mark_write': _mark, 'kvm_mmu_get_page': _made, 'page_fault': _fault, 'refresh_passthrough': _refresh, 'invalidate_gva': _invalidate, 'zap_sp': _zap,
+_BELOW = {'tracing_mark_write': _mark, 'kvm_entry': _entered, 'kvm_mmu_get_page': _made, 'page_fault': _fault, 'refresh_passthrough': _refresh, 'invalidate_gva': _invalidate, 'zap_sp': _zap,
           'kvm_mmu_zap_all_fast': _zap_all, 'kvm_mmu_unsync_page': _unsync, 'kvm_mmu_sync_page': _sync, 'pte_write': _store}
 
-# %% ../../nbs/evidence/15_replay.ipynb #c0f95fa1
+# %% ../../nbs/evidence/15_replay.ipynb #13d96845
 def replay(
     scenario: Scenario,
     progress: 'Callable | None' = None,    # Called with the events done so far
@@ -262,7 +275,8 @@ def replay(
     while run.at < len(run.events):
         before, event = run.at, run.events[run.at]
         try: _step(run, event)
-        except KvmBug as why: return _give_up(run, event, f"{type(why).__name__}: {why}")
+        except EvidenceError: raise
+        except (KvmBug, ValueError) as why: return _give_up(run, event, f"{type(why).__name__}: {why}")
         if progress and before // 1000 != run.at // 1000: progress(run.at)
     _memory_at_the_end(run)
     return run
@@ -274,7 +288,7 @@ def _step(run, event):
     else: do_below(run)
 
 def _give_up(run, event, why):
-    "An invariant of the model broke, so nothing after it can be compared."
+    "An invariant of the model broke, or it is asked for what cannot happen now: nothing after it can be compared."
     run.row('calls', event, f'{event.name}, and {len(run.events) - run.at:,} events after it', why)
     return run
 
@@ -324,7 +338,7 @@ def borrowed(
     names += [f'unknown event {name} {count:,}' for name, count in sorted(run.scenario.trace.unknown.items())]
     return 'but taken from the record: ' + (', '.join(names) or 'nothing') + (f"; {run.scenario.trace.lost:,} events were lost in the recording" if run.scenario.trace.lost else '')
 
-# %% ../../nbs/evidence/15_replay.ipynb #2017714f
+# %% ../../nbs/evidence/15_replay.ipynb #2b5b11c8
 def damaged(
     scenario: Scenario,
     at: int,               # Which event
@@ -343,4 +357,4 @@ def notices(
 ) -> bool:
     "Does a replay find any difference, or refuse?"
     try: return any(row.recorded != row.model for row in replay(scenario).rows)
-    except (EvidenceError, ValueError): return True
+    except EvidenceError: return True
