@@ -7,9 +7,9 @@ __all__ = ['L1_NAMES', 'L2_NAMES', 'NESTED_NAMES', 'FRAMES', 'World', 'events_of
            'start', 'pointer', 'Violation', 'Impossible', 'happen', 'act', 'at_rest_of', 'enter', 'check_possible',
            'worlds', 'world', 'small_worlds']
 
-# %% ../../nbs/review/04_histories.ipynb #f5c22b59
+# %% ../../nbs/review/04_histories.ipynb #dcade29f
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from ..guest.addresses import PAGE_SHIFT
 from ..guest.registers import CR3_NOFLUSH, Cr0, Cr4, Efer
@@ -22,7 +22,7 @@ from ..mmu.root_role import MODES, Host, svm_host, vmx_host
 from ..mmu.shadow_page import Vm, zap_all_fast
 from .invariants import entries_of, in_scope
 
-# %% ../../nbs/review/04_histories.ipynb #2bc790b5
+# %% ../../nbs/review/04_histories.ipynb #48993c80
 L1_NAMES, L2_NAMES, NESTED_NAMES = 'ABCD', 'XYZW', 'NMOP'
 FRAMES = {name: 0x10 + i for i, name in enumerate(L1_NAMES + L2_NAMES + NESTED_NAMES)}   # Of the table a pointer names
 
@@ -44,7 +44,7 @@ class World:
         for wrong, why in _no_such_world(self):
             if wrong: raise ValueError(f"no such world {self.name!r}: {why}")
 
-    @property
+    @cached_property
     def editable(self) -> tuple:
         "Names of pointers whose PDPTEs can change."
         if not self.edits: return ()
@@ -86,12 +86,13 @@ def l2_kinds(
     if world.nested_paging: return tuple(NESTED_NAMES[:world.pointers])
     return tuple(f'{mode} {name}' for mode in world.l2 for name in l2_pointers(world))
 
-# %% ../../nbs/review/04_histories.ipynb #7d7dcbf7
+# %% ../../nbs/review/04_histories.ipynb #4648fbea
 class ExploredVm(Vm):
     "A VM whose memory is four PDPTEs behind every pointer; a version says which four."
+    reads = 0          # How often anybody looked
     def is_visible(self, gfn): return True
     def read_pdptes(self, gpa):
-        gfn = gpa >> PAGE_SHIFT
+        gfn, self.reads = gpa >> PAGE_SHIFT, self.reads + 1
         if gfn not in self.versions: raise ValueError(f"no pointer of this world leads to {gpa:#x}")
         first = 0x100 + 8 * (gfn - 0x10) + self.versions[gfn]
         return (first << PAGE_SHIFT | 1, 0x400_001, 0, 0)
