@@ -23,7 +23,7 @@ def _numeric(rows, n):
     cells = [row[n] for row in rows if row[n] is not None]
     return bool(cells) and all(type(cell) in (int, Hex) for cell in cells)
 
-# %% ../../nbs/draw/03_table.ipynb #8fa4fa95
+# %% ../../nbs/draw/03_table.ipynb #09e82bc4
 @dataclass(frozen=True)
 class Table(Picture):
     "Rows of plain values."
@@ -46,6 +46,12 @@ class Table(Picture):
     def __str__(self):
         rule = ['-' * max(map(len, map(plain, column))) for column in zip(self.header, *self.rows)]
         return titled(self.caption, columns([self.header, rule, *self.rows], self.right))
+
+    def markdown(self) -> str:
+        "The table for a README."
+        def line(cells): return '| ' + ' | '.join(plain(cell).replace('|', '\\|') for cell in cells) + ' |'
+        rule = ['---:' if n in self.right else '---' for n in range(len(self.header))]
+        return '\n'.join([line(self.header), line(rule), *map(line, self.rows)])
 
     def html(self) -> str:
         "The table for a page, in the page's own style."
