@@ -1,4 +1,5 @@
 """JupyterLab as `make lab` opens it: a chapter runs from top to bottom in a real browser, and its picture follows a slider."""
+import html
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import pytest
 from playwright.sync_api import expect, sync_playwright
 
 from browser import free_port, launch, needs_chromium, watch
+from kvm_mmu_lit.lab.root_cache import show_history
 from tools.notebooks import NBS, ROOT, all_notebooks, source
 
 pytestmark = needs_chromium
@@ -131,3 +133,39 @@ def test_a_chapter_runs_and_its_picture_follows_a_slider(lab, notebook, measured
     cells, committed = (json.loads(path.read_text())['cells'] for path in (saved, NBS / notebook))
     assert [(cell['id'], source(cell)) for cell in cells] == [(cell['id'], source(cell)) for cell in committed]
     assert all(cell.get('execution_count') is None and cell['metadata'] == {} for cell in cells), 'a notebook is saved clean'
+
+
+def test_the_stepper_of_the_root_cache_is_played_with_its_buttons(lab, measured):
+    address, _ = lab
+    where, events = 'shadow paging, 4-level VMX host', []
+    with sync_playwright() as playwright:
+        browser = launch(playwright)
+        tab, faults = opened(browser, address, 'lab/02_root_cache.ipynb')
+        run_all(tab)
+        stepper = tab.locator('.jp-OutputArea-output', has=tab.locator('button:text-is("undo")')).first
+        picture, choices = stepper.locator('.widget-html-content'), stepper.locator('select')
+        def press(name): stepper.get_by_role('button', name=name, exact=True).click()
+        def shows(policy):
+            "Wait until the picture is the one of the model, word by word, and so are the buttons."
+            wanted = show_history(where, policy, ', '.join(events))
+            expect(picture.locator('text')).to_have_text([html.unescape(text) for text in re.findall(r'<text[^>]*>([^<]*)</text>', wanted.svg())])
+            offered = wanted.caption.rpartition('next: ')[2].split(', ') if 'next: ' in wanted.caption else []
+            expect(stepper.locator('button')).to_have_text(['undo', 'reset', *offered])
+        shows('reviewer')
+        start = time.perf_counter()
+        for event in ('vmrun PAE X', 'vmexit', 'vmrun PAE X'):
+            press(event)
+            events.append(event)
+            shows('reviewer')
+        measured(f'JupyterLab: a button of the stepper takes {(time.perf_counter() - start) / 3 * 1000:.0f} ms')
+        expect(picture).to_contain_text('!!')
+        choices.nth(1).select_option('6.1')
+        shows('6.1')
+        press('undo')
+        events.pop()
+        shows('6.1')
+        press('reset')
+        events.clear()
+        shows('6.1')
+        assert [fault for fault in faults if fault.startswith('foreign')] == []
+        browser.close()
