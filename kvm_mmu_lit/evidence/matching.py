@@ -10,15 +10,16 @@ are none of the model's business are done on the way.
 # %% auto #0
 __all__ = ['CAUSES', 'ENTRIES', 'EFFECTS', 'COMPARED', 'RECORDED_AS', 'MAY_BE_INLINED', 'TABLE_WORK', 'REMEMBERED', 'Moment',
            'Run', 'draw_kinds', 'do_below', 'pass_below', 'is_read_for_a_walk', 'read_for_a_walk', 'watch', 'upcoming',
-           'expect', 'nobody_said', 'compare_call', 'compare_state', 'borrow_flushes']
+           'expect', 'nobody_said', 'compare_call', 'compare_state', 'draw_rows_in_order', 'borrow_flushes']
 
-# %% ../../nbs/evidence/15_matching.ipynb #bdfbe88d
+# %% ../../nbs/evidence/15_matching.ipynb #985bab56
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ..draw.table import Table
-from .agreement import EvidenceError
+from ..draw.timeline import Timeline
+from .agreement import EvidenceError, answer_text
 from .below import RULES, Linked, Stores
 from .compared import Addresses, Row, meet, requests_of, root_texts, state_rows
 from .ftrace import TraceEvent
@@ -300,6 +301,15 @@ def compare_state(
         if run.work: vcpu.request(run.lend('flush asked for by tables', name))
     for aspect, said, ours in state_rows(recorded, vcpu, run.addresses, run.lend): run.row(aspect, event, said, ours)
     if event.name in REMEMBERED: run.history.append(Moment(event, run.stores.step, recorded.mmu, root_texts(recorded.current), root_texts(vcpu.mmu, run.addresses)))
+
+# %% ../../nbs/evidence/15_matching.ipynb #6ee12583
+def draw_rows_in_order(
+    rows: list,        # Of `Row`
+    caption: str = '',
+) -> Timeline:
+    "Recorded and model side by side, row by row."
+    events = [(i, row.aspect, row.label, (answer_text(row.recorded), answer_text(row.model))) for i, row in enumerate(rows, 1)]
+    return Timeline(('recorded', 'model'), events, caption)
 
 # %% ../../nbs/evidence/15_matching.ipynb #beb91ea3
 def borrow_flushes(
