@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -23,6 +24,30 @@ def links(text: str) -> str:
     return re.sub(r'\]\((?!https?:|#|/|\.\./)([\w/.-]+\.ipynb)', r'](nbs/\1', text)
 
 
+class Rows(HTMLParser):
+    "The cells of an HTML table."
+    def __init__(self, html):
+        super().__init__()
+        self.rows, self.inside = [], False
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        if tag == 'tr': self.rows.append([])
+        if tag in ('td', 'th'):
+            self.rows[-1].append('')
+            self.inside = True
+
+    def handle_endtag(self, tag): self.inside = self.inside and tag not in ('td', 'th')
+    def handle_data(self, data):
+        if self.inside: self.rows[-1][-1] += data.replace('|', '\\|')
+
+
+def table(html: str) -> str:
+    "An HTML table as Markdown."
+    head, *rows = Rows(html).rows
+    return '\n'.join('| ' + ' | '.join(row) + ' |' for row in [head, ['---'] * len(head), *rows])
+
+
 def output(out, pictures) -> str:
     "One output as Markdown; a picture goes to `pictures`."
     data = out.get('data', {})
@@ -30,6 +55,7 @@ def output(out, pictures) -> str:
         name = f'{PICTURES}/readme-{len(pictures) + 1}.svg'
         pictures[name] = ''.join(data['image/svg+xml'])
         return f'![{alt(data)}]({name})'
+    if '<table' in ''.join(data.get('text/html', '')): return table(''.join(data['text/html']))
     if 'text/markdown' in data: return links(''.join(data['text/markdown']))
     text = ''.join(out.get('text', data.get('text/plain', '')))
     return '\n'.join('    ' + line for line in text.rstrip('\n').split('\n')) if text.strip() else ''
