@@ -9,27 +9,41 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global DATA, shutil, tempfile
+    global DATA, expect_fail, shutil, tempfile
     import shutil
     import tempfile
+
+    from fastcore.test import expect_fail
 
     DATA = next(p for p in (Path('../../tests/data'), Path('tests/data')) if p.exists())
 
 
-@pytest.mark.claim('nbs/evidence/17_check.ipynb', 'f770a39c', 'a folder is known by what lies in it')
+@pytest.mark.claim('nbs/evidence/17_check.ipynb', '8de3bf72', 'a folder is known by what lies in it')
 def test_a_folder_is_known_by_what_lies_in_it():
     with tempfile.TemporaryDirectory() as home:
         home = Path(home)
         (home / 'guest').mkdir()
         (home / 'guest' / 'meta.json').touch()
+        (home / 'run').mkdir()
+        (home / 'run' / 'mem.npz').touch()
+        (home / 'run' / 'trace.txt.xz').touch()
         (home / 'walks.npz').touch()
         (home / 'empty').mkdir()
         assert kind_of(home / 'guest') == 'guest'
+        assert kind_of(home / 'run') == 'scenario'
         assert kind_of(home / 'walks.npz') == 'vectors'
         assert kind_of(home) == 'vectors'
         assert kind_of(home / 'empty') == 'nothing'
         (home / 'walks.npz').unlink()
         assert kind_of(home) == 'folder'
+
+
+@pytest.mark.claim('nbs/evidence/17_check.ipynb', '2fae1e23', 'a run without its memory is an error, though its trace is there')
+def test_a_run_without_its_memory_is_an_error_though_its_trace_is_there():
+    with tempfile.TemporaryDirectory() as home:
+        folder = Path(shutil.copytree(DATA / 'kvm-traces' / 's03_shadow_nonpaging', Path(home) / 'run'))
+        (folder / 'mem.npz').unlink()
+        with expect_fail(EvidenceError, contains="mem.npz"): check_path(folder)
 
 
 @pytest.mark.claim('nbs/evidence/17_check.ipynb', '58b8a204', "a guest whose monitor's registers were not kept agrees on all the rest, and the check says what it lacked")
