@@ -9,7 +9,7 @@ to the hardware that is about to be freed.
 
 # %% auto #0
 __all__ = ['REQUESTS', 'is_unsync_root', 'sync_roots', 'sync_prev_roots', 'load', 'reload', 'load_pgd', 'unload', 'reset_context',
-           'after_set_cpuid', 'take', 'flush_local', 'enter_guest', 'draw_entry', 'show_entry']
+           'after_set_cpuid', 'take', 'flush_local', 'serve_requests', 'enter_guest', 'draw_entry', 'show_entry']
 
 # %% ../../nbs/mmu/08_reload.ipynb #b3fd81f2
 from ..draw.timeline import Event, Timeline
@@ -138,13 +138,11 @@ def flush_local(
             sync_prev_roots(vcpu)
         vcpu.did('flush_guest')
 
-# %% ../../nbs/mmu/08_reload.ipynb #41d55801
-def enter_guest(
+# %% ../../nbs/mmu/08_reload.ipynb #a7337beb
+def serve_requests(
     vcpu: Vcpu,
-) -> bool:                 # False: a triple fault is pending, or no root could be built
-    """All that happens between an exit and the next run of the guest.
-
-    KVM: `vcpu_enter_guest` (x86.c), the part the MMU sees."""
+):
+    "What was asked for since the guest last ran, in KVM's order. KVM: `vcpu_enter_guest` (x86.c), its first part."
     if take(vcpu, 'MMU_FREE_OBSOLETE_ROOTS'): free_obsolete_roots(vcpu)
     if take(vcpu, 'MMU_SYNC'): sync_roots(vcpu)
     if take(vcpu, 'LOAD_MMU_PGD'): load_pgd(vcpu)
@@ -152,6 +150,14 @@ def enter_guest(
         take(vcpu, 'TLB_FLUSH_CURRENT')
         vcpu.did('flush_all')
     flush_local(vcpu)
+
+def enter_guest(
+    vcpu: Vcpu,
+) -> bool:                 # False: a triple fault is pending, or no root could be built
+    """All that happens between an exit and the next run of the guest.
+
+    KVM: `vcpu_enter_guest` (x86.c), the part the MMU sees."""
+    serve_requests(vcpu)
     if 'TRIPLE_FAULT' in vcpu.requests: return False
     return reload(vcpu)
 
