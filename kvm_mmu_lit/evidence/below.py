@@ -208,12 +208,14 @@ def draw_linked(
     edges = [(f'{parent:x}', f'{child:x}', str(index)) for parent in sorted(tables) for index, child in sorted(linked.children.get(parent, {}).items()) if child in tables]
     return Graph(nodes, edges, caption=caption)
 
-# %% ../../nbs/evidence/15_below.ipynb #4a073489
+# %% ../../nbs/evidence/15_below.ipynb #7f39cfb5
 RULES = {
     'table linked by a fault': "a page fault needs a table; frame and role are the fault's business, which table it becomes is compared",
+    'table in an unknown place': "a page fault links a table, and we do not see where: its role is not derived from its parent's",
     'table zapped below the roots': "a write to a guest table, or too many tables: KVM takes some away",
     'table out of sync': "the guest may write to a table without KVM seeing it",
     'table brought up to date': "a lookup, or a fault, finds a table out of sync and syncs it",
+    'out-of-sync marks': "a table is out of sync, or leads to some that are, otherwise than we followed it",
     'flush asked for by tables': "a change below the roots makes old translations wrong: TLB_FLUSH or TLB_FLUSH_CURRENT",
     'PDPTEs read for a walk': "with NPT, KVM reads PDPTEs again when it emulates a walk of a PAE guest: when is taken, what it reads is compared",
     'PDPTEs behind nested tables': "PDPTEs of an L2 that KVM would have to translate first: whether they load is taken",

@@ -10,9 +10,9 @@ are none of the model's business are done on the way.
 # %% auto #0
 __all__ = ['CAUSES', 'ENTRIES', 'EFFECTS', 'COMPARED', 'RECORDED_AS', 'MAY_BE_INLINED', 'TABLE_WORK', 'REMEMBERED', 'Moment',
            'Run', 'draw_kinds', 'do_below', 'pass_below', 'is_read_for_a_walk', 'read_for_a_walk', 'watch', 'upcoming',
-           'expect', 'nobody_said', 'compare_call', 'compare_state', 'draw_matched', 'borrow_flushes']
+           'expect', 'nobody_said', 'compare_call', 'borrow_marks', 'compare_state', 'draw_matched', 'borrow_flushes']
 
-# %% ../../nbs/evidence/15_matching.ipynb #fe3e3a00
+# %% ../../nbs/evidence/15_matching.ipynb #e35dabb7
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -28,6 +28,7 @@ from .scenarios import Scenario
 from ..guest.registers import Cr4
 from ..mmu.contexts import Did, Vcpu
 from ..mmu.register_writes import load_pdptrs
+from ..mmu.shadow_page import ShadowPage
 
 # %% ../../nbs/evidence/15_matching.ipynb #1f48c1e5
 CAUSES = {'after_set_cpuid', 'set_efer', 'set_cr0', 'set_cr3', 'set_cr4', 'nested_vmrun', 'nested_vmexit', 'kvm_smm_transition', 'load_pdptrs', 'get_sp_ret', 'sync_children'}
@@ -246,16 +247,21 @@ def _return_of(run, at):
     "The event that ends a load of PDPTEs."
     return next((event for event in run.events[at:at + 60] if event.name == 'load_pdptrs_ret'), None)
 
-# %% ../../nbs/evidence/15_matching.ipynb #ce3b4bda
+# %% ../../nbs/evidence/15_matching.ipynb #a4fc91d9
 def _get_sp(run, event, facts):
-    "A table: found or made? By which count of roots held, out of sync or not, and the same table as ever."
+    "A table: found or made? Held by how many roots, and the same table as ever?"
     spt, sp = run.table_of(event), run.vcpu.vm.pages.get(facts['sp'])
     created = None if run.made is None else bool(run.made['created'])
     run.made = None
     if facts['created']: _pair(run, event, spt, facts['sp'])
-    said = dict(table=f'{spt:#x}', gfn=event['gfn'], role=event['role'], root_count=event['rc'], created=created, unsync=bool(event['unsync']), unsync_children=event['uc'])
-    ours = dict(table=run.addresses.name(facts['sp']), gfn=facts['gfn'], role=facts['role'], root_count=facts['rc'], created=facts['created'])
-    return said, dict(ours, unsync=bool(sp and sp.unsync), unsync_children=sp.unsync_children if sp else 0)
+    if sp: borrow_marks(run, event, sp)
+    said = dict(table=f'{spt:#x}', gfn=event['gfn'], role=event['role'], root_count=event['rc'], created=created)
+    return said, dict(table=run.addresses.name(facts['sp']), gfn=facts['gfn'], role=facts['role'], root_count=facts['rc'], created=facts['created'])
+
+def borrow_marks(run: Run, event: TraceEvent, sp: ShadowPage):
+    "Whether a table is out of sync, or leads to some that are, is not the roots' business; what we followed should say the same."
+    said = (bool(event['unsync']), event['uc'])
+    if (sp.unsync, sp.unsync_children) != said: sp.unsync, sp.unsync_children = run.lend('out-of-sync marks', said)
 
 def _tdp_root(run, event, facts):
     "A root of the TDP MMU: the trace speaks of it only when it is made."

@@ -10,7 +10,7 @@ in between; what the model cannot know is borrowed under a name and counted.
 # %% auto #0
 __all__ = ['RecordedVm', 'start', 'borrow_cr3', 'replay', 'draw_beside', 'check_scenario', 'borrowed', 'damaged', 'notices']
 
-# %% ../../nbs/evidence/15_replay.ipynb #683027e4
+# %% ../../nbs/evidence/15_replay.ipynb #4a37be3e
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from .agreement import Agreement, EvidenceError, compare
 from .below import VMCB_FIELDS, Linked, Stores, cr4_missing, entry_index, host_of, written_entries
 from .compared import ASPECTS, Addresses, Row
 from .ftrace import sp_block
-from .matching import (CAUSES, COMPARED, EFFECTS, ENTRIES, Run, borrow_flushes, compare_state, do_below, is_read_for_a_walk, nobody_said, read_for_a_walk,
+from .matching import (CAUSES, COMPARED, EFFECTS, ENTRIES, Run, borrow_flushes, borrow_marks, compare_state, do_below, is_read_for_a_walk, nobody_said, read_for_a_walk,
                                            upcoming, watch)
 from .mmu_states import has_state
 from .scenarios import Scenario, load_scenario
@@ -31,7 +31,7 @@ from ..mmu.contexts import INVALID_PAGE, KvmBug, refresh_passthrough
 from ..mmu.cpu_role import page_role
 from ..mmu.nested_switch import L2State, svm_vmexit, svm_vmrun
 from ..mmu.register_writes import enter_smm, invlpg, set_cr0, set_cr3, set_cr4, set_efer, set_sregs, smm_changed
-from ..mmu.reload import after_set_cpuid, enter_guest, new_vcpu, reload
+from ..mmu.reload import after_set_cpuid, enter_guest, new_vcpu, reload, serve_requests
 from ..mmu.shadow_page import Vm, child_role, get_shadow_page, prepare_zap, zap_all_fast
 
 # %% ../../nbs/evidence/15_replay.ipynb #0b7a1846
@@ -128,7 +128,7 @@ def _pdptrs(run, event):
     if is_read_for_a_walk(run): read_for_a_walk(run)
     else: nobody_said(run, event)
 
-# %% ../../nbs/evidence/15_replay.ipynb #300af07b
+# %% ../../nbs/evidence/15_replay.ipynb #780a5649
 def _child(run, event):
     if event.caller != 'kvm_mmu_get_child_sp': return nobody_said(run, event)
     try: role = page_role(event['role'])
@@ -137,7 +137,7 @@ def _child(run, event):
         return nobody_said(run, event)
     sp = get_shadow_page(run.vcpu, event['gfn'], run.lend('table linked by a fault', role))
     parent = None if run.fault is None else run.linked.at(run.vcpu.mmu, run.fault, role.level + 1)
-    if parent is None: return run.row('tables', event, 'linked', f"no table of level {role.level + 1} leads to {run.fault and hex(run.fault)}")
+    if parent is None: return run.lend('table in an unknown place')
     index = entry_index(run.fault, role.level + 1)
     run.row('tables', event, event['role'], child_role(run.vcpu.vm.pages[parent].role, index, role.direct, role.access).word)
     run.linked.link(parent, index, sp.spt)
@@ -150,19 +150,24 @@ def _child_sync(run, event):
 _DO = {'after_set_cpuid': _cpuid, 'set_cr0': _cr0, 'set_cr3': _cr3, 'set_cr4': _cr4, 'set_efer': _efer, 'kvm_smm_transition': _smi, 'nested_vmrun': _vmrun, 'nested_vmexit': _vmexit,
        'load_pdptrs': _pdptrs, 'get_sp_ret': _child, 'sync_children': _child_sync}
 
-# %% ../../nbs/evidence/15_replay.ipynb #4fd9dab6
+# %% ../../nbs/evidence/15_replay.ipynb #9d98b757
 def _enter(run, event):
     first, served = run.at, {'MMU_FREE_OBSOLETE_ROOTS', 'MMU_SYNC', 'TLB_FLUSH_CURRENT', 'TLB_FLUSH_GUEST'}
     run.entering = True
     if event.name == 'load' and run.vcpu.requests & served: reload(run.lend('event taken late', run.vcpu))
     else:
         borrow_flushes(run)
-        enter_guest(run.vcpu)
+        serve_requests(run.lend('event taken late', run.vcpu)) if _event_comes(run) else enter_guest(run.vcpu)
     run.entering = False
     event = upcoming(run)
     if event is not None and event.name == 'vmentry': return _run_guest(run, event)
     run.lend('entry given up')
     if run.at == first: nobody_said(run, event)
+
+def _event_comes(run):
+    "Between serving requests and building a root, KVM takes events: an SMI, or one that makes L2 exit to L1."
+    names = ('load', 'vmentry', 'nested_vmexit', 'kvm_smm_transition')
+    return next((event.name for event in run.peek(400, ('kvm_exit', 'tracing_mark_write')) if event.name in names), '') in names[2:]
 
 def _run_guest(run, event):
     run.at += 1
@@ -203,7 +208,7 @@ def _left_over(run):
 def _fault(run, event): run.fault = event['addr']
 def _refresh(run, event): refresh_passthrough(run.vcpu, getattr(run.vcpu, run.mmu_of(event, 'pmmu')))
 
-# %% ../../nbs/evidence/15_replay.ipynb #79b96805
+# %% ../../nbs/evidence/15_replay.ipynb #c0d91eb7
 def _invalidate(run, event):
     "One address: in every root, or in the one that a fault was injected for."
     name, vcpu = run.mmu_of(event, 'imm'), run.vcpu
@@ -217,8 +222,9 @@ def _zap(run, event):
     table = run.addresses.ours.get(run.table_of(event))
     sp = run.vcpu.vm.pages.get(table)
     if sp is None: return
-    said = dict(gfn=event['gfn'], role=event['role'], root_count=event['rc'], unsync=bool(event['unsync']), unsync_children=event['uc'])
-    run.row('tables', event, said, dict(gfn=sp.gfn, role=said['role'] if not sp.hashed else sp.role.word, root_count=sp.root_count, unsync=sp.unsync, unsync_children=sp.unsync_children))
+    borrow_marks(run, event, sp)
+    said = dict(gfn=event['gfn'], role=event['role'], root_count=event['rc'])
+    run.row('tables', event, said, dict(gfn=sp.gfn, role=said['role'] if not sp.hashed else sp.role.word, root_count=sp.root_count))
     if sp.unsync: run.linked.synced.append(sp)
     if sp.hashed: prepare_zap(run.vcpu.vm, run.lend('table zapped below the roots', sp))
     run.linked.zap(table)

@@ -56,6 +56,12 @@ def test_in_every_recorded_run_every_call_every_root_every_role_and_every_reques
         assert set(rows) >= set(ASPECTS) - {'tables', 'memory'} and not differ, name
 
 
+@pytest.mark.claim('nbs/evidence/15_replay.ipynb', '19303c52', "in no recorded run did a table's place or its state of sync have to be corrected")
+def test_in_no_recorded_run_did_a_table_s_place_or_its_state_of_sync_have_to_be_corrected():
+    assert not any(rules['out-of-sync marks'] + rules['table in an unknown place'] for *_, rules in every.values())
+    assert sum(rules['table out of sync'] for *_, rules in every.values()) > 50
+
+
 @pytest.mark.claim('nbs/evidence/15_replay.ipynb', 'd437aca4', 'undamaged, the beginnings of these runs agree')
 def test_undamaged_the_beginnings_of_these_runs_agree():
     assert not notices(short) and not notices(short_shadow)
