@@ -15,9 +15,8 @@ __all__ = ['ROLES', 'WALKERS', 'CHILD_ROLES', 'ROOT_STORAGE', 'PGD_SWITCHES', 'S
            'role_rows', 'npt_role_rows', 'ept_role_rows', 'unchecked_role', 'child_role_rows', 'loaded_vcpu',
            'storage_rows', 'switch_rows', 'play_switches']
 
-# %% ../../nbs/evidence/11_kernel_roots.ipynb #6a0a45f8
+# %% ../../nbs/evidence/11_kernel_roots.ipynb #bcb6de8b
 from collections.abc import Iterator
-from dataclasses import replace
 
 from .vector_files import Column, Form
 from ..guest.permissions import permission_bitmask
@@ -27,7 +26,7 @@ from ..mmu.contexts import NullDereference, Vcpu, init_shadow_ept_roles, init_sh
 from ..mmu.cpu_role import ROLE_FIELDS, CpuRole, ExtendedRole, PageRole, calc_cpu_role
 from ..mmu.reload import load, new_vcpu
 from ..mmu.root_cache import new_pgd
-from ..mmu.root_role import MODES, Host, root_storage, shadow_ept_roles, shadow_npt_roles, shadow_root_role, svm_host, tdp_root_role
+from ..mmu.root_role import MODES, Host, root_storage, shadow_ept_roles, shadow_npt_roles, shadow_root_role, tdp_root_role
 from ..mmu.roots import walk_start
 from ..mmu.shadow_page import Vm, child_role, to_shadow_page
 from ..review.designs import design
@@ -45,7 +44,7 @@ ROLES = Form('roles', 'K', {
     'nested EPT': {'ept_in': Column('uint8', (4,), (4, 0, 0, 1), (5, 1, 1, 3)), 'ept_cpu_role': _ROLE64, 'ept_root_role': _ROLE32, 'ept_fn': Column('uint8', (2,)),
                    'ept_permissions': Column('uint8', (16,)), 'ept_guest_rsvd': Column('uint64', (11,)), 'ept_shadow_zero': Column('uint64', (11,))}})
 
-# %% ../../nbs/evidence/11_kernel_roots.ipynb #beab6ecc
+# %% ../../nbs/evidence/11_kernel_roots.ipynb #30013ad6
 _BITS = ((('cr0', Cr0.PG), ('cr0', Cr0.WP), ('cr4', Cr4.PSE), ('cr4', Cr4.PAE), ('cr4', Cr4.SMEP), ('cr4', Cr4.SMAP), ('cr4', Cr4.PKE), ('cr4', Cr4.LA57),
           ('efer', Efer.NX), ('efer', Efer.LMA)))
 
@@ -64,9 +63,10 @@ def host_of(
     ad: bool,
 ) -> Host:             # With TDP
     "A host by the columns of `tdp_cfg`."
-    return Host(tdp='npt' if forced else 'ept', vendor='svm' if forced else 'vmx', forced_level=forced, max_level=most, maxphyaddr=maxphyaddr, ad=bool(ad))
+    tdp, vendor = ('npt', 'svm') if forced else ('ept', 'vmx')
+    return Host(tdp=tdp, vendor=vendor, forced_level=forced, max_level=most, maxphyaddr=maxphyaddr, ad=bool(ad))
 
-# %% ../../nbs/evidence/11_kernel_roots.ipynb #3107e7e7
+# %% ../../nbs/evidence/11_kernel_roots.ipynb #410fb581
 WALKERS = ('nonpaging', 'paging32', 'paging64', 'ept', 'tdp')
 
 def role_rows(
@@ -78,7 +78,8 @@ def role_rows(
     for bits, *recorded in zip(arrays['regs'].tolist(), *(arrays[key].tolist() for key in keys)):
         asked = calc_cpu_role(**registers_of_bits(bits))
         walker = WALKERS.index(walker_of(asked))
-        model = (asked.word, shadow_root_role(asked).word, walker, walker, [tdp_root_role(host, asked).word for host in hosts], walker, WALKERS.index('tdp'))
+        tdp = [tdp_root_role(host, asked).word for host in hosts]
+        model = (asked.word, shadow_root_role(asked).word, walker, walker, tdp, walker, WALKERS.index('tdp'))
         yield f"regs {bits:#x}", dict(zip(keys, recorded)), dict(zip(keys, model))
 
 def npt_role_rows(
@@ -89,7 +90,8 @@ def npt_role_rows(
     keys = ('npt_cpu_role', 'npt_root_role', 'npt_gva_to_gpa', 'npt_page_fault', 'npt_caller_real')
     for bits, *recorded in zip(arrays['npt_regs'].tolist(), *(arrays[key].tolist() for key in keys)):
         regs = registers_of_bits(bits)
-        roles = [shadow_npt_roles(host, regs['cr4'], regs['efer'], regs['cr0'], regs['smm'], regs['guest_mode']) for host in hosts]
+        asked = regs['cr4'], regs['efer'], regs['cr0'], regs['smm'], regs['guest_mode']
+        roles = [shadow_npt_roles(host, *asked) for host in hosts]
         walker = WALKERS.index(walker_of(roles[0][0]))
         model = (roles[0][0].word, [root.word for _, root in roles], walker, walker, int(not regs['cr0'] & Cr0.WP))
         yield f"regs {bits:#x}", dict(zip(keys, recorded)), dict(zip(keys, model))
@@ -106,7 +108,7 @@ def ept_role_rows(
         model = (asked.word, root.word, [WALKERS.index('ept')] * 2, list(permission_bitmask(None, is_ept=True)), *masks)
         yield f"(level, A/D, execonly, largest page) = {(level, ad, execonly, huge)}", dict(zip(keys, recorded)), dict(zip(keys, model))
 
-# %% ../../nbs/evidence/11_kernel_roots.ipynb #aa451cb4
+# %% ../../nbs/evidence/11_kernel_roots.ipynb #e54feba3
 CHILD_ROLES = Form('child_roles', 'K', {'children': {
     'parent_role': _ROLE32, 'child_role': Column('uint32', (8, 2, 8)), 'sptep_index': Column('uint16', (8,), high=511, fixed=True)}})
 
@@ -123,7 +125,8 @@ def child_role_rows(
     slots = arrays['sptep_index'].tolist()
     for word, recorded in zip(arrays['parent_role'].tolist(), arrays['child_role'].tolist()):
         parent = unchecked_role(word)
-        model = [[[child_role(parent, slot, bool(direct), access).word for access in range(8)] for direct in (0, 1)] for slot in slots]
+        def of(slot, direct): return [child_role(parent, slot, direct, access).word for access in range(8)]
+        model = [[of(slot, direct) for direct in (False, True)] for slot in slots]
         yield f"parent {word:#x}", recorded, model
 
 # %% ../../nbs/evidence/11_kernel_roots.ipynb #2bd2fc08
@@ -159,7 +162,7 @@ def loaded_vcpu(
     load(vcpu)
     return vcpu
 
-# %% ../../nbs/evidence/11_kernel_roots.ipynb #0f99727f
+# %% ../../nbs/evidence/11_kernel_roots.ipynb #1188b172
 def storage_rows(
     arrays: dict,      # The group 'roots'
 ) -> Iterator:
@@ -168,7 +171,8 @@ def storage_rows(
     for row, *recorded in zip(*(arrays[name].tolist() for name in names)):
         bits, tdp, forced, most, maxphyaddr, tdp_mmu, kind, mode, pdptr_mask = row[:9]
         tdp_name = ('off', 'npt', 'ept')[tdp]
-        host = Host(bits, tdp_name, 'vmx' if tdp == 2 else 'svm', 3 if bits == 32 else 5 if 5 in (forced, mode) else 4, forced, most, maxphyaddr, bool(tdp_mmu))
+        levels = 3 if bits == 32 else 5 if 5 in (forced, mode) else 4
+        host = Host(bits, tdp_name, 'vmx' if tdp == 2 else 'svm', levels, forced, most, maxphyaddr, bool(tdp_mmu))
         vcpu = loaded_vcpu(host, kind, mode, pdptr_mask)
         recorded = dict(zip(names[1:], recorded), table=tuple(row[9:20]))
         yield f"row {tuple(row[:9])}", recorded, _root_as_recorded(vcpu)
@@ -183,12 +187,13 @@ def _root_as_recorded(vcpu):
     below = [to_shadow_page(vm, word) if word else None for word in mmu.pae_words]
     level, _ = walk_start(vm, mmu, 0)
     words = [mmu.pml5_word if ask == 4 else None, mmu.pml4_word if ask >= 3 else None] + (mmu.pae_words if ask >= 2 else [None] * 4)
-    return {'table': (asked.base.level, role.level, role.direct, role.has_4_byte_gpte, role.passthrough, ask, says('patch 2'), says('reviewer'), says('6.1'), level, int(ask >= 2)),
+    tests = says('patch 2'), says('reviewer'), says('6.1')
+    return {'table': (asked.base.level, role.level, role.direct, role.has_4_byte_gpte, role.passthrough, ask, *tests, level, int(ask >= 2)),
             'root_role': role.word, 'cpu_role': asked.word, 'root_gfn': sp.gfn if sp else 0,
             'sp_role': [sp.role.word, 0, 0, 0] if sp else [page.role.word if page else 0xffff_ffff for page in below],
             'special_entry_low12': [0xffff if word is None else word & 0xfff for word in words]}
 
-# %% ../../nbs/evidence/11_kernel_roots.ipynb #a79c38ab
+# %% ../../nbs/evidence/11_kernel_roots.ipynb #3e43cbc7
 PGD_SWITCHES = Form('pgd_switches', 'K', {'switches': {
     'stream': Column('uint8', (4,), high=(3, 1, 1, 5)), 'mode': Column('uint8', (None,)), 'pgd': Column('uint64', (None,)),
     'roles': Column('uint32', (None, 2)), 'result': Column('int8', (3, None, 8))}})
@@ -214,11 +219,14 @@ def play_switches(
 ) -> Iterator:         # Of [hit, null dereference, first freed, second freed, root, prev_roots 0..2]
     "The same run in the model: switch, and load after a miss."
     _, kind, tdp, level = stream
-    host = Host(bits=32 if level == 3 else 64, tdp='npt' if tdp else 'off', levels=max(level, 3) if tdp else 4, forced_level=level, max_level=level, tdp_mmu=False)
+    host = Host(bits=32 if level == 3 else 64, tdp='npt' if tdp else 'off', levels=max(level, 3) if tdp else 4,
+                forced_level=level, max_level=level, tdp_mmu=False)
     vcpu = new_vcpu(_AnyMemory(host, memory=None, policy=design(name)))
     vcpu.mmu_is = 'guest_mmu' if kind else 'root_mmu'
     mmu, numbers, freed = vcpu.mmu, {}, []
-    def number(root): return -1 if not root.valid else 100 if to_shadow_page(vcpu.vm, root.hpa) is None else numbers[to_shadow_page(vcpu.vm, root.hpa).role.word, root.pgd]
+    def number(root):
+        sp = to_shadow_page(vcpu.vm, root.hpa)
+        return -1 if not root.valid else 100 if sp is None else numbers[sp.role.word, root.pgd]
     vcpu.watch = lambda did: freed.append(number(mmu.root)) if did.what == 'free_roots' and mmu.root.valid else None
     for pgd, (root_role, base) in zip(pgds, roles):
         freed.clear()

@@ -11,15 +11,14 @@ The fifth case is the one that only one of the tests overlooks.
 # %% auto #0
 __all__ = ['CASE_WORLDS', 'MOST_EVENTS', 'case_choices', 'answers', 'show_case', 'search_case', 'show_shortest']
 
-# %% ../../nbs/lab/03_five_cases.ipynb #1e631011
+# %% ../../nbs/lab/03_five_cases.ipynb #f7f1be08
 from ..draw.ink import Picture
 from ..draw.table import Table
-from ..draw.timeline import Timeline
 from .roles import Stack
 from .root_cache import view_history
 from ..mmu.root_role import MmuCase, all_mmus, has_per_vcpu_root, svm_host
 from ..mmu.roots import draw_roots, two_vcpus
-from ..review.designs import DESIGNS, design
+from ..review.designs import design
 from ..review.explore import Exploration, explore as search
 from ..review.histories import World
 from ..review.predicates import PREDICATES, at_rest, mistaken
@@ -31,7 +30,7 @@ def case_choices() -> dict:      # Label -> `MmuCase`
     named = {f"{f'case {m.case}' if m.case else 'no case'}: {m.name} ({m.host})": m for m in mmus}
     return dict(sorted(named.items(), key=lambda item: (item[1].case or 9, item[0])))
 
-# %% ../../nbs/lab/03_five_cases.ipynb #f38a96e8
+# %% ../../nbs/lab/03_five_cases.ipynb #d17d9826
 def answers(
     case: MmuCase,
 ) -> Table:
@@ -39,8 +38,10 @@ def answers(
     rows = []
     for one in PREDICATES:
         says, wrong = one.test(at_rest(case)), mistaken(one, at_rest(case))
-        rows.append((one.name, one.looks_at, 'per-vCPU' if says else 'may be cached', 'WRONG' if wrong and has_per_vcpu_root(case) else 'careful' if wrong else 'right', wrong))
-    return Table(('test', 'looks at', 'says', '', 'what goes wrong'), rows, f"{case.cpu_role.base.level} levels asked, {case.root_role.level} built, root in {case.storage}")
+        verdict = 'right' if not wrong else 'WRONG' if has_per_vcpu_root(case) else 'careful'
+        rows.append((one.name, one.looks_at, 'per-vCPU' if says else 'may be cached', verdict, wrong))
+    caption = f"{case.cpu_role.base.level} levels asked, {case.root_role.level} built, root in {case.storage}"
+    return Table(('test', 'looks at', 'says', '', 'what goes wrong'), rows, caption)
 
 def show_case(
     what: str = 'case 5: shadow NPT, PAE L1 (64-bit SVM host, 4-level, NPT)',   # One of `case_choices`
@@ -50,7 +51,7 @@ def show_case(
     case = case_choices()[what]
     return Stack((draw_roots(two_vcpus(case), what), answers(case)))
 
-# %% ../../nbs/lab/03_five_cases.ipynb #bcd4dee0
+# %% ../../nbs/lab/03_five_cases.ipynb #36170b88
 CASE_WORLDS = {   # Case -> a world in which its roots come and go
     1: World('case 1', svm_host(4, False), ('4-level', 'nonpaging'), ('nonpaging', '4-level'), pointers=1),
     2: World('case 2', svm_host(4, False), ('4-level', 'PAE'), ('PAE', '4-level'), pointers=1),
@@ -66,7 +67,8 @@ def search_case(
 ) -> Exploration:
     "Search the case's world."
     if case not in CASE_WORLDS: raise ValueError(f"case {case}: there are five, 1 to 5")
-    if not 0 <= depth <= MOST_EVENTS: raise ValueError(f"{depth} events: 0 to {MOST_EVENTS} here; the review goes on to the end")
+    if not 0 <= depth <= MOST_EVENTS:
+        raise ValueError(f"{depth} events: 0 to {MOST_EVENTS} here; the review goes on to the end")
     return search(CASE_WORLDS[case], design(policy), depth)
 
 def show_shortest(
@@ -78,4 +80,5 @@ def show_shortest(
     result = search_case(case, policy, depth)
     if result.found: return view_history(result.world, design(policy), result.found[0].events)
     bound = "every history there is" if result.complete else f"histories up to {depth} events"
-    return Table(('design', 'world', 'states', 'events', 'nothing breaks in'), [(policy, result.world.name, result.states, result.edges, bound)])
+    row = policy, result.world.name, result.states, result.edges, bound
+    return Table(('design', 'world', 'states', 'events', 'nothing breaks in'), [row])

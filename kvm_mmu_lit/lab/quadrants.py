@@ -24,7 +24,7 @@ from ..mmu.root_role import all_mmus
 from ..mmu.roots import alloc_roots, vcpu_for, walk_start
 from ..mmu.shadow_page import child_role, to_shadow_page
 
-# %% ../../nbs/lab/04_quadrants.ipynb #6c4009fd
+# %% ../../nbs/lab/04_quadrants.ipynb #a8830eff
 @dataclass(frozen=True)
 class Slots:
     "Where an address of a 2-level guest is looked up, in its tables and in KVM's."
@@ -51,9 +51,10 @@ def slots_of(
     _, hpa = walk_start(vcpu.vm, vcpu.mmu, gva)
     top, slot = to_shadow_page(vcpu.vm, hpa).role, pt_index(gva, 2, PAE)
     below = child_role(top, slot, False, 7)
-    return Slots((pt_index(gva, 2, PTE32), pt_index(gva, 1, PTE32)), gva >> 30, (top.quadrant, slot), (below.quadrant, pt_index(gva, 1, PAE)))
+    guest = pt_index(gva, 2, PTE32), pt_index(gva, 1, PTE32)
+    return Slots(guest, gva >> 30, (top.quadrant, slot), (below.quadrant, pt_index(gva, 1, PAE)))
 
-# %% ../../nbs/lab/04_quadrants.ipynb #70fea5da
+# %% ../../nbs/lab/04_quadrants.ipynb #2d4bf6d4
 def show_slots(
     gva: str = '0xc020_3000',    # Address of a 2-level guest
     npt: bool = False,           # The tables are an L1's nested ones, and pae_root stands below pml4_root
@@ -61,17 +62,24 @@ def show_slots(
     "Which directory, which half, which slots."
     vcpu = two_level_vcpu(npt)
     slots = slots_of(vcpu, number(gva))
-    nodes = [Node('pd', "guest's directory\n1024 entries, 4 GiB", 'guest'), Node('pt', "guest's table\n1024 entries, 4 MiB", 'guest')]
-    edges = [Edge('pd', 'pt', f'slot {slots.guest[0]}', 'guest')]
+    nodes = [Node('pd', "guest's directory\n1024 entries, 4 GiB", 'guest'),
+             Node('pt', "guest's table\n1024 entries, 4 MiB", 'guest')]
+    edges = [Edge('pd', 'pt', f'slot {slots.guest[0]}', 'guest'), Edge('pt', 'page', f'slot {slots.guest[1]}', 'guest')]
     if npt: nodes.append(Node('pml4_root', 'pml4_root\nentry 0 alone'))
     if npt: edges.append(Edge('pml4_root', 'pae_root', '0', 'taken'))
     nodes.append(Node('pae_root', 'pae_root\n4 entries'))
     for i, word in enumerate(vcpu.mmu.pae_words):
         role, here = to_shadow_page(vcpu.vm, word).role, i == slots.pae
-        nodes.append(Node(f'directory {i}', f'level {role.level}, quadrant {role.quadrant}\nguest slots {256 * role.quadrant}..{256 * role.quadrant + 255}', 'taken' if here else 'shadow'))
+        first = 256 * role.quadrant
+        label = f'level {role.level}, quadrant {role.quadrant}\nguest slots {first}..{first + 255}'
+        nodes.append(Node(f'directory {i}', label, 'taken' if here else 'shadow'))
         edges.append(Edge('pae_root', f'directory {i}', str(i), 'taken' if here else 'neutral'))
     quadrant, slot = slots.table
-    nodes.append(Node('table', f'level 1, quadrant {quadrant}\nguest slots {512 * quadrant}..{512 * quadrant + 511}', 'taken'))
+    first = 512 * quadrant
+    nodes.append(Node('table', f'level 1, quadrant {quadrant}\nguest slots {first}..{first + 511}', 'taken'))
     nodes.append(Node('page', f'{Hex(number(gva) & ~0xfff)}', 'frame'))
-    edges += [Edge(f'directory {slots.pae}', 'table', f'slot {slots.directory[1]}', 'taken'), Edge('table', 'page', f'slot {slot}', 'taken'), Edge('pt', 'page', f'slot {slots.guest[1]}', 'guest')]
-    return Graph(nodes, edges, caption=f"{Hex(number(gva))} of a 2-level {'L1, nested' if npt else 'guest'}: quadrant {slots.directory[0]} at level 2, {quadrant} at level 1")
+    edges.append(Edge(f'directory {slots.pae}', 'table', f'slot {slots.directory[1]}', 'taken'))
+    edges.append(Edge('table', 'page', f'slot {slot}', 'taken'))
+    whose = 'L1, nested' if npt else 'guest'
+    caption = f"{Hex(number(gva))} of a 2-level {whose}: quadrant {slots.directory[0]} at level 2, {quadrant} at level 1"
+    return Graph(nodes, edges, caption=caption)

@@ -12,16 +12,17 @@ the CPU role alone costs no table.
 # %% auto #0
 __all__ = ['HOSTS', 'Stack', 'roles_of', 'mmu_cases', 'LitTable', 'show_roles']
 
-# %% ../../nbs/lab/01_roles.ipynb #8431fb80
+# %% ../../nbs/lab/01_roles.ipynb #4c0cf22b
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..draw.ink import Picture, ink
 from ..draw.table import Table
 from ..mmu.cpu_role import INPUTS, MODES, calc_cpu_role, diff_roles, draw_role
-from ..mmu.root_role import Host, all_mmus, shadow_ept_roles, shadow_npt_roles, shadow_root_role, svm_host, tdp_root_role, vmx_host
+from ..mmu.root_role import (Host, all_mmus, shadow_ept_roles, shadow_npt_roles, shadow_root_role, svm_host,
+                                       tdp_root_role, vmx_host)
 
-# %% ../../nbs/lab/01_roles.ipynb #059973fa
+# %% ../../nbs/lab/01_roles.ipynb #9f236068
 @dataclass(frozen=True)
 class Stack(Picture):
     "Pictures below each other, as one."
@@ -37,15 +38,17 @@ class Stack(Picture):
             drawings.append(drawing.replace('<svg', f'<svg y="{top:g}"', 1))
             top, width = top + h + 8, max(width, w)
         size = f'viewBox="0 0 {width:g} {top - 8:g}" width="{width:g}" height="{top - 8:g}"'
-        return f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" style="max-width:100%;height:auto">{"".join(drawings)}</svg>'
+        start = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" style="max-width:100%;height:auto">'
+        return start + ''.join(drawings) + '</svg>'
 
 def _size(drawing):
     "Width and height in pixels; Graphviz counts in points."
     found = [re.search(rf'<svg[^>]*? {side}="([\d.]+)(pt)?"', drawing) for side in ('width', 'height')]
     return [float(match[1]) * (4 / 3 if match[2] else 1) for match in found]
 
-# %% ../../nbs/lab/01_roles.ipynb #9c30e4af
-HOSTS = {'SVM, shadow paging': svm_host(4, False), 'SVM, NPT': svm_host(4), 'SVM of 5 levels, NPT': svm_host(5), '32-bit SVM, shadow paging': svm_host(3, False), '32-bit SVM, NPT': svm_host(3),
+# %% ../../nbs/lab/01_roles.ipynb #2a320f72
+HOSTS = {'SVM, shadow paging': svm_host(4, False), 'SVM, NPT': svm_host(4), 'SVM of 5 levels, NPT': svm_host(5),
+         '32-bit SVM, shadow paging': svm_host(3, False), '32-bit SVM, NPT': svm_host(3),
          'VMX, shadow paging': vmx_host(4, 0), 'VMX, EPT': vmx_host(4, 4)}
 
 def roles_of(
@@ -71,9 +74,11 @@ def mmu_cases(
     guest_mode: bool,
 ) -> tuple:            # Of `MmuCase`, those no guest gets included
     "The rows of `all_mmus` one of which it must be."
-    return tuple(case for case in all_mmus(reachable=False) if (case.host, case.mmu, bool(case.cpu_role.base.guest_mode)) == (host, mmu, guest_mode or mmu == 'guest_mmu'))
+    wanted = host, mmu, guest_mode or mmu == 'guest_mmu'
+    def key(case): return case.host, case.mmu, bool(case.cpu_role.base.guest_mode)
+    return tuple(case for case in all_mmus(reachable=False) if key(case) == wanted)
 
-# %% ../../nbs/lab/01_roles.ipynb #40c2123a
+# %% ../../nbs/lab/01_roles.ipynb #f63f43f1
 @dataclass(frozen=True)
 class LitTable(Table):
     "A table one row of which is lit."
@@ -87,12 +92,14 @@ class LitTable(Table):
         return drawing if self.lit < 0 else re.sub(r'(<rect[^>]*/>)', lambda panel: panel[1] + box, drawing, count=1)
 
 def _case_table(cases, roles, host):
-    levels = roles[0].base.level
-    here = [i for i, case in enumerate(cases) if case.cpu_role.base.level == levels and case.root_role.level == roles[1].level]
-    rows = [('=>' if i in here[:1] else '', case.name, case.cpu_role.base.level, case.root_role.level, case.storage, case.unreachable or case.case or '') for i, case in enumerate(cases)]
-    return LitTable(('', 'MMU', 'asked', 'built', 'root lives in', 'case'), rows, f"where this leads: {host}", here[0] if here else -1)
+    levels = [(case.cpu_role.base.level, case.root_role.level) for case in cases]
+    arrived = roles[0].base.level, roles[1].level
+    here = levels.index(arrived) if arrived in levels else -1
+    rows = [('=>' if i == here else '', case.name, *levels[i], case.storage, case.unreachable or case.case or '')
+            for i, case in enumerate(cases)]
+    return LitTable(('', 'MMU', 'asked', 'built', 'root lives in', 'case'), rows, f"where this leads: {host}", here)
 
-# %% ../../nbs/lab/01_roles.ipynb #48443ca6
+# %% ../../nbs/lab/01_roles.ipynb #4f241c77
 def show_roles(
     host: str = 'SVM, shadow paging',   # One of `HOSTS`
     mmu: str = 'root_mmu',              # 'root_mmu' or 'guest_mmu'
@@ -113,15 +120,17 @@ def show_roles(
     "Both roles, lit where they differ from the reference, and the row of the MMU."
     if host not in HOSTS: raise ValueError(f"host {host!r}: one of {', '.join(HOSTS)}")
     if against not in MODES: raise ValueError(f"reference {against!r}: one of {', '.join(MODES)}")
-    if lma and not (pg and pae): raise ValueError("EFER.LMA=1 needs CR0.PG=1 and CR4.PAE=1: the CPU sets it when paging starts")
+    if lma and not (pg and pae):
+        raise ValueError("EFER.LMA=1 needs CR0.PG=1 and CR4.PAE=1: the CPU sets it when paging starts")
     state = [0] * 3
-    for (register, bit), on in zip(INPUTS.values(), (pg, wp, pse, pae, la57, smep, smap, pke, nx, lma)): state[register] |= bit * on
+    switches = pg, wp, pse, pae, la57, smep, smap, pke, nx, lma
+    for (register, bit), on in zip(INPUTS.values(), switches): state[register] |= bit * on
     roles = roles_of(HOSTS[host], mmu, *state, smm, guest_mode)
     reference = roles_of(HOSTS[host], mmu, *MODES[against])
-    strips = [_strip(what, role, other) for what, role, other in zip(('asked for: cpu_role', 'built: root_role'), roles, reference)]
+    strips = map(_strip, ('asked for: cpu_role', 'built: root_role'), roles, reference)
     return Stack((*strips, _case_table(mmu_cases(HOSTS[host], mmu, guest_mode), roles, HOSTS[host])))
 
 def _strip(what, role, reference):
     changed = tuple(change.field for change in diff_roles(reference, role))
-    strip = draw_role(role, changed)
-    return type(strip)(f"{what} {strip.title}, {'differs in ' + ', '.join(changed) if changed else 'as the reference'}", strip.width, strip.fields)
+    strip, told = draw_role(role, changed), f"differs in {', '.join(changed)}" if changed else 'as the reference'
+    return replace(strip, title=f"{what} {strip.title}, {told}")

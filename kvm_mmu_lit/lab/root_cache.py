@@ -54,7 +54,7 @@ def _can_happen(state, where, policy, event):
     except Impossible: return False
     return True
 
-# %% ../../nbs/lab/02_root_cache.ipynb #0de64ad6
+# %% ../../nbs/lab/02_root_cache.ipynb #989f2f18
 def view_history(
     where: World,
     policy: RootPolicy,
@@ -62,9 +62,11 @@ def view_history(
 ) -> Timeline:
     "Roots of every MMU that ever has one, after each event of a history."
     steps = [('start', start(where, policy), ()), *replay(where, policy, events)]
-    places = [(i, name) for i in range(where.vcpus) for name in ('root_mmu', 'guest_mmu') if name == 'root_mmu' or where.nested_paging]
-    columns = [f"{f'{i}: ' if where.vcpus > 1 else ''}{name} {part}" if part == 'root' else part for i, name in places for part in ('root', 'prev 0', '1', '2')]
-    rows = [Event(n, 'guest', ' !! '.join([event, *(one.name for one in broken)]), _states(vm, places)) for n, (event, vm, broken) in enumerate(steps)]
+    mmus = ('root_mmu', 'guest_mmu') if where.nested_paging else ('root_mmu',)
+    places = [(i, name) for i in range(where.vcpus) for name in mmus]
+    columns = [part for i, name in places for part in (f"{f'{i}: ' if where.vcpus > 1 else ''}{name} root", 'prev 0', '1', '2')]
+    rows = [Event(n, 'guest', ' !! '.join([event, *(one.name for one in broken)]), _states(vm, places))
+            for n, (event, vm, broken) in enumerate(steps)]
     told, offered = [f"broken: {one.why}" for one in steps[-1][2]], possible_events(where, policy, events)
     if offered: told.append(f"next: {', '.join(offered)}")
     return Timeline(columns, rows, f"{policy.name} in {where.name}. {'. '.join(told)}")
@@ -82,7 +84,7 @@ def show_history(
     "A history in a world under a design."
     return view_history(world(where), design(policy), read_events(events))
 
-# %% ../../nbs/lab/02_root_cache.ipynb #be4f6396
+# %% ../../nbs/lab/02_root_cache.ipynb #ae3dda69
 class Stepper:
     "A history that grows by the press of a button: a world, a design, a list of events."
     def __init__(self,
@@ -103,7 +105,9 @@ class Stepper:
 
     def step(self, event: str):
         "Let an event happen."
-        if event not in self.possible(): raise ValueError(f"{event!r} cannot happen now: {', '.join(self.possible()) or 'something broke, undo first'}")
+        offered = self.possible()
+        if event not in offered:
+            raise ValueError(f"{event!r} cannot happen now: {', '.join(offered) or 'something broke, undo first'}")
         self.events += (event,)
 
     def undo(self):
@@ -122,7 +126,7 @@ class Stepper:
         try: return {**buttons(self)._repr_mimebundle_(), **bundle}
         except ImportError: return bundle
 
-# %% ../../nbs/lab/02_root_cache.ipynb #ed201d3d
+# %% ../../nbs/lab/02_root_cache.ipynb #1fb214a6
 def buttons(
     stepper: Stepper,
 ):                     # An ipywidgets box
@@ -130,11 +134,13 @@ def buttons(
     import ipywidgets as w
     where = w.Dropdown(options=[one.name for one in worlds()], value=stepper.where.name)
     policy = w.Dropdown(options=[one.name for one in DESIGNS], value=stepper.policy.name)
-    undo, reset, picture, possible = w.Button(description='undo'), w.Button(description='reset'), w.HTML(), w.Box(layout=w.Layout(flex_flow='row wrap'))
+    undo, reset = w.Button(description='undo'), w.Button(description='reset')
+    picture, possible = w.HTML(), w.Box(layout=w.Layout(flex_flow='row wrap'))
     def show():
         picture.value = stepper.view().svg()
         undo.disabled = reset.disabled = not stepper.events
-        possible.children = tuple(_button(w, event, lambda event=event: act(stepper.step, event)) for event in stepper.possible())
+        possible.children = tuple(_button(w, event, lambda event=event: act(stepper.step, event))
+                                  for event in stepper.possible())
     def act(change, *arguments):
         change(*arguments)
         show()

@@ -9,7 +9,7 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global Grid, PT64_ROOT_4LEVEL, expect_fail, explore, predict, replay, results, to_shadow_page
+    global DESIGNS, Grid, PT64_ROOT_4LEVEL, expect_fail, explore, predict, replay, results, to_shadow_page
     from fastcore.test import expect_fail
 
     from kvm_mmu_lit.draw.exercise import predict
@@ -17,6 +17,7 @@ def setup_cells():
     from kvm_mmu_lit.draw.table import Grid
     from kvm_mmu_lit.mmu.root_role import PT64_ROOT_4LEVEL
     from kvm_mmu_lit.mmu.shadow_page import to_shadow_page
+    from kvm_mmu_lit.review.designs import DESIGNS
     from kvm_mmu_lit.review.explore import replay
 
     results = {(case, one.name): search_case(case, one.name, 4) for case in CASE_WORLDS for one in DESIGNS}
