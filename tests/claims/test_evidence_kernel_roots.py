@@ -9,7 +9,7 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global Counter, DATA, Grid, Path, Table, compare, diff_roles, draw_agreements, draw_role, np, predict, recorded, switches
+    global Counter, DATA, Grid, Path, Table, compare, diff_roles, draw_agreements, draw_role, np, page_role, predict, recorded, switches
     from collections import Counter
     from pathlib import Path
 
@@ -18,7 +18,7 @@ def setup_cells():
     from kvm_mmu_lit.draw.exercise import predict
     from kvm_mmu_lit.draw.table import Grid, Table
     from kvm_mmu_lit.evidence.agreement import compare, draw_agreements
-    from kvm_mmu_lit.mmu.cpu_role import diff_roles, draw_role
+    from kvm_mmu_lit.mmu.cpu_role import diff_roles, draw_role, page_role
 
     DATA = next(folder / 'tests/data/kernel-vectors' for folder in (Path.cwd(), *Path.cwd().parents) if (folder / 'tests/data/kernel-vectors').is_dir())
 
