@@ -182,3 +182,101 @@ def test_what_cannot_be_used_does_not_hide_what_differs(capsys, tmp_path):
     code, out, err = run(capsys, 'check', tmp_path, '--json')
     data = json.loads(out)
     assert code == 1 and data['differ'] >= 1 and len(data['unusable']) == 1
+
+
+# Roles, roots, designs, traces
+
+RUN = DATA / 'kvm-traces' / 's31_nested_npt_pae'
+
+
+def test_a_role_word_is_taken_apart(capsys):
+    code, out, err = run(capsys, 'role', '0x61705', '--json')
+    fields = json.loads(out)['fields']
+    assert code == 0 and err == '' and (fields['level'], fields['passthrough'], fields['guest_mode'], fields['access']) == (5, 1, 1, 7)
+
+
+def test_registers_give_the_role_they_ask_for_and_the_roots_of_every_host(capsys):
+    code, out, _ = run(capsys, 'role', '--cr0', '0x80010001', '--cr4', '0x20', '--efer', '0xd00', '--json')
+    told = json.loads(out)
+    assert code == 0 and told['word'] & 0xffff_ffff == 0x3704
+    assert (told['root_roles']['svm-64'], told['root_roles']['svm-64-shadow'], told['root_roles']['svm-32']) == (0x3784, 0x3704, 0x3783)
+
+
+def test_a_difference_of_roles_names_the_fields(capsys):
+    code, out, _ = run(capsys, 'role', '0x21704', '--diff', '0x61705', '--json')
+    assert code == 0 and json.loads(out)['changes'] == [['level', 4, 5], ['passthrough', 0, 1]]
+
+
+@pytest.mark.parametrize('argv, why', [(['0x80000'], '23:19'), (['0x6'], 'level 6'), ([], 'give a role word'), (['0x3704', '--cr0', '1'], 'give a role word'),
+                                       (['--cr0', '0x80000000'], 'CR0.PE'), (['--cr0', '0x80000001', '--efer', '0x500'], 'CR4.PAE')])
+def test_a_role_that_cannot_be_is_refused(capsys, argv, why):
+    code, out, err = run(capsys, 'role', *argv)
+    assert code == 2 and out == '' and why in err and err.count('\n') == 1
+
+
+def test_case_5_on_the_command_line(capsys):
+    code, out, _ = run(capsys, 'roots', '--host', 'svm-64', '--guest', 'pae', '--nested', 'npt', '--json')
+    told = json.loads(out)
+    assert code == 0 and (told['storage'], told['case'], told['root_role'], told['mmu']) == ('pml4_root', 5, 0x21704, 'guest_mmu')
+    assert [name for name, says in told['tests'].items() if not says] == ['reviewer']
+
+
+@pytest.mark.parametrize('argv, why', [(['--host', 'vmx-32', '--guest', '5level'], 'no 64-bit guest'), (['--host', 'svm-64-shadow', '--nested', 'npt'], 'needs NPT'),
+                                       (['--host', 'vmx-64', '--nested', 'npt'], 'needs NPT'), (['--guest', '5level'], 'LA57')])
+def test_a_root_nobody_gets_is_refused(capsys, argv, why):
+    code, out, err = run(capsys, 'roots', *argv)
+    assert code == 2 and out == '' and why in err
+
+
+def test_every_mmu_is_listed(capsys):
+    from kvm_mmu_lit.mmu.root_role import all_mmus
+    code, out, _ = run(capsys, 'roots', '--list', '--json')
+    assert code == 0 and len(json.loads(out)) == len(all_mmus())
+
+
+def test_a_review_tells_the_shortest_history_and_its_file_replays(capsys, tmp_path):
+    code, out, _ = run(capsys, 'review', '--design', 'reviewer', '--world', 'NPT, 4-level host', '--depth', '4', '--json', '--svg', tmp_path / 'r.svg')
+    told, = json.loads(out)
+    crash = next(one for one in told['found'] if one['breaks'] == 'null dereference')
+    assert code == 0 and not told['holds'] and not told['complete'] and (tmp_path / 'r.svg').read_text().startswith('<svg')
+    history = {'format': 'kvm_mmu_lit history 1', 'world': crash['world'], 'design': 'reviewer', 'breaks': crash['breaks'], 'events': crash['events']}
+    (tmp_path / 'crash.json').write_text(json.dumps(history))
+    assert run(capsys, 'review', '--replay', tmp_path / 'crash.json')[0] == 0
+    (tmp_path / 'crash.json').write_text(json.dumps({**history, 'design': '6.1'}))
+    assert run(capsys, 'review', '--replay', tmp_path / 'crash.json')[0] == 1
+
+
+@pytest.mark.parametrize('text, why', [('', 'no JSON'), ('{}', 'format'), ('{"format": "kvm_mmu_lit history 1", "world": "nowhere", "design": "6.1", "events": []}', 'nowhere'),
+                                       ('{"format": "kvm_mmu_lit history 1", "world": "NPT, 4-level host", "design": "6.1", "events": ["vmexit"]}', 'event 1')])
+def test_a_history_that_cannot_be_is_refused(capsys, tmp_path, text, why):
+    (tmp_path / 'h.json').write_text(text)
+    code, out, err = run(capsys, 'review', '--replay', tmp_path / 'h.json')
+    assert code == 2 and out == '' and why in err
+
+
+def test_a_design_nobody_proposed_is_refused(capsys):
+    code, _, err = run(capsys, 'review', '--design', 'hope')
+    assert code == 2 and 'hope' in err and 'role bit' in err
+
+
+def test_a_trace_spells_its_roles(capsys):
+    code, out, _ = run(capsys, 'trace', RUN, '--events', 'get_sp_ret', '--limit', '3')
+    assert code == 0 and '[role 0x' in out and 'level' in out and 'none unknown' in out and 'prev 0' in out
+
+
+def test_a_trace_keeps_what_it_does_not_know(capsys, tmp_path):
+    (tmp_path / 't.txt').write_text('1.000000: kvm_brand_new: x=1\n2.000000: kvm_mmu_walker_error: pferr 5 P|U\n')
+    code, out, _ = run(capsys, 'trace', tmp_path / 't.txt', '--json')
+    assert code == 0 and json.loads(out)['unknown'] == {'kvm_brand_new': 1} and json.loads(out)['events'] == 2
+
+
+def test_a_malformed_trace_names_file_and_line(capsys, tmp_path):
+    (tmp_path / 't.txt').write_text('1.000000: kvm_mmu_walker_error: pferr 5 P|U\n2.000000: kvm_mmu_walker_error: pferr\n')
+    code, out, err = run(capsys, 'trace', tmp_path / 't.txt')
+    assert code == 2 and out == '' and 't.txt' in err and 'line 2' in err
+
+
+def test_a_recorded_run_is_checked(capsys):
+    code, out, _ = run(capsys, 'check', RUN, '--json')
+    told = json.loads(out)
+    assert code == 0 and told['differ'] == 0 and told['rows'] > 1000
