@@ -52,8 +52,10 @@ serve: site ## the site on loopback, live figures included
 	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory _docs 8000
 lab: $(READY) ## JupyterLab on the book; notebooks are saved clean
 	$(BIN)/jupyter lab $(AS_ROOT) --ContentsManager.pre_save_hook=nbdev.clean.clean_jupyter nbs
-bench: $(READY) ## speed and memory beside volatility3
+bench: $(READY) ## speed and memory beside volatility3 and SPIN
+	@sh tools/system.sh spin gcc libc6-dev
 	$(BIN)/python -c 'import sys; from kvm_mmu_lit.evidence.benchmarks import main; main(sys.argv[1:])' $(BENCH)
+	$(BIN)/python -c 'import sys; from kvm_mmu_lit.evidence.exploring_speed import main; main(sys.argv[1:])' $(BENCH)
 verdicts: $(READY) ## search every world of the review under every design, minutes; writes nbs/review/verdicts.json
 	$(BIN)/python -c 'from kvm_mmu_lit.review.verdicts import main; main(["nbs/review/verdicts.json"])'
 sync check: $(READY) ## fail if exporting, extracting or cleaning would change the tree
