@@ -9,7 +9,7 @@ differ in one line; this chapter makes that line, and the rest of each proposal,
 
 # %% auto #0
 __all__ = ['DESIGNS', 'STORIES', 'question_of', 'TestPolicy', 'BeforePolicy', 'OneOffPolicy', 'free_one_off', 'one_off_slots',
-           'RoleBitPolicy', 'design', 'design_table', 'machine', 'tell', 'show_design', 'story_table']
+           'RoleBitPolicy', 'design', 'design_table', 'machine', 'step_of', 'tell', 'show_design', 'story_table']
 
 # %% ../../nbs/review/02_designs.ipynb #fc4a0adc
 from dataclasses import dataclass, replace
@@ -202,8 +202,10 @@ def machine(
 
 def _edit(vcpu, letter): vcpu.vm.memory.words(8)[pointer(letter) >> PAGE_SHIFT][0] ^= 0x80 << PAGE_SHIFT
 
-# %% ../../nbs/review/02_designs.ipynb #ba85d4b9
-def _action(word):
+# %% ../../nbs/review/02_designs.ipynb #9fa843bf
+def step_of(
+    word: str,                       # Of a story
+):                                   # A function of the vCPU
     "What a word of a story does to a vCPU."
     verb, _, letter = word.rpartition(' ')
     if word == 'back': act = leave_l2
@@ -221,7 +223,7 @@ def tell(
     host: 'Host | None' = None,
 ) -> list:                           # Of `Switch`; ends with what breaks KVM, if something does
     "Play a story under a design; the guest runs after every word but an edit."
-    events = [(word, _action(word)) for word in map(str.strip, story.split(','))]
+    events = [(word, step_of(word)) for word in map(str.strip, story.split(','))]
     mmus = ('root_mmu', 'guest_mmu') if 'nested' in story else ('root_mmu',)
     return run_switches(machine(policy, l1, host), events, LETTERS, mmus)
 

@@ -38,7 +38,7 @@ def setup_cells():
     def slots_after(name):
         "Where the root leads at the end of the third story on PDPTEs, and where the registers say."
         vcpu = machine(design(name), 'PAE')
-        for word in ('4-level X', 'edit A', 'back'): _action(word)(vcpu)
+        for word in ('4-level X', 'edit A', 'back'): step_of(word)(vcpu)
         sp = to_shadow_page(vcpu.vm, vcpu.mmu.root.hpa)
         found = sp.slots[0][0] if sp else to_shadow_page(vcpu.vm, vcpu.mmu.pae_words[0]).gfn
         return found, vcpu.mmu.pdptrs[0] >> PAGE_SHIFT
