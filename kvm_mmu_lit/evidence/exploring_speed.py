@@ -372,7 +372,7 @@ def read_record(
     compared = [Beside(**{**b, 'ours': run(b['ours']), 'theirs': run(b['theirs'])}) for b in told['compared']]
     return {**told, 'compared': compared, 'growth': [(*where, run(plain)) for *where, plain in told['growth']], 'review': [run(plain) for plain in told['review']]}
 
-# %% ../../nbs/evidence/19_exploring_speed.ipynb #a60c7eb6
+# %% ../../nbs/evidence/19_exploring_speed.ipynb #6fb2eb56
 @dataclass(frozen=True)
 class Curves(Picture):
     "Growing numbers over a few steps, the height a logarithm."
@@ -392,7 +392,10 @@ class Curves(Picture):
         low, tall = math.floor(math.log10(min(y for _, y in points))), math.ceil(math.log10(max(y for _, y in points)))
         def place(x, y): return left + wide * (x - first) / max(last - first, 1), top + high * (tall - math.log10(y)) / max(tall - low, 1)
         self._draw_axes(canvas, place, range(first, last + 1), range(low, tall + 1), top + high)
-        for n, (name, curve) in enumerate(self.curves): _draw_curve(canvas, [place(*point) for point in curve], name, _INKS[n % len(_INKS)])
+        ends = []
+        for n, (name, curve) in enumerate(self.curves):
+            ends.append((*_draw_curve(canvas, [place(*point) for point in curve], _INKS[n % len(_INKS)]), name))
+        _name_ends(canvas, ends)
         return canvas.svg(self.caption)
 
     def _draw_axes(self, canvas, place, xs, powers, bottom):
@@ -407,10 +410,18 @@ class Curves(Picture):
 
 _INKS = ('guest', 'shadow', 'taken', 'frame', 'right', 'refused')
 
-def _draw_curve(canvas, places, name, kind):
+def _draw_curve(canvas, places, kind):
+    "A line with a mark at each point; return where it ends."
     colour = ink(kind).line
     canvas.path('M' + 'L'.join(f'{x:g} {y:g}' for x, y in places), colour, 2)
     for x, y in places: canvas.box(x - 3, y - 3, 6, 6, colour)
-    canvas.text(places[-1][0] + 10, places[-1][1] + 4, name, BLACK, 11)
+    return places[-1]
+
+def _name_ends(canvas, ends):
+    "Write each curve's name where it ends, one above the other when curves end close together."
+    lowest = {}
+    for x, y, name in sorted(ends):
+        lowest[x] = max(y + 4, lowest.get(x, 0) + 13)
+        canvas.text(x + 10, lowest[x], name, BLACK, 11)
 
 def _short(number): return f"{number:g}" if number < 1000 else f"{number / 1000:.3g}k" if number < 1e6 else f"{number / 1e6:.3g}M"
