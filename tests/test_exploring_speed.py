@@ -1,7 +1,8 @@
 """Our explorer and SPIN on the same small spaces, and the tools that run SPIN."""
 import pytest
 
-from kvm_mmu_lit.evidence.exploring_speed import beside, compile_model, promela, read_report, search_here, small_world, spin_missing, spin_search
+from kvm_mmu_lit.evidence.cache_model import promela, small_world
+from kvm_mmu_lit.evidence.exploring_speed import beside, compile_model, read_report, search_here, spin_missing, spin_search
 from kvm_mmu_lit.mmu.root_role import svm_host
 from kvm_mmu_lit.review.designs import design
 from kvm_mmu_lit.review.explore import explore

@@ -1,5 +1,5 @@
 /* The cache of roots of Linux 6.1: 2 vCPUs, L2 of 4-level and PAE, 2 pointers.
-   Made by kvm_mmu_lit.evidence.exploring_speed, which says what the numbers mean.
+   Made by kvm_mmu_lit.evidence.cache_model, which says what the numbers mean.
    SPDX-License-Identifier: Apache-2.0 */
 #define SHARED 4
 typedef Vcpu { unsigned asks : 3 = 1; unsigned l1 : 2; unsigned pdptrs : 2; unsigned zap : 1; unsigned fresh : 1; unsigned root : 3; unsigned p0 : 3; unsigned p1 : 3; unsigned p2 : 3 };

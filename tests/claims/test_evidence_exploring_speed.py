@@ -9,11 +9,9 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global BOOK, NESTED, compared, curves, events_of, expect_fail, largest, recorded, sizes, tiny
+    global BOOK, NESTED, compared, curves, expect_fail, largest, recorded, sizes, tiny
     from fastcore.test import expect_fail
-    from kvm_mmu_lit.review.histories import events_of
     NESTED = ('4-level', 'PAE')
-
     BOOK = next(p for p in (Path('../..'), Path('.')) if (p / 'nbs' / 'evidence').exists())
 
     tiny = small_world(NESTED, 1, 2)
@@ -28,23 +26,6 @@ def setup_cells():
         runs = [(vcpus, pointers, run) for nested, vcpus, pointers, run in recorded['growth'] if nested == has_l2]
         return tuple((f"{n} vCPU{'s' * (n > 1)}", tuple((pointers, value(run)) for vcpus, pointers, run in runs if vcpus == n)) for n in sorted({vcpus for vcpus, _, _ in runs}))
     sizes = {(nested, vcpus, pointers): run.states for nested, vcpus, pointers, run in recorded['growth']}
-
-
-@pytest.mark.claim('nbs/evidence/19_exploring_speed.ipynb', '27957ed6', 'A whole vCPU of the model fits one 32-bit word, with four pointers too')
-def test_a_whole_vcpu_of_the_model_fits_one_32_bit_word_with_four_pointers_too():
-    assert [sum(Numbers(pointers).fields().values()) for pointers in (1, 2, 4)] == [14, 21, 28]
-
-
-@pytest.mark.claim('nbs/evidence/19_exploring_speed.ipynb', '65081f55', 'The model in the file root_cache.pml is the one made for two vCPUs, both kinds of L2 and two pointers')
-def test_the_model_in_the_file_root_cache_pml_is_the_one_made_for_two_vcpus_both_kinds_of_l2_and_two_pointers():
-    assert (BOOK / 'nbs/evidence/root_cache.pml').read_text() == promela(small_world(NESTED, 2, 2))
-
-
-@pytest.mark.claim('nbs/evidence/19_exploring_speed.ipynb', 'f0e67dc5', 'The model has an event for each event of the world, in number, and none that the world lacks')
-def test_the_model_has_an_event_for_each_event_of_the_world_in_number_and_none_that_the_world_lacks():
-    for world in (small_world(l2, pointers, vcpus) for l2 in ((), ('PAE',), NESTED) for pointers in (1, 2, 3, 4) for vcpus in (1, 2, 3)):
-        named = [name if vcpus > 1 else name.removeprefix('0: ') for vcpus in [world.vcpus] for name in re.findall(r'd_step .* /\* (.*) \*/', promela(world))]
-        assert sorted(named) == sorted(events_of(world))
 
 
 @pytest.mark.claim('nbs/evidence/19_exploring_speed.ipynb', '5b407bf1', 'A search in a process of its own finds what the same search finds here')
