@@ -57,7 +57,7 @@ bench: $(READY) ## speed and memory beside volatility3 and SPIN
 	$(BIN)/python -c 'import sys; from kvm_mmu_lit.evidence.benchmarks import main; main(sys.argv[1:])' $(BENCH)
 	$(BIN)/python -c 'import sys; from kvm_mmu_lit.evidence.exploring_speed import main; main(sys.argv[1:])' $(BENCH)
 verdicts: $(READY) ## search every world of the review under every design, minutes; writes nbs/review/verdicts.json
-	$(BIN)/python -c 'from kvm_mmu_lit.review.verdicts import main; main(["nbs/review/verdicts.json"])'
+	$(BIN)/python -c 'from kvm_mmu_lit.review.recorded import main; main(["nbs/review/verdicts.json"])'
 sync check: $(READY) ## fail if exporting, extracting or cleaning would change the tree
 	@$(BIN)/python tools/sync.py
 clean: ## remove what can be made again
