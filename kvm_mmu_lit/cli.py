@@ -14,7 +14,7 @@ that cannot be asked.
 __all__ = ['REGISTERS', 'RIGHTS', 'KINDS', 'HOST_NAMES', 'parse_number', 'parse_range', 'add_image', 'open_walker', 'add_access',
            'access_of', 'verdict_json', 'step_json', 'emit', 'write_whole', 'run_walk', 'run_explain', 'parse_flags',
            'run_map', 'shown', 'page_line', 'row_json', 'refused', 'summary', 'run_decode', 'run_check', 'checked',
-           'progress', 'later', 'add_kvm_commands', 'make_parser', 'main']
+           'progress', 'later', 'add_kvm_commands', 'sentence', 'make_parser', 'main']
 
 # %% ../nbs/cli.ipynb #e6599699
 import argparse
@@ -227,7 +227,7 @@ def progress(text: str):
     "Say how far a long piece of work is, if somebody watches."
     if sys.stderr.isatty(): print(f"\r\x1b[K{text}", end='', file=sys.stderr, flush=True)
 
-# %% ../nbs/cli.ipynb #8619596c
+# %% ../nbs/cli.ipynb #6d1bc10b
 def later(name: str, text: str):
     "A command whose module is imported only when it runs."
     def run(args) -> int:
@@ -238,24 +238,25 @@ def later(name: str, text: str):
 
 def add_kvm_commands(command):
     "The commands about roles, roots, designs and traces."
-    sub = command('role', later('run_role', 'a role word field by field, or the role some registers ask for'), 'take a role word apart, or compute it')
+    sub = command('role', later('run_role', "a role word field by field, or the role some registers ask for, and the root role each host builds for it; with --diff, where two words part. A word nothing can have, or registers that cannot coexist: exit code 2."), 'take a role word apart, or compute it')
     sub.add_argument('value', nargs='?', type=parse_number, help='a page role of 32 bits, or a cpu_role of 64')
-    for name in ('cr0', 'cr4', 'efer'): sub.add_argument(f'--{name}', type=parse_number, metavar='N')
+    for name in ('cr0', 'cr4', 'efer'): sub.add_argument(f'--{name}', type=parse_number, metavar='N', help=f'{name} of the vCPU (default 0)')
     sub.add_argument('--smm', action='store_true', help='in system-management mode')
     sub.add_argument('--guest-mode', action='store_true', help='L2 runs')
     sub.add_argument('--diff', type=parse_number, metavar='WORD', help='another role word: which fields differ, and what that costs')
-    sub = command('roots', later('run_roots', "what root a vCPU gets, where it lives, and which tests say it is the vCPU's own"), 'say what root a vCPU gets')
-    sub.add_argument('--host', default='svm-64', choices=HOST_NAMES, help="the machine; -shadow without two-dimensional paging, -la57 with five levels (default svm-64)")
+    sub = command('roots', later('run_roots', "what root a vCPU gets, where it lives, and which tests say it is the vCPU's own. A root no guest gets: exit code 2."), 'say what root a vCPU gets')
+    sub.add_argument('--host', default='svm-64', choices=HOST_NAMES, metavar='NAME', help=f"the machine, default svm-64: {', '.join(HOST_NAMES)}. -la57 pages with five levels, -ept5 may use five levels of EPT, -shadow has no two-dimensional paging")
     sub.add_argument('--guest', default='4level', choices=('nonpaging', '2level', 'pae', '4level', '5level'), help="mode of the guest, of L1, or of the EPTP (default 4level)")
     sub.add_argument('--nested', default='none', choices=('none', 'l2', 'npt', 'ept'), help='l2: L2 without nested paging; npt, ept: the MMU that shadows L1\'s tables (default none)')
     sub.add_argument('--list', action='store_true', help='every MMU that can exist')
-    sub = command('review', later('run_review', 'search histories under each design of the thread'), 'judge the designs of the thread')
+    sub = command('review', later('run_review', 'search histories under each design of the thread for the shortest that break something. Exit code 0 when the search ran, whatever it found; of --replay 0 when the history breaks as its file says, 1 when it does not; 2 for what cannot be used.'), 'judge the designs of the thread')
     sub.add_argument('--design', action='append', metavar='NAME', help='before, 6.1, patch 2, patch 3, reviewer, series, role bit; repeat for several (default all)')
     sub.add_argument('--depth', type=parse_number, metavar='N', help='longest history (default: until nothing new is found)')
     sub.add_argument('--full', action='store_true', help='all worlds with all their pointers: minutes')
     sub.add_argument('--world', metavar='NAME', help='one world of the review')
+    sub.add_argument('--save', type=Path, metavar='FOLDER', help='write the shortest histories as JSON, a file each')
     sub.add_argument('--replay', type=Path, metavar='FILE', help='play a history from its JSON; exit 1 if it does not break as it says')
-    sub = command('trace', later('run_trace', 'a trace with every role word spelled out, and the root cache as it was'), 'read a trace of KVM')
+    sub = command('trace', later('run_trace', 'a trace with every role word spelled out, and the root cache as it was. Unknown events are kept and counted; a malformed line is exit code 2.'), 'read a trace of KVM')
     sub.add_argument('file', type=Path, help="ftrace text, .xz or not, or a recorded run's folder")
     sub.add_argument('--events', action='append', metavar='NAME', help='only these events; repeat for several')
     sub.add_argument('--limit', type=parse_number, default=200, metavar='N', help='lines to print (default 200)')
@@ -265,14 +266,18 @@ def add_kvm_commands(command):
 HOST_NAMES = tuple(f'{vendor}-{bits}{end}{shadow}' for vendor, bits, end in (('svm', 64, ''), ('svm', 64, '-la57'), ('svm', 32, ''), ('vmx', 64, ''), ('vmx', 64, '-la57'), ('vmx', 32, ''))
                    for shadow in ('', '-shadow')) + ('vmx-64-ept5', 'vmx-64-la57-ept5')
 
-# %% ../nbs/cli.ipynb #29762c37
+# %% ../nbs/cli.ipynb #e44454a9
+def sentence(text: str) -> str:
+    "The same with a capital at its beginning; the others stay."
+    return text[:1].upper() + text[1:]
+
 def make_parser() -> argparse.ArgumentParser:
     "All commands and their arguments."
     parser = argparse.ArgumentParser(prog='kvm-mmu', description="Walk and explain guest page tables, say what KVM builds for them, and check both against recorded evidence.",
-                                     epilog="exit codes: 0 allowed / done / agrees; 1 refused or differs; 2 unusable file or question")
+                                     epilog="exit codes: 0 allowed / done / agrees; 1 refused, differs, or does not replay; 2 unusable file or question")
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
     def command(name, run, text):
-        sub = commands.add_parser(name, help=text, description=run.__doc__.partition(': ')[2].capitalize())
+        sub = commands.add_parser(name, help=text, description=sentence(run.__doc__.partition(': ')[2]))
         sub.set_defaults(run=run)
         sub.add_argument('--json', action='store_true', help='print JSON')
         sub.add_argument('--svg', type=Path, metavar='FILE', help='write the picture')

@@ -1,8 +1,12 @@
 """The `kvm-mmu` command as a user runs it: answers, JSON, pictures, exit codes, and one-line errors."""
+import contextlib
+import io
 import json
+import lzma
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -199,7 +203,7 @@ def test_registers_give_the_role_they_ask_for_and_the_roots_of_every_host(capsys
     code, out, _ = run(capsys, 'role', '--cr0', '0x80010001', '--cr4', '0x20', '--efer', '0xd00', '--json')
     told = json.loads(out)
     assert code == 0 and told['word'] & 0xffff_ffff == 0x3704
-    assert (told['root_roles']['svm-64'], told['root_roles']['svm-64-shadow'], told['root_roles']['svm-32']) == (0x3784, 0x3704, 0x3783)
+    assert (told['root_roles']['svm-64'], told['root_roles']['svm-64-shadow'], told['root_roles']['svm-32']) == (0x3784, 0x3704, None)
 
 
 def test_a_difference_of_roles_names_the_fields(capsys):
@@ -239,11 +243,18 @@ def test_a_review_tells_the_shortest_history_and_its_file_replays(capsys, tmp_pa
     told, = json.loads(out)
     crash = next(one for one in told['found'] if one['breaks'] == 'null dereference')
     assert code == 0 and not told['holds'] and not told['complete'] and (tmp_path / 'r.svg').read_text().startswith('<svg')
-    history = {'format': 'kvm_mmu_lit history 1', 'world': crash['world'], 'design': 'reviewer', 'breaks': crash['breaks'], 'events': crash['events']}
+    history = {name: crash[name] for name in ('format', 'world', 'design', 'breaks', 'events')}
     (tmp_path / 'crash.json').write_text(json.dumps(history))
     assert run(capsys, 'review', '--replay', tmp_path / 'crash.json')[0] == 0
     (tmp_path / 'crash.json').write_text(json.dumps({**history, 'design': '6.1'}))
     assert run(capsys, 'review', '--replay', tmp_path / 'crash.json')[0] == 1
+
+
+def test_a_review_keeps_its_histories_and_each_replays(capsys, tmp_path):
+    code, out, _ = run(capsys, 'review', '--design', 'reviewer', '--world', 'NPT, 4-level host', '--depth', '4', '--save', tmp_path / 'kept')
+    kept = sorted((tmp_path / 'kept').iterdir())
+    assert code == 0 and kept and all(f'wrote {path}' in out for path in kept)
+    assert [run(capsys, 'review', '--replay', path)[0] for path in kept] == [0] * len(kept)
 
 
 @pytest.mark.parametrize('text, why', [('', 'no JSON'), ('{}', 'format'), ('{"format": "kvm_mmu_lit history 1", "world": "nowhere", "design": "6.1", "events": []}', 'nowhere'),
@@ -274,6 +285,38 @@ def test_a_malformed_trace_names_file_and_line(capsys, tmp_path):
     (tmp_path / 't.txt').write_text('1.000000: kvm_mmu_walker_error: pferr 5 P|U\n2.000000: kvm_mmu_walker_error: pferr\n')
     code, out, err = run(capsys, 'trace', tmp_path / 't.txt')
     assert code == 2 and out == '' and 't.txt' in err and 'line 2' in err
+
+
+def test_registers_compare_with_a_page_role_by_their_base(capsys):
+    code, out, _ = run(capsys, 'role', '--cr0', '0x80010001', '--cr4', '0x20', '--efer', '0xd00', '--diff', '0x3703', '--json')
+    assert code == 0 and json.loads(out)['changes'] == [['level', 4, 3]]
+
+
+def test_a_trace_alone_shows_its_roots_and_says_what_was_lost(capsys, tmp_path):
+    lines = lzma.decompress((RUN / 'trace.txt.xz').read_bytes()).decode().splitlines()
+    (tmp_path / 't.txt').write_text('\n'.join(['# tracer: nop', *lines[:5], 'CPU:0 [LOST 12 EVENTS]', *lines[5:]]) + '\n')
+    code, out, _ = run(capsys, 'trace', tmp_path / 't.txt', '--json', '--limit', '3')
+    alone, folder = json.loads(out), json.loads(run(capsys, 'trace', RUN, '--json', '--limit', '3')[1])
+    assert code == 0 and alone['lost'] == 12 and alone['counts'] == folder['counts'] and len(alone['shown']) == 3
+    _, out, _ = run(capsys, 'trace', tmp_path / 't.txt', '--limit', '0', '--mmu', 'guest_mmu')
+    assert 'prev 2' in out and '0x10b000 @ 0x799e000' in out and '12 lost' in out
+
+
+@pytest.mark.parametrize('argv, why', [(['--events', 'kvm_nothing'], 'kvm_nothing'), (['--limit', '-1'], '0 or more')])
+def test_a_filter_that_cannot_be_is_refused(capsys, argv, why):
+    code, out, err = run(capsys, 'trace', RUN, *argv)
+    assert code == 2 and out == '' and why in err
+
+
+def test_a_long_trace_takes_no_more_memory_than_a_short_one(tmp_path):
+    line, peaks = '1.000000: kvm_mmu_walker_error: pferr 5 P|U\n', []
+    for count in (2_000, 40_000):
+        (tmp_path / 't.txt').write_text(line * count)
+        tracemalloc.start()
+        with contextlib.redirect_stdout(io.StringIO()): assert main(['trace', str(tmp_path / 't.txt'), '--limit', '5']) == 0
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + (1 << 20)
 
 
 def test_a_recorded_run_is_checked(capsys):

@@ -9,7 +9,7 @@ are the events the kernel says it lost: what is missing is never silently missin
 
 # %% auto #0
 __all__ = ['MAX_TRACE_LINE', 'Task', 'TraceEvent', 'parse_line', 'format_event', 'make_event', 'trace_lines', 'Trace',
-           'parse_trace', 'system_of', 'draw_counts', 'draw_events', 'sp_block']
+           'trace_events', 'parse_trace', 'system_of', 'draw_counts', 'draw_events', 'sp_block']
 
 # %% ../../nbs/evidence/13_ftrace.ipynb #e6a3a5c1
 import re
@@ -157,7 +157,7 @@ def _decoded(path, number, line):
     try: return line.decode()
     except UnicodeDecodeError as why: raise EvidenceError(path, f'line {number}', f"byte {line[why.start]:#04x} at column {why.start + 1}: expected text") from None
 
-# %% ../../nbs/evidence/13_ftrace.ipynb #aebc44e6
+# %% ../../nbs/evidence/13_ftrace.ipynb #6379706b
 _LOST = re.compile(r'CPU:([0-9]+) \[LOST ([0-9]+) EVENTS\]')
 
 @dataclass(frozen=True)
@@ -176,6 +176,16 @@ class Trace:
         notes = [f"{sum(self.unknown.values()):,} unknown"] * bool(self.unknown) + [f"{self.lost:,} lost"] * bool(self.lost)
         return f"Trace({self.file}: {', '.join([f'{len(self.events):,} events', *notes])})"
 
+def trace_events(
+    lines: Iterable,      # Of (number, text), as `trace_lines` gives them
+    file: str = 'trace',  # For errors
+) -> Iterator:            # Of `TraceEvent`; of an int where the kernel says that it lost so many
+    "Read a trace one event at a time, so that its length does not matter. Comments and empty lines are passed over."
+    for number, text in lines:
+        gap = _LOST.fullmatch(text.strip())
+        if gap: yield int(gap[2])
+        elif text.strip() and not text.startswith('#'): yield parse_line(text, number, file)
+
 def parse_trace(
     source: 'Path | str | Iterable',   # A file (.xz is unpacked), or lines
     file: str = 'trace',               # What to call lines that are from no file
@@ -184,10 +194,9 @@ def parse_trace(
     if isinstance(source, (str, Path)): file, lines = str(source), trace_lines(Path(source))
     else: lines = enumerate((text.rstrip('\n') for text in source), 1)
     events, lost = [], 0
-    for number, text in lines:
-        gap = _LOST.fullmatch(text.strip())
-        if gap: lost += int(gap[2])
-        elif text.strip() and not text.startswith('#'): events.append(parse_line(text, number, file))
+    for one in trace_events(lines, file):
+        if isinstance(one, int): lost += one
+        else: events.append(one)
     if not events: raise EvidenceError(file, '', "holds no events")
     return Trace(file, tuple(events), Counter(event.name for event in events if not event.known), lost)
 

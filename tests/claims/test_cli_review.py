@@ -18,3 +18,10 @@ def test_every_reachable_mmu_that_owns_a_root_can_be_named_on_the_command_line_b
         except ValueError: return None
     found = {named(host, guest, nested) for host in HOSTS for guest in GUESTS for nested in ('none', 'l2', 'npt', 'ept')} - {None}
     assert found == {case for case in all_mmus() if case.storage != 'none' and 'no A/D' not in case.name}
+
+
+@pytest.mark.claim('nbs/cli_review.ipynb', '81d83927', 'a 32-bit host builds three levels for a PAE guest, and has no 64-bit guest to build for')
+def test_a_32_bit_host_builds_three_levels_for_a_pae_guest_and_has_no_64_bit_guest_to_build_for():
+    asks = {mode: cpu_role_of(Registers(cr0=cr0, cr4=cr4, efer=efer)) for mode, (cr0, cr4, efer) in MODES.items()}
+    assert page_role(root_word('svm-32', asks['PAE'])).level == 3
+    assert [mode for mode in MODES if root_word('svm-32', asks[mode]) is None] == ['4-level', '5-level']
