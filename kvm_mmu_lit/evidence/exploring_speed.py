@@ -13,11 +13,10 @@ __all__ = ['FLAGS', 'BOTH', 'COMPARED', 'MOST', 'RECORD', 'Run', 'search_here', 
            'compile_model', 'read_report', 'spin_search', 'Beside', 'beside', 'compared_table', 'growth',
            'review_alone', 'main', 'read_record', 'Curves']
 
-# %% ../../nbs/evidence/25_exploring_speed.ipynb #f9d5f351
+# %% ../../nbs/evidence/25_exploring_speed.ipynb #7dc2679d
 import argparse
 import json
 import math
-import pickle
 import platform
 import re
 import resource
@@ -35,6 +34,7 @@ from .cache_model import promela, small_world
 from ..review.designs import design
 from ..review.frontier import explore_fast
 from ..review.histories import World, worlds
+from ..review.verdicts import world_of
 
 # %% ../../nbs/evidence/25_exploring_speed.ipynb #fadeca0f
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Run:
         "States a second."
         return self.states / self.seconds
 
-# %% ../../nbs/evidence/25_exploring_speed.ipynb #c27ee494
+# %% ../../nbs/evidence/25_exploring_speed.ipynb #08cb1bab
 def search_here(
     world: World,
 ) -> Run:
@@ -74,12 +74,12 @@ def search_alone(
 ) -> list:             # Of `Run`, one for each
     "Our search in a process of its own, one world after the other."
     code = 'from kvm_mmu_lit.evidence.exploring_speed import answer; answer()'
-    done = subprocess.run([sys.executable, '-c', code], input=pickle.dumps(worlds), stdout=subprocess.PIPE, check=True)
+    done = subprocess.run([sys.executable, '-c', code], input=json.dumps([asdict(world) for world in worlds]).encode(), stdout=subprocess.PIPE, check=True)
     return [Run(**{**run, 'steps': tuple(map(tuple, run['steps']))}) for run in json.loads(done.stdout)]
 
 def answer():
     "The other end of `search_alone`."
-    print(json.dumps([asdict(search_here(world)) for world in pickle.loads(sys.stdin.buffer.read())]))
+    print(json.dumps([asdict(search_here(world_of(data, 'stdin'))) for data in json.load(sys.stdin)]))
 
 # %% ../../nbs/evidence/25_exploring_speed.ipynb #8156cfaa
 FLAGS = ('-O2', '-march=native', '-DBFS', '-DSAFETY', '-DNOREDUCE', '-DNOCOMP', '-DNOBOUNDCHECK', '-DNOFAIR', '-DMEMLIM=8000')
