@@ -167,7 +167,7 @@ def test_search_finds_pdptr(tab, origin):
     tab.goto(origin + 'index.html')
     tab.locator('input.sidebar-search').fill('PDPTR')
     tab.keyboard.press('Enter')
-    found = tab.locator('#search-results ul.search li a[href*="guest/"]').first      # results come in one by one
+    found = tab.locator('#search-results ul.search li a[href*="guest/"], #search-results ul.search li a[href*="mmu/"]').first      # results come in one by one
     expect(found).to_be_visible(timeout=30_000)
     with tab.expect_navigation(): found.click()
     assert tab.locator('article').get_by_text('PDPTR').count()
