@@ -22,6 +22,7 @@ book: env export execute claims readme site ## build everything, then walk a rea
 	@echo; echo "The site is in _docs/: open _docs/index.html, or run 'make serve' to have the live figures too."
 
 test: env system ## every test
+	@sh tools/system.sh spin gcc libc6-dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests
 
 env: $(READY) ## the virtual environment
