@@ -58,6 +58,13 @@ def closed_doors(module: str, imported: set) -> list:
 
 # Rooms and doors
 
+@pytest.mark.parametrize('module', chapter_order())
+def test_a_module_says_each_name_once(module):
+    tree = ast.parse(ROOT.joinpath(*module.split('.')).with_suffix('.py').read_text())
+    names = [node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_every_module_belongs_to_a_chapter():
     found = {'.'.join(path.relative_to(ROOT).with_suffix('').parts) for path in export.modules() if path.name not in ('__init__.py', '_modidx.py')}
     assert found == set(chapter_order())

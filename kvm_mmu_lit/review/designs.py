@@ -105,54 +105,6 @@ def one_off_slots(
     if mmu.cpu_role.base.level == PT32E_ROOT_LEVEL: return tuple((pdpte >> PAGE_SHIFT, 0) if pdpte & 1 else None for pdpte in get_pdptrs(vcpu))
     return tuple((guest_pgd(vcpu) >> PAGE_SHIFT, quadrant) for quadrant in range(4))
 
-# %% ../../nbs/review/02_designs.ipynb #865b409c
-class OneOffPolicy(TestPolicy):
-    "The whole V3 series: a per-vCPU root is a shadow page of its own, neither hashed nor counted with the others."
-    one_off_pages = True
-
-    def wants_one_off(self, mmu: Mmu) -> bool:
-        "Will this MMU's root be a page of its own?"
-        return root_storage(mmu.cpu_role, mmu.root_role) in ('pae_root', 'pml4_root', 'pml5_root')
-
-    def alloc_root(self, vcpu: Vcpu) -> bool:
-        "Build a one-off root; False when this MMU needs none. Patches 4, 6 and 8."
-        mmu = vcpu.mmu
-        if vcpu.host.uses_tdp_mmu and mmu.root_role.direct or not self.wants_one_off(mmu): return False
-        if mmu.root_role.level == PT32E_ROOT_LEVEL and not mmu.pae_root: mmu.pae_root = vcpu.vm.alloc_page()
-        spt = mmu.pae_root if mmu.root_role.level == PT32E_ROOT_LEVEL else vcpu.vm.alloc_page()
-        sp = ShadowPage(0, mmu.root_role, spt, vcpu.vm.gen, root_count=1, hashed=False, owner=(vcpu.index, mmu.name), slots=one_off_slots(vcpu))
-        add_shadow_page(vcpu.vm, sp)
-        mmu.root.hpa, mmu.root.pgd = spt, 0 if mmu.root_role.direct else guest_pgd(vcpu)
-        vcpu.did('alloc_one_off', hpa=spt, role=sp.role.word)
-        return True
-
-    def frees_as_one_off(self, vcpu: Vcpu, mmu: Mmu) -> bool:
-        "Which function frees the current root: the series asks the role, which may be the new one by now. Patch 6."
-        return self.test.test(question_of(vcpu.vm, mmu, mmu.root_role))
-
-    def free_current(self, vcpu: Vcpu, mmu: Mmu):
-        "Free the current root with the function the test picks."
-        sp = to_shadow_page(vcpu.vm, mmu.root.hpa)
-        kvm_bug_on(sp is None, f"root {mmu.root.hpa:#x} was freed behind this reference: its page was another root's too", 'one-off root freed behind a reference')
-        one_off = self.frees_as_one_off(vcpu, mmu)
-        kvm_bug_on(one_off and sp.owner is None, "a shared root is freed as a one-off page: others still use it", "shared root freed as one-off")
-        kvm_bug_on(not one_off and sp.owner is not None, "a one-off page is put like a shared root: its memory is never freed", "one-off page put like a shared root")
-        if one_off: free_one_off(vcpu.vm, sp)
-        else: free_root_page(vcpu.vm, mmu.root.hpa)
-
-def free_one_off(vm: Vm, sp: ShadowPage):
-    "Free a root that belongs to one vCPU."
-    del vm.pages[sp.spt]
-
-def one_off_slots(
-    vcpu: Vcpu,
-) -> tuple:            # Four of (frame, quadrant), None where nothing is mapped
-    "What the top of a per-vCPU root has to lead to at this moment."
-    mmu = vcpu.mmu
-    if mmu.root_role.direct: return tuple((i << 30 - PAGE_SHIFT, 0) for i in range(4))
-    if mmu.cpu_role.base.level == PT32E_ROOT_LEVEL: return tuple((pdpte >> PAGE_SHIFT, 0) if pdpte & 1 else None for pdpte in get_pdptrs(vcpu))
-    return tuple((guest_pgd(vcpu) >> PAGE_SHIFT, quadrant) for quadrant in range(4))
-
 # %% ../../nbs/review/02_designs.ipynb #eeb85665
 class RoleBitPolicy(OneOffPolicy):
     "One-off pages that say of themselves that they are: the test and the freeing ask the page."
