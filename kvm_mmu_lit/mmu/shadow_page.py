@@ -12,7 +12,7 @@ __all__ = ['ShadowPage', 'Vm', 'page_hash', 'is_obsolete_sp', 'find_shadow_page'
            'to_shadow_page', 'why_missed', 'draw_pages', 'child_role', 'QuadrantPath', 'quadrant_path', 'shadow_slots',
            'show_quadrants', 'prepare_zap', 'request_all', 'zap_all_fast']
 
-# %% ../../nbs/mmu/05_shadow_page.ipynb #5a582115
+# %% ../../nbs/mmu/05_shadow_page.ipynb #28a7360c
 from dataclasses import dataclass, field, replace
 
 from ..draw.chain import Box, Chain
@@ -21,11 +21,12 @@ from ..draw.ink import Hex
 from ..draw.table import Table
 from ..guest.addresses import PAE, PAGE_SHIFT, PTE32, Gfn, Gpa, pt_index
 from ..guest.memory import GuestMemory, read_gpa
-from .contexts import Vcpu, kvm_bug_on
+from .contexts import Did, Vcpu, kvm_bug_on
 from .cpu_role import PageRole, diff_roles
 from .root_role import Host
+from .spte import SPTE_ADDRESS, SPTE_LARGE, SPTE_PRESENT, masks_of
 
-# %% ../../nbs/mmu/05_shadow_page.ipynb #872bfc8d
+# %% ../../nbs/mmu/05_shadow_page.ipynb #427ac2bd
 @dataclass
 class ShadowPage:
     "A table KVM built, and what it knows of it. KVM: `struct kvm_mmu_page` (mmu/mmu_internal.h)."
@@ -36,8 +37,15 @@ class ShadowPage:
     root_count: int = 0    # Roots and `pae_root` slots that hold it
     unsync: bool = False   # The guest may have changed its table since
     unsync_children: int = 0   # Entries that lead to unsync tables
+    unsync_slots: set = field(default_factory=set)   # Which entries these are; their number is `unsync_children`
     write_flooding: int = 0    # Guest writes to its table since it was last walked
-    tdp: bool = False      # A root of the TDP MMU
+    sptes: dict = field(default_factory=dict)        # Slot -> entry; a slot that is not there holds 0
+    translation: dict = field(default_factory=dict)  # Slot -> frame << 12 | rights the guest's entry gave, when there is one
+    parents: list = field(default_factory=list)      # Host addresses of the entries that lead here
+    ptep: int = 0              # The one entry that leads here, when the TDP MMU owns the page
+    nx_huge: bool = False      # It is there only because large pages may not be executed
+    tdp: bool = False      # Of the TDP MMU
+    scheduled: bool = False    # A root of the TDP MMU that waits to be zapped
     hashed: bool = True    # Can be found; False once zapped, or for a page made for one vCPU alone
     owner: 'tuple | None' = None   # (vCPU, MMU name) of a page made for one vCPU alone
     slots: tuple = ()      # What such a page leads to: four of (frame, quadrant) or None
@@ -47,7 +55,7 @@ class ShadowPage:
         "A guest table stands behind it. KVM: `sp_has_gptes` (mmu/mmu.c)."
         return not self.role.direct and not self.role.passthrough
 
-# %% ../../nbs/mmu/05_shadow_page.ipynb #bb5b47ff
+# %% ../../nbs/mmu/05_shadow_page.ipynb #88f937a7
 @dataclass
 class Vm:
     "A virtual machine: memory, vCPUs, and every table KVM built for it. KVM: `struct kvm`, `struct kvm_arch` (asm/kvm_host.h)."
@@ -59,6 +67,37 @@ class Vm:
     buckets: dict = field(default_factory=dict)    # gfn -> list of hashed `ShadowPage`, newest first
     gen: int = 0                   # 0 or 1; pages of the other generation are obsolete
     next_page: int = 1 << 20       # Host address of the next table
+    masks: object = None           # `SpteMasks`: where the bits of its entries lie; None for the host's
+    rmaps: dict = field(default_factory=dict)      # Level -> frame -> host addresses of the leaf entries that map it
+    tracked: dict = field(default_factory=dict)    # Frame -> tables above level 1 that shadow it: it may not be writable
+    no_large: dict = field(default_factory=dict)   # (level, first frame) -> reasons not to map it with one large page
+    n_used: int = 0                # Tables in use, roots that wait for their last reference among them
+    n_max: 'int | None' = None     # Most there may be; None: no limit
+    indirect: int = 0              # Tables that shadow a guest's
+    slot_pfns: dict = field(default_factory=dict)  # First frame of a slot -> host frame behind it
+    host_levels: dict = field(default_factory=dict)    # First frame of a slot -> largest page of the host's own mapping
+    moved: dict = field(default_factory=dict)      # Frame -> (host frame, writable): the host put another page behind it
+    logged: set = field(default_factory=set)       # First frames of slots whose writes are logged
+    dirty: set = field(default_factory=set)        # Frames written since userspace asked last
+    generation: int = 0            # Of the slots; MMIO entries of another one are stale
+    mmu_seq: int = 0               # Counts invalidations by the host
+    invalidating: 'tuple | None' = None    # (first frame, end) the host is taking away at this moment
+    nx_huge_pages: bool = False    # Large pages may not be executed
+    prefetch: bool = True          # Map neighbours of a faulting page
+    flushes: int = 0               # Remote flushes so far
+    watch: object = None           # Called with each `Did` that concerns tables, not one vCPU
+    interleave: object = None      # Called with the name of each point where another vCPU may run
+
+    def __post_init__(self):
+        if self.masks is None: self.masks = masks_of(self.host)
+
+    def did(self, what: str, **facts):
+        "Tell the watcher, if there is one."
+        if self.watch: self.watch(Did(what, tuple(facts.items())))
+
+    def point(self, name: str):
+        "A place where the kernel holds no lock that keeps others away."
+        if self.interleave: self.interleave(name)
 
     def alloc_page(self) -> int:
         "A page of host memory for a table."
