@@ -211,11 +211,12 @@ def verdict_name(fault: PageFault) -> str:
     "What the fault is called: `#PF`, or one of EPT's two exits."
     return {None: '#PF', 48: 'EPT violation', 49: 'EPT misconfiguration'}[fault.exit_reason]
 
-# %% ../../nbs/guest/07_verdict.ipynb #e175098b
+# %% ../../nbs/guest/07_verdict.ipynb #59de16eb
 def why_refused(fault: PageFault) -> str:
     "One sentence for a fault: which entry, which bit, which register held it to it."
     steps, fmt = fault.steps, fault.fmt
     if fault.rule is Rule.HOLE: return _why_hole(fault)
+    if not steps: return f"{fault.gva:#_x} is wider than the {fmt.address_bits} bits that {fmt.name} tables translate"
     last = steps[-1]
     entry = f"{_entry_name(last)} is {last.gpte:#_x}"
     if fault.rule is Rule.NOT_PRESENT: return f"{entry}: not present, {'R=W=X=0' if fmt.is_ept else 'P=0'}"
