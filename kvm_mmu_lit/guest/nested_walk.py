@@ -247,13 +247,15 @@ def nested_guest(
     if fmt is PAE: nested_regs = load_pdptrs(memory, nested_regs)
     return NestedWalker(memory, replace(small.regs, vendor=vendor), nested_regs, fmt, software=software)
 
-# %% ../../nbs/guest/12_nested_walk.ipynb #8860b518
+# %% ../../nbs/guest/12_nested_walk.ipynb #cf01fa77
 def draw_nested_walk(
     verdict: 'NestedWalk | NestedFault | PageFault | GeneralProtection',
     caption: str = '',   # Default: the addresses
 ) -> 'Grid | Chain':     # Rows: what the guest needs; columns: whose entries were read for it; cells: which read it was
     "The reads of a nested walk, counted; of a refusal the tables that refused."
-    if isinstance(verdict, NestedFault): return draw_walk(verdict.fault, caption or str(verdict))
+    if isinstance(verdict, NestedFault):
+        what = 'the page' if verdict.final else f"the guest's level {verdict.level} entry"
+        return draw_walk(verdict.fault, caption or f"nested fault: {what}, at {verdict.l2_gpa:#_x}")
     if not isinstance(verdict, NestedWalk): return draw_walk(verdict, caption)
     count = {(read.guest_level, read.nested_level): n for n, read in enumerate(verdict.reads, 1)}
     rows = list(dict.fromkeys(guest for guest, _ in count))
