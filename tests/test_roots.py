@@ -12,7 +12,8 @@ from kvm_mmu_lit.mmu.reload import enter_guest, reset_context, unload
 from kvm_mmu_lit.mmu.root_cache import pointer
 from kvm_mmu_lit.mmu.root_role import MODES, PT64_ROOT_4LEVEL, root_storage, svm_host, vmx_host
 from kvm_mmu_lit.mmu.roots import guest_pgd, is_obsolete_root, new_vcpu, per_vcpu_pages, walk_start
-from kvm_mmu_lit.mmu.shadow_page import Vm, to_shadow_page, zap_all_fast
+from kvm_mmu_lit.mmu.shadow_page import Vm, to_shadow_page
+from kvm_mmu_lit.mmu.zap import zap_all_fast
 
 HOST_LIST = [*HOSTS.values(), svm_host(3, npt=False), svm_host(4), vmx_host(3, 4), svm_host(4, tdp_mmu=False)]
 FLIPS = [('cr0', bit) for bit in (Cr0.PG, Cr0.WP, Cr0.CD)] + [('efer', bit) for bit in (Efer.NX, Efer.LME, Efer.SVME)]

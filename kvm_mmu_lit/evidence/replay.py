@@ -10,7 +10,7 @@ in between; what the model cannot know is borrowed under a name and counted.
 # %% auto #0
 __all__ = ['RecordedVm', 'start', 'borrow_cr3', 'replay', 'draw_beside', 'check_scenario', 'borrowed', 'damaged', 'notices']
 
-# %% ../../nbs/evidence/20_replay.ipynb #4a37be3e
+# %% ../../nbs/evidence/20_replay.ipynb #d4f106c9
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +32,9 @@ from ..mmu.cpu_role import page_role
 from ..mmu.nested_switch import L2State, svm_vmexit, svm_vmrun
 from ..mmu.register_writes import enter_smm, invlpg, set_cr0, set_cr3, set_cr4, set_efer, set_sregs, smm_changed
 from ..mmu.reload import after_set_cpuid, enter_guest, new_vcpu, reload, serve_requests
-from ..mmu.shadow_page import Vm, child_role, get_shadow_page, prepare_zap, zap_all_fast
+from ..mmu.shadow_page import Vm, child_role
+from ..mmu.sync import get_shadow_page
+from ..mmu.zap import zap_all_fast, zap_page
 
 # %% ../../nbs/evidence/20_replay.ipynb #0b7a1846
 class RecordedVm(Vm):
@@ -208,7 +210,7 @@ def _left_over(run):
 def _fault(run, event): run.fault = event['addr']
 def _refresh(run, event): refresh_passthrough(run.vcpu, getattr(run.vcpu, run.mmu_of(event, 'pmmu')))
 
-# %% ../../nbs/evidence/20_replay.ipynb #c0d91eb7
+# %% ../../nbs/evidence/20_replay.ipynb #849af27f
 def _invalidate(run, event):
     "One address: in every root, or in the one that a fault was injected for."
     name, vcpu = run.mmu_of(event, 'imm'), run.vcpu
@@ -226,7 +228,7 @@ def _zap(run, event):
     said = dict(gfn=event['gfn'], role=event['role'], root_count=event['rc'])
     run.row('tables', event, said, dict(gfn=sp.gfn, role=said['role'] if not sp.hashed else sp.role.word, root_count=sp.root_count))
     if sp.unsync: run.linked.synced.append(sp)
-    if sp.hashed: prepare_zap(run.vcpu.vm, run.lend('table zapped below the roots', sp))
+    if sp.hashed: zap_page(run.vcpu.vm, run.lend('table zapped below the roots', sp))
     run.linked.zap(table)
 
 # %% ../../nbs/evidence/20_replay.ipynb #d919ada3

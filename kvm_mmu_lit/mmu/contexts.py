@@ -91,7 +91,7 @@ class Did:
         def text(value): return f"{value:#x}" if type(value) is int else str(value)
         return f"{self.what}({', '.join(f'{name}={text(value)}' for name, value in self.facts)})"
 
-# %% ../../nbs/mmu/03_contexts.ipynb #1558f7ee
+# %% ../../nbs/mmu/03_contexts.ipynb #0e9e96c4
 @dataclass
 class Vcpu:
     "A virtual CPU: registers, three MMUs, requests, and a log. KVM: `struct kvm_vcpu_arch` (asm/kvm_host.h)."
@@ -115,6 +115,16 @@ class Vcpu:
     requests: set = field(default_factory=set)   # `KVM_REQ_*` names without the prefix
     log: list = field(default_factory=list)      # Of `Did`
     watch: object = None       # Called with each `Did` as it happens; replays look at the state then
+    pkru: int = 0              # Rights of protection keys
+    rflags: int = 0            # Only AC (bit 18) matters
+    cpl: int = 0               # 3: the guest's user code runs
+    gbpages: bool = True       # CPUID offers 1 GiB pages
+    mmio: 'tuple | None' = None    # The last MMIO access: (gva's page or 0, gfn, rights, generation)
+    tlb: object = None         # What the processor remembers: a `Tlb`
+    injected: object = None    # A fault on its way to the guest
+    npf_info: 'int | None' = None      # EXITINFO1 of the nested page fault being handled
+    writes_own_table: bool = False     # The fault being handled writes a table its own address is walked by
+    readers: dict = field(default_factory=dict)    # Name of an MMU -> how its tables are read, kept from the last walk
 
     @property
     def host(self) -> Host:
@@ -141,10 +151,16 @@ class Vcpu:
         "Three levels: the PDPTE registers count. KVM: `is_pae_paging` (x86.h)."
         return bool(self.cr0 & Cr0.PG and self.cr4 & Cr4.PAE and not self.efer & Efer.LMA)
 
+    @property
+    def is_pae(self) -> bool:
+        "Entries have eight bytes. KVM: `is_pae` (x86.h)."
+        return bool(self.cr4 & Cr4.PAE)
+
     def did(self, what: str, **facts):
         "Write down what happened."
         done = Did(what, tuple(facts.items()))
         self.log.append(done)
+        if self.tlb is not None and what.startswith('flush'): self.tlb.saw(done, self)
         if self.watch: self.watch(done)
 
     def request(self, name: str):

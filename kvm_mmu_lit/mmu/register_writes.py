@@ -13,7 +13,7 @@ __all__ = ['INVPCID_ADDRESS', 'INVPCID_CONTEXT', 'INVPCID_ALL', 'INVPCID_ALL_BUT
            'invalidate_pcid', 'invpcid', 'invpcid_gva', 'invlpg', 'set_cr0', 'post_set_cr0', 'set_cr4', 'post_set_cr4',
            'set_efer', 'smm_changed', 'enter_smm', 'set_sregs', 'Cost', 'bit_costs', 'show_costs']
 
-# %% ../../nbs/mmu/18_register_writes.ipynb #5434e858
+# %% ../../nbs/mmu/18_register_writes.ipynb #9645e047
 from dataclasses import dataclass
 
 from ..draw.table import Table
@@ -21,6 +21,7 @@ from ..guest.addresses import LONG4, LONG5, is_canonical
 from ..guest.registers import CR3_NOFLUSH, CR3_PCID_MASK, Cr0, Cr4, Efer, GeneralProtection
 from .contexts import Vcpu, init_mmu
 from .cpu_role import MODES, diff_roles
+from .invlpg import invalidate_gva, invlpg_root
 from .reload import enter_guest, reset_context, unload
 from .root_cache import new_pgd, pointer
 from .root_role import svm_host
@@ -107,7 +108,7 @@ def invpcid(
 
 def _canonical(vcpu, gva): return is_canonical(gva, LONG5 if vcpu.cr4 & Cr4.LA57 else LONG4)
 
-# %% ../../nbs/mmu/18_register_writes.ipynb #10d3a2b0
+# %% ../../nbs/mmu/18_register_writes.ipynb #0a8071ed
 def invpcid_gva(
     vcpu: Vcpu,
     gva: int,
@@ -120,7 +121,7 @@ def invpcid_gva(
     roots = [mmu.root.hpa] if _active_pcid(vcpu) == pcid else []
     roots += [prev.hpa for prev in mmu.prev_roots if prev.valid and prev.pgd & CR3_PCID_MASK == pcid]
     for hpa in roots:
-        if not mmu.root_role.direct: vcpu.did('invlpg_root', gva=gva, root=hpa)
+        if not mmu.root_role.direct: invlpg_root(vcpu, mmu, gva, hpa)
     if roots: vcpu.did('flush_gva', gva=gva)
 
 def invlpg(
@@ -129,14 +130,8 @@ def invlpg(
 ):
     """INVLPG: one address in the current root and in all previous ones.
 
-    KVM: `kvm_mmu_invlpg`, `kvm_mmu_invalidate_gva` (mmu/mmu.c)."""
-    mmu = vcpu.walk_mmu
-    vcpu.did('invalidate_gva', mmu=mmu.name, gva=gva)
-    if mmu.name != 'guest_mmu' and not _canonical(vcpu, gva): return
-    if mmu.name != 'guest_mmu': vcpu.did('flush_gva', gva=gva)
-    if mmu.root_role.direct or mmu.name == 'nested_mmu': return
-    for root in [mmu.root, *mmu.prev_roots]:
-        if root.valid: vcpu.did('invlpg_root', gva=gva, root=root.hpa)
+    KVM: `kvm_mmu_invlpg` (mmu/mmu.c)."""
+    invalidate_gva(vcpu, vcpu.walk_mmu, gva)
 
 # %% ../../nbs/mmu/18_register_writes.ipynb #35e349fa
 CR0_ROLE_BITS = int(Cr0.PG | Cr0.WP)

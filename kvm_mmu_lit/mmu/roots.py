@@ -14,7 +14,7 @@ __all__ = ['PRESENT', 'WRITABLE', 'USER', 'ACCESSED', 'ROOT_CURRENT', 'ROOTS_ALL
            'show_root', 'free_root_page', 'ROOT_PREVIOUS', 'free_roots', 'free_pae_slots', 'is_obsolete_root',
            'free_obsolete_roots', 'free_guest_mode_roots', 'walk_start']
 
-# %% ../../nbs/mmu/12_roots.ipynb #494fe46b
+# %% ../../nbs/mmu/12_roots.ipynb #1809e446
 from dataclasses import replace
 
 from ..draw.graph import Edge, Graph, Node
@@ -24,8 +24,10 @@ from .contexts import (INVALID_PAGE, Mmu, Root, Vcpu, init_mmu, init_shadow_ept_
                                       init_shadow_npt_roles, kvm_bug_on)
 from .cpu_role import MODES
 from .root_role import PT32E_ROOT_LEVEL, PT64_ROOT_4LEVEL, PT64_ROOT_5LEVEL, MmuCase, all_mmus
-from .shadow_page import (ShadowPage, Vm, add_shadow_page, get_shadow_page, is_obsolete_sp, prepare_zap,
-                                         to_shadow_page)
+from .shadow_page import Vm, is_obsolete_sp, to_shadow_page
+from .sync import get_shadow_page
+from .tdp_mmu import tdp_get_root, tdp_put_root
+from .zap import commit_zap, prepare_zap
 
 # %% ../../nbs/mmu/12_roots.ipynb #3de77a88
 def small_memory(
@@ -76,15 +78,12 @@ def alloc_root(
     vcpu.did('alloc_root_ret', hpa=sp.spt)
     return sp.spt
 
-# %% ../../nbs/mmu/12_roots.ipynb #a64d0c1e
+# %% ../../nbs/mmu/12_roots.ipynb #4c8409e7
 def alloc_tdp_root(
     vcpu: Vcpu,
 ) -> int:                  # Host address of the table
     "The TDP MMU's root of this role, one for all vCPUs. KVM: `kvm_tdp_mmu_get_vcpu_root_hpa` (mmu/tdp_mmu.c)."
-    vm, role = vcpu.vm, vcpu.mmu.root_role
-    sp = next((sp for sp in vm.pages.values() if sp.tdp and sp.role == role), None)
-    if sp is None: sp = add_shadow_page(vm, ShadowPage(0, role, vm.alloc_page(), tdp=True, hashed=False))
-    sp.root_count += 1
+    sp = tdp_get_root(vcpu.vm, vcpu.mmu.root_role)
     vcpu.did('tdp_root_ret', hpa=sp.spt)
     return sp.spt
 
@@ -274,10 +273,11 @@ def show_root(
             return draw_roots(two_vcpus(case), f"{what}, {case.host}")
     raise ValueError(f"no SVM host of {levels} levels has an MMU {what!r}")
 
-# %% ../../nbs/mmu/12_roots.ipynb #e3b6b883
+# %% ../../nbs/mmu/12_roots.ipynb #074ea471
 def free_root_page(
     vm: Vm,
     hpa: int,              # Of a root or of a `pae_root` slot; `INVALID_PAGE` is nothing
+    zapped: list,          # Tables that are gone, for `commit_zap`; grows
 ) -> bool:                 # False for no root at all
     "Give up one reference; the last one of a zapped table frees it. KVM: `mmu_free_root_page` (mmu/mmu.c)."
     if hpa == INVALID_PAGE: return False
@@ -285,13 +285,13 @@ def free_root_page(
     kvm_bug_on(sp is None, f"root {hpa:#x} to be put has no shadow page: a per-vCPU root among the previous roots",
                "per-vCPU root put like a shared one")
     kvm_bug_on(sp.root_count < 1, f"root {hpa:#x} is put, and nobody held it", "root put twice")
-    sp.root_count -= 1
-    if not sp.root_count and sp.role.invalid:
-        if sp.tdp: del vm.pages[sp.spt]
-        else: prepare_zap(vm, sp)
+    if sp.tdp: tdp_put_root(vm, sp)
+    else:
+        sp.root_count -= 1
+        if not sp.root_count and sp.role.invalid: prepare_zap(vm, sp, zapped)
     return True
 
-# %% ../../nbs/mmu/12_roots.ipynb #71f665d1
+# %% ../../nbs/mmu/12_roots.ipynb #463b2707
 ROOT_CURRENT = 1 << 0
 ROOTS_ALL = (1 << 64) - 1
 
@@ -308,26 +308,29 @@ def free_roots(
 ):
     "Drop roots of an MMU. KVM: `kvm_mmu_free_roots` (mmu/mmu.c)."
     vcpu.did('free_roots', fmmu=mmu.name, roots=which)
+    zapped = []
     for i, prev in enumerate(mmu.prev_roots):
-        if which & ROOT_PREVIOUS(i) and free_root_page(vcpu.vm, prev.hpa): prev.hpa = INVALID_PAGE
+        if which & ROOT_PREVIOUS(i) and free_root_page(vcpu.vm, prev.hpa, zapped): prev.hpa = INVALID_PAGE
     if which & ROOT_CURRENT and mmu.root.valid:
-        _free_current(vcpu, mmu)
+        _free_current(vcpu, mmu, zapped)
         mmu.root.hpa, mmu.root.pgd = INVALID_PAGE, 0
+    commit_zap(vcpu.vm, zapped)
     vcpu.did('free_roots_ret')
 
-def _free_current(vcpu, mmu):
+def _free_current(vcpu, mmu, zapped):
     policy = vcpu.vm.policy
     if policy is not None and policy.one_off_pages: policy.free_current(vcpu, mmu)
-    elif to_shadow_page(vcpu.vm, mmu.root.hpa): free_root_page(vcpu.vm, mmu.root.hpa)
-    elif mmu.pae_root: free_pae_slots(vcpu.vm, mmu)
+    elif to_shadow_page(vcpu.vm, mmu.root.hpa): free_root_page(vcpu.vm, mmu.root.hpa, zapped)
+    elif mmu.pae_root: free_pae_slots(vcpu.vm, mmu, zapped)
 
 def free_pae_slots(
     vm: Vm,
     mmu: Mmu,
+    zapped: list,          # As in `free_root_page`
 ):
     "Put the tables below a per-vCPU root, once for every slot that holds one."
     for i, word in enumerate(mmu.pae_words):
-        if word: free_root_page(vm, word)
+        if word: free_root_page(vm, word, zapped)
         mmu.pae_words[i] = 0
 
 # %% ../../nbs/mmu/12_roots.ipynb #7cf5c826

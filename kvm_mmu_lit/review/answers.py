@@ -12,13 +12,13 @@ thousand questions.
 __all__ = ['IMPOSSIBLE', 'UNKNOWN', 'STOPPED', 'Interned', 'Growing', 'Answers', 'learn_enter', 'learn_act', 'learn_move',
            'Locals', 'learn_locals']
 
-# %% ../../nbs/review/07_answers.ipynb #7b03751c
+# %% ../../nbs/review/07_answers.ipynb #b076a5ef
 import numpy as np
 
 from ..mmu.contexts import KvmBug
 from ..mmu.root_cache import RootPolicy
 from ..mmu.roots import get_pdptrs, guest_pgd
-from ..mmu.shadow_page import zap_all_fast
+from ..mmu.zap import zap_all_fast
 from .histories import Impossible, Violation, World, act, at_rest_of, check_possible, enter, events_of, start
 from .states import freeze_cache, freeze_context, thaw
 

@@ -11,7 +11,7 @@ page say so. Each can be put under the same machine, so that the same three even
 __all__ = ['DESIGNS', 'STORIES', 'question_of', 'TestPolicy', 'BeforePolicy', 'OneOffPolicy', 'free_one_off', 'one_off_slots',
            'RoleBitPolicy', 'design', 'design_table', 'machine', 'step_of', 'tell', 'show_design', 'story_table']
 
-# %% ../../nbs/review/02_designs.ipynb #fc4a0adc
+# %% ../../nbs/review/02_designs.ipynb #bd2cff35
 from dataclasses import dataclass, replace
 
 from ..draw.table import Table
@@ -25,6 +25,7 @@ from ..mmu.reload import enter_guest
 from ..mmu.root_cache import LETTERS, RootPolicy, draw_switches, pointer, run_switches
 from ..mmu.root_role import PT32E_ROOT_LEVEL, PT64_ROOT_4LEVEL, Host, root_storage, svm_host
 from ..mmu.roots import free_root_page, get_pdptrs, guest_pgd, new_vcpu
+from ..mmu.zap import commit_zap
 from ..mmu.shadow_page import ShadowPage, Vm, add_shadow_page, to_shadow_page
 from .predicates import Predicate, Question, kind_of_root, predicate
 
@@ -57,7 +58,7 @@ class BeforePolicy(TestPolicy):
         "A context that cannot be cached does not look either."
         return not self.frees_current(vm, mmu, new_role)
 
-# %% ../../nbs/review/02_designs.ipynb #a760800f
+# %% ../../nbs/review/02_designs.ipynb #28795760
 class OneOffPolicy(TestPolicy):
     "The whole V3 series: a per-vCPU root is a shadow page of its own, neither hashed nor counted with the others."
     one_off_pages = True
@@ -90,7 +91,10 @@ class OneOffPolicy(TestPolicy):
         kvm_bug_on(one_off and sp.owner is None, "a shared root is freed as a one-off page: others still use it", "shared root freed as one-off")
         kvm_bug_on(not one_off and sp.owner is not None, "a one-off page is put like a shared root: its memory is never freed", "one-off page put like a shared root")
         if one_off: free_one_off(vcpu.vm, sp)
-        else: free_root_page(vcpu.vm, mmu.root.hpa)
+        else:
+            zapped = []
+            free_root_page(vcpu.vm, mmu.root.hpa, zapped)
+            commit_zap(vcpu.vm, zapped)
 
 def free_one_off(vm: Vm, sp: ShadowPage):
     "Free a root that belongs to one vCPU."

@@ -13,7 +13,7 @@ __all__ = ['L1_NAMES', 'L2_NAMES', 'NESTED_NAMES', 'FRAMES', 'World', 'events_of
            'small_worlds', 'show_worlds', 'ExploredVm', 'start', 'pointer', 'Impossible', 'check_possible', 'Violation',
            'happen', 'act', 'at_rest_of', 'enter']
 
-# %% ../../nbs/review/04_histories.ipynb #30d63c89
+# %% ../../nbs/review/04_histories.ipynb #72a9a870
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
@@ -26,7 +26,8 @@ from ..mmu.register_writes import invpcid, set_cr0, set_cr3, set_cr4, set_efer
 from ..mmu.reload import enter_guest, new_vcpu
 from ..mmu.root_cache import RootPolicy
 from ..mmu.root_role import MODES, Host, svm_host, vmx_host
-from ..mmu.shadow_page import Vm, zap_all_fast
+from ..mmu.shadow_page import Vm
+from ..mmu.zap import zap_all_fast
 from .invariants import entries_of, in_scope
 
 # %% ../../nbs/review/04_histories.ipynb #b16de174
