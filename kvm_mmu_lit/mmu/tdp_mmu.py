@@ -80,7 +80,7 @@ def tdp_get_root(
     root.root_count += 1
     return root
 
-# %% ../../nbs/mmu/06_tdp_mmu.ipynb #4266de39
+# %% ../../nbs/mmu/06_tdp_mmu.ipynb #e9224a85
 def tdp_put_root(
     vm: Vm,
     sp: ShadowPage,
@@ -95,7 +95,8 @@ def tdp_put_root(
 def _free_root(vm, sp):
     "Unlink a root that neither a vCPU nor the MMU holds."
     if sp.root_count or not sp.role.invalid or sp.scheduled: return
-    kvm_bug_on(any(map(is_present, sp.sptes.values())), f"57: root {sp.spt:#x} is freed and still maps something", "TDP root not empty")
+    full = any(map(is_present, sp.sptes.values()))
+    kvm_bug_on(full, f"57: root {sp.spt:#x} is freed and still maps something", "TDP root not empty")
     del vm.pages[sp.spt]
 
 # %% ../../nbs/mmu/06_tdp_mmu.ipynb #9ebe31f4
@@ -160,7 +161,7 @@ class TdpIter:
             self.valid = False
             return
 
-# %% ../../nbs/mmu/06_tdp_mmu.ipynb #32f4e695
+# %% ../../nbs/mmu/06_tdp_mmu.ipynb #e972fe39
 MAX_GFN = 1 << 52 - PAGE_SHIFT     # More than any frame
 
 def tdp_iterate(
@@ -170,7 +171,7 @@ def tdp_iterate(
     end: int,              # Frame after the last
     min_level: int = 1,    # Lowest level to look at
 ):
-    "Each entry over [start, end) in preorder, as one `TdpIter` that moves on. KVM: `for_each_tdp_pte_min_level` (mmu/tdp_iter.h)."
+    "Each entry over [start, end), in preorder: one `TdpIter` that moves. KVM: `for_each_tdp_pte_min_level` (mmu/tdp_iter.h)."
     it = TdpIter(vm, root, min_level, start)
     while it.valid and it.gfn < end:
         yield it
@@ -178,7 +179,8 @@ def tdp_iterate(
 
 def tdp_leaves(vm: Vm, root: ShadowPage, start: int, end: int, min_level: int = 1):
     "Those of them that map memory. KVM: `tdp_root_for_each_leaf_pte` (mmu/tdp_mmu.c)."
-    return (it for it in tdp_iterate(vm, root, start, end, min_level) if is_present(it.old_spte) and is_last(it.old_spte, it.level))
+    for it in tdp_iterate(vm, root, start, end, min_level):
+        if is_present(it.old_spte) and is_last(it.old_spte, it.level): yield it
 
 def tdp_leaf(
     vm: Vm,
@@ -189,7 +191,7 @@ def tdp_leaf(
     for it in tdp_iterate(vm, root, gfn, gfn + 1): found = it.sp, it.index, it.old_spte, it.level
     return found
 
-# %% ../../nbs/mmu/06_tdp_mmu.ipynb #aa10a943
+# %% ../../nbs/mmu/06_tdp_mmu.ipynb #0d737ec4
 def handle_changed_spte(
     vm: Vm,
     sp: ShadowPage,
@@ -204,22 +206,24 @@ def handle_changed_spte(
     was, now = is_present(old), is_present(new)
     was_leaf, is_leaf = was and is_last(old, level), now and is_last(new, level)
     moved = spte_pfn(old) != spte_pfn(new)
-    kvm_bug_on(was_leaf and is_leaf and moved,
-               f"57: frame {gfn:#x} goes from host frame {spte_pfn(old):#x} to {spte_pfn(new):#x} in one step", "TDP leaf moved in place")
+    why = f"57: frame {gfn:#x} goes from host frame {spte_pfn(old):#x} to {spte_pfn(new):#x} in one step"
+    kvm_bug_on(was_leaf and is_leaf and moved, why, "TDP leaf moved in place")
     if old == new: return
     vm.did('kvm_tdp_mmu_spte_changed', as_id=sp.role.smm, gfn=gfn, level=level, old_spte=old, new_spte=new)
     if is_leaf: check_writable(masks, new)
     if not was and not now:
-        kvm_bug_on(not is_mmio(masks, old) and not is_mmio(masks, new) and new != REMOVED_SPTE,
-                   f"{old:#x} becomes {new:#x}: neither maps anything, neither is MMIO", "TDP entry changed for nothing")
-        return
-    if was_leaf and is_dirty(masks, old) and (not now or not is_dirty(masks, new) or moved): vm.did('kvm_set_pfn_dirty', pfn=spte_pfn(old))
+        why = f"{old:#x} becomes {new:#x}: neither maps anything, neither is MMIO"
+        known = is_mmio(masks, old) or is_mmio(masks, new) or new == REMOVED_SPTE
+        return kvm_bug_on(not known, why, "TDP entry changed for nothing")
+    if was_leaf and is_dirty(masks, old) and (not now or not is_dirty(masks, new) or moved):
+        vm.did('kvm_set_pfn_dirty', pfn=spte_pfn(old))
     if was and not was_leaf and (is_leaf or not now or moved): _remove_table(vm, child_of(vm, old, level), shared)
 
 def _account_accessed(vm, level, old, new):
     "KVM: `handle_changed_spte_acc_track` (mmu/tdp_mmu.c)."
     if not is_present(old) or not is_last(old, level) or not is_accessed(vm.masks, old): return
-    if not is_present(new) or not is_accessed(vm.masks, new) or spte_pfn(old) != spte_pfn(new): vm.did('kvm_set_pfn_accessed', pfn=spte_pfn(old))
+    if not is_present(new) or not is_accessed(vm.masks, new) or spte_pfn(old) != spte_pfn(new):
+        vm.did('kvm_set_pfn_accessed', pfn=spte_pfn(old))
 
 def _account_dirty(vm, level, gfn, old, new):
     "KVM: `handle_changed_spte_dirty_log` (mmu/tdp_mmu.c)."
@@ -228,9 +232,9 @@ def _account_dirty(vm, level, gfn, old, new):
     slot = vm.memory.slot(gfn)
     if slot and slot.base_gfn in vm.logged: vm.dirty.add(gfn)
 
-# %% ../../nbs/mmu/06_tdp_mmu.ipynb #33ece55e
+# %% ../../nbs/mmu/06_tdp_mmu.ipynb #22b4e244
 def _remove_table(vm, sp, shared):
-    "A table nothing leads to any more, and whatever is below it. KVM: `handle_removed_pt`, `tdp_mmu_unlink_sp` (mmu/tdp_mmu.c)."
+    "A table nothing leads to any more, and all below it. KVM: `handle_removed_pt`, `tdp_mmu_unlink_sp` (mmu/tdp_mmu.c)."
     vm.did('kvm_mmu_prepare_zap_page', sp=sp)
     del vm.pages[sp.spt]
     for index in range(512):
@@ -311,7 +315,7 @@ def tdp_link(
     child.nx_huge = nx_huge
     return True
 
-# %% ../../nbs/mmu/06_tdp_mmu.ipynb #6f7c2ed8
+# %% ../../nbs/mmu/06_tdp_mmu.ipynb #55e15729
 def tdp_map(
     vm: Vm,
     root: ShadowPage,
@@ -334,7 +338,8 @@ def tdp_map(
             it.reread()
         if is_present(it.old_spte): continue
         if it.old_spte == REMOVED_SPTE: return 'RETRY'
-        if not tdp_link(vm, it, tdp_init_child(vm, it), nx_huge=nx_huge_disallowed and req_level >= it.level): return 'RETRY'
+        nx_huge = nx_huge_disallowed and req_level >= it.level
+        if not tdp_link(vm, it, tdp_init_child(vm, it), nx_huge=nx_huge): return 'RETRY'
     return 'RETRY'
 
 # %% ../../nbs/mmu/06_tdp_mmu.ipynb #045fa295
@@ -353,7 +358,7 @@ def _map_leaf(vm, it, make, mmio, is_write):
     vm.did('kvm_mmu_set_spte', gfn=it.gfn, spte=new, level=it.level, sp=it.sp, index=it.index)
     return 'EMULATE' if wrprot and is_write else result
 
-# %% ../../nbs/mmu/06_tdp_mmu.ipynb #95c94738
+# %% ../../nbs/mmu/06_tdp_mmu.ipynb #48375ca6
 def _runs(sp):
     "The leaves of a table as runs of slots that map one frame after the other: (first slot, how many, first entry)."
     runs = []
@@ -361,7 +366,8 @@ def _runs(sp):
         if is_present(spte) and not is_last(spte, sp.role.level): continue
         first, count, start = runs[-1] if runs else (None, 0, 0)
         goes_on = is_present(spte) and is_present(start) and first + count == index
-        if goes_on and spte_pfn(spte) == spte_pfn(start) + count * pages_of(sp.role.level): runs[-1] = first, count + 1, start
+        goes_on = goes_on and spte_pfn(spte) == spte_pfn(start) + count * pages_of(sp.role.level)
+        if goes_on: runs[-1] = first, count + 1, start
         else: runs.append((index, 1, spte))
     return runs
 
@@ -382,8 +388,9 @@ def draw_tree(
         for index, count, spte in _runs(sp):
             size = size_text(pages_of(level) << PAGE_SHIFT)
             text = f"{count} x {size}" if count > 1 else size
-            label = f"host frame {Hex(spte_pfn(spte))}\n{text}" if is_present(spte) else 'frozen' if spte == REMOVED_SPTE else 'MMIO'
-            nodes.append(Node(f"{name}/{index}", label, 'frame' if is_present(spte) else 'reserved'))
+            label, kind = ('frozen' if spte == REMOVED_SPTE else 'MMIO'), 'reserved'
+            if is_present(spte): label, kind = f"host frame {Hex(spte_pfn(spte))}\n{text}", 'frame'
+            nodes.append(Node(f"{name}/{index}", label, kind))
             edges.append(Edge(name, f"{name}/{index}", str(index) if count == 1 else f"{index}..{index + count - 1}"))
     return Graph(nodes, edges, caption=caption)
 
@@ -435,7 +442,7 @@ def tdp_zap_collapsible(
                 if max_mapping_level(vm, it.gfn) < it.level or tdp_zap_spte_atomic(vm, it.sp, it.index, it.old_spte): break
                 it.reread()
 
-# %% ../../nbs/mmu/06_tdp_mmu.ipynb #51ebafa6
+# %% ../../nbs/mmu/06_tdp_mmu.ipynb #cb85aae2
 def disallowed_hugepage_adjust(
     spte: int,
     level: int,        # Of the entry
@@ -443,7 +450,7 @@ def disallowed_hugepage_adjust(
     gfn: int,
     pfn: int,          # Of the large page
 ) -> tuple:            # (pfn, goal)
-    "Where a table already stands, do not put a large page: go one level lower. KVM: `disallowed_hugepage_adjust` (mmu/mmu.c)."
+    "Where a table stands already, map no large page, go one level lower. KVM: `disallowed_hugepage_adjust` (mmu/mmu.c)."
     if level == 1 or level != goal or not is_present(spte) or is_large(spte): return pfn, goal
     return pfn | gfn & pages_of(level) - pages_of(level - 1), goal - 1
 
@@ -472,13 +479,13 @@ def tdp_zap_sp(vm: Vm, sp: ShadowPage) -> bool:
     tdp_set_spte(vm, parent, index, 0)
     return True
 
-# %% ../../nbs/mmu/06_tdp_mmu.ipynb #5635cea8
+# %% ../../nbs/mmu/06_tdp_mmu.ipynb #f774d7b9
 def tdp_zap_root(
     vm: Vm,
     root: ShadowPage,
     shared: bool = True,
 ):
-    "Empty a root, in two passes so that no single step is too long. KVM: `tdp_mmu_zap_root`, `__tdp_mmu_zap_root` (mmu/tdp_mmu.c)."
+    "Empty a root, in two passes: no step may be too long. KVM: `tdp_mmu_zap_root`, `__tdp_mmu_zap_root` (mmu/tdp_mmu.c)."
     for zap_level in (3, root.role.level):
         for it in tdp_iterate(vm, root, 0, MAX_GFN, zap_level):
             while is_present(it.old_spte) and it.level <= zap_level and not _zap_entry(vm, it, shared): it.reread()
@@ -492,11 +499,13 @@ def tdp_zap_all(vm: Vm):
     "The VM ends. KVM: `kvm_tdp_mmu_zap_all` (mmu/tdp_mmu.c)."
     for root in tdp_roots(vm): tdp_zap_root(vm, root, shared=False)
 
-# %% ../../nbs/mmu/06_tdp_mmu.ipynb #8f92b91b
+# %% ../../nbs/mmu/06_tdp_mmu.ipynb #6c562f22
 def tdp_invalidate_all_roots(
     vm: Vm,
 ):
-    "No lookup finds these roots again, and the MMU will give its own reference up. KVM: `kvm_tdp_mmu_invalidate_all_roots` (mmu/tdp_mmu.c)."
+    """No lookup finds these roots again, and the MMU will give its own reference up.
+
+    KVM: `kvm_tdp_mmu_invalidate_all_roots` (mmu/tdp_mmu.c)."""
     for root in tdp_roots(vm, valid_only=True): root.role, root.scheduled = replace(root.role, invalid=1), True
 
 def tdp_zap_invalidated_roots(
@@ -509,10 +518,10 @@ def tdp_zap_invalidated_roots(
         root.scheduled = False
         _free_root(vm, root)
 
-# %% ../../nbs/mmu/06_tdp_mmu.ipynb #8ae08791
+# %% ../../nbs/mmu/06_tdp_mmu.ipynb #3dd850a3
 def _map_plain(vm, root, gfn, level=1):
-    first = gfn & -pages_of(level)
-    return tdp_map(vm, root, gfn, first + 0x4_0000, level, lambda sp, old: make_spte(vm.masks, sp.role, 7, first + 0x4_0000, old))
+    pfn = (gfn & -pages_of(level)) + 0x4_0000
+    return tdp_map(vm, root, gfn, pfn, level, lambda sp, old: make_spte(vm.masks, sp.role, 7, pfn, old))
 
 RIVALS = {     # What vCPU 1 may do meanwhile
     'does nothing': lambda vm, root: None,
@@ -541,14 +550,16 @@ def show_race(
     note("faults on frame 0x205")
     while (result := _map_plain(vm, root, 0x205)) == 'RETRY': note("lost the exchange: RETRY, and faults again")
     note(result)
-    return Timeline(('level 4', 'level 3', 'level 2', 'level 1'), events, f"vCPU 1 {other} before exchange {at} of vCPU 0")
+    levels = tuple(f"level {level}" for level in (4, 3, 2, 1))
+    return Timeline(levels, events, f"vCPU 1 {other} before exchange {at} of vCPU 0")
 
 def _path(vm, root, gfn):
     "The entries on the way to a frame, in a word each."
     states = ['-'] * 4
     for it in tdp_iterate(vm, root, gfn, gfn + 1):
-        spte, page = it.old_spte, f"page {Hex(spte_pfn(it.old_spte))}"
-        states[4 - it.level] = ('frozen' if spte else 'empty') if not is_present(spte) else page if is_last(spte, it.level) else 'table'
+        spte = it.old_spte
+        text = 'table' if not is_last(spte, it.level) else f"page {Hex(spte_pfn(spte))}"
+        states[4 - it.level] = text if is_present(spte) else 'frozen' if spte else 'empty'
     return states
 
 def _said(did):
