@@ -18,7 +18,7 @@ from ..guest.registers import Cr0, Cr4, Efer, Rflags
 from .contexts import Did, Vcpu
 from .hardware import FETCH, USER, WRITE, Reached, shadow_access, tdp_access
 
-# %% ../../nbs/mmu/21_tlb.ipynb #6d444be7
+# %% ../../nbs/mmu/21_tlb.ipynb #fdc0eb9a
 @dataclass
 class Tlb:
     "What one vCPU's processor remembers: (root, guest's CR3, page) -> what each kind of access reached."
@@ -46,7 +46,7 @@ def context_of(vcpu: Vcpu) -> tuple:
 def access_kind(vcpu: Vcpu, access: int) -> tuple:
     "What the rights are checked under."
     bits = vcpu.cr4 & (Cr4.SMEP | Cr4.SMAP) if vcpu.cr0 & Cr0.PG else 0
-    return access & (WRITE | USER | FETCH), int(bits), bool(vcpu.rflags & Rflags.AC), bool(vcpu.cr0 & Cr0.WP) or not vcpu.host.has_tdp
+    return access & (WRITE | USER | FETCH), int(bits), bool(vcpu.rflags & Rflags.AC), bool(vcpu.cr0 & Cr0.WP) or not vcpu.host.has_tdp, bool(vcpu.efer & Efer.NX)
 
 # %% ../../nbs/mmu/21_tlb.ipynb #3c691073
 def processor_access(
