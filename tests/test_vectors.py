@@ -1,5 +1,6 @@
 """Recorded vectors that were changed, cut, mistyped or made up: a wrong value is reported, a wrong file is refused, nothing else happens."""
 import io
+import json
 import random
 import shutil
 import tracemalloc
@@ -22,7 +23,7 @@ ANSWERS = [
     *(('walks', key, None) for key in ('ok', 'errcode', 'level', 'pte_access', 'pt_access', 'gfn', 'exit_qual', 'a_after', 'd_after')),
     *(('permissions', key, None) for key in ('permissions', 'pkru_mask', 'errcode')), *(('permissions', 'wp_refresh', column) for column in (6, 7)),
     *(('reserved', key, None) for key in ('rsvd_mask', 'rsvd_written', 'ept_mask', 'ept_bad_mt_xwr', 'guest_mask', 'sample_is_rsvd', 'ept_sample_is_rsvd', 'zero_mask', 'zero_bad_mt_xwr')),
-    *(('sptes', 'gpte', column) for column in (4, 5, 6, 7)),
+    *(('sptes', 'gpte', column) for column in (4, 5, 6, 7)), ('sptes', 'mask_val', None), ('sptes', 'mmio', 4), ('sptes', 'mmio', 5),
     *(('accesses', f'{family}_result', None) for family in ('strided', 'core', 'smep_ext')),
     *(('ept_accesses', key, None) for key in ('kind', 'exit_qual', 'entries')),
     *(('roles', key, None) for key in ('cpu_role', 'shadow_root_role', 'shadow_gva_to_gpa', 'shadow_page_fault', 'tdp_root_role', 'tdp_gva_to_gpa', 'tdp_page_fault', 'npt_cpu_role',
@@ -216,7 +217,8 @@ def test_each_array_of_a_wrong_type_shape_or_length_is_named(tmp_path, kind):
             changes.append((array.astype(array.dtype.newbyteorder('>')) if array.dtype.itemsize > 1 else array.astype(np.int8), 'type'))
             changes.append((array.astype(np.uint16 if array.dtype.itemsize != 2 else np.uint8), 'type'))
         if array.ndim > 1 and array.size > max(array.shape): changes.append((np.asfortranarray(array), ''))
-        if len(group) > 1 and array.dtype.kind == 'u': changes.append((array[:-1], '' if columns(kind)[key].fixed else 'rows'))
+        beside = [other for other, column in group.items() if other != key and not column.fixed]
+        if (columns(kind)[key].fixed or beside) and array.dtype.kind == 'u': changes.append((array[:-1], '' if columns(kind)[key].fixed else 'rows'))
         for changed, word in changes:
             np.savez(path, **{**arrays, key: changed})
             refused(path, key, word)
@@ -303,10 +305,11 @@ def test_no_rows_are_no_agreement(tmp_path, kind):
     np.savez(tmp_path / f'{kind}.npz', **{key: array if columns(kind)[key].fixed else array[:0] for key, array in some_rows(kind, 1).items()})
     if kind == 'permissions':          # its index of PKRU values is there without a row
         assert [agreement.rows for agreement in check_vectors(tmp_path / f'{kind}.npz')] == [0, 16, 0, 0]
+    elif kind == 'sptes': assert [agreement.rows for agreement in check_vectors(tmp_path / f'{kind}.npz')] == [0, 40, 0]     # nor are its machines rows
     else: refused(tmp_path / f'{kind}.npz', 'no rows')
 
 
-@pytest.mark.parametrize('kind, key, part', [('reserved', 'sample_in', 'x86 entries'), ('sptes', 'gpte', 'guest entries'), ('permissions', 'errcode', 'answers'), ('permissions', 'wp_refresh', 'CR0.WP again')])
+@pytest.mark.parametrize('kind, key, part', [('reserved', 'sample_in', 'x86 entries'), ('sptes', 'gpte', 'guest entries'), ('sptes', 'mask_val', 'masks'), ('sptes', 'mmio', 'MMIO entries'), ('permissions', 'errcode', 'answers'), ('permissions', 'wp_refresh', 'CR0.WP again')])
 def test_every_row_and_every_cell_is_counted(kind, key, part):
     vectors = load_vectors(DATA / f'{kind}.npz', FORMS)
     array = next(arrays[key] for arrays in vectors.groups.values() if key in arrays)
@@ -314,8 +317,58 @@ def test_every_row_and_every_cell_is_counted(kind, key, part):
     assert found[f'{kind}.npz, {part}'].rows == (array.size if key == 'errcode' else len(array))
 
 
+def constants(folder, change=lambda table: None, name='table.json'):
+    "The recorded table of constants, changed."
+    table = json.loads((DATA / 'spte_layout.json').read_text())
+    change(table)
+    (folder / name).write_text(json.dumps(table))
+    return folder / name
+
+
+SECTIONS = ('role_field_masks', 'ext_role_field_masks', 'sizeof', 'constants', 'anonymous_enums')
+
+
+@pytest.mark.parametrize('section', SECTIONS)
+def test_every_constant_counts(tmp_path, section):
+    recorded = json.loads((DATA / 'spte_layout.json').read_text())[section]
+    for name, value in recorded.items():
+        def change(table): table[section][name] = hex((int(value, 16) if isinstance(value, str) else value) ^ 1)
+        found, = check_vectors(constants(tmp_path, change))
+        assert found.differ == 1 and found.shown[0].row == f'{section}: {name}'
+        def drop(table): del table[section][name]
+        refused(constants(tmp_path, drop), section, f'missing: {name}')
+
+
+@pytest.mark.parametrize('change, words', [
+    (lambda table: table['constants'].update(REMOVED_SPTE='1440'), ['constants', 'REMOVED_SPTE', 'hex text']),
+    (lambda table: table['constants'].update(REMOVED_SPTE='0xplum'), ['constants']),
+    (lambda table: table['constants'].update(REMOVED_SPTE=None), ['REMOVED_SPTE']),
+    (lambda table: table['constants'].update(REMOVED_SPTE=True), ['REMOVED_SPTE']),
+    (lambda table: table['constants'].update(PLUM='0x1'), ['unknown: PLUM']),
+    (lambda table: table.update(plums={}), ['no table of constants']),
+    (lambda table: table.pop('sizeof'), ['no table of constants']),
+    (lambda table: table.update(sizeof=4), ['sizeof', 'must be names and numbers']),
+    (lambda table: table['mask_names'].pop(), ['mask_names', 'missing: 18'])])
+def test_a_table_that_is_none_is_refused(tmp_path, change, words): refused(constants(tmp_path, change), *words)
+
+
+def test_what_is_no_json_is_refused(tmp_path):
+    whole = (DATA / 'spte_layout.json').read_bytes()
+    for n, data in enumerate((b'', b'[]', b'{', b'\xff\xfe', b'[' * 100_000, whole[:-5], whole.replace(b'"note"', b'"sizeof"', 1), b' ' * (1 << 21))):
+        (tmp_path / f'{n}.json').write_bytes(data)
+        refused(tmp_path / f'{n}.json')
+    (tmp_path / 'folder.json').mkdir()
+    refused(tmp_path / 'folder.json')
+
+
+def test_a_machine_that_is_not_listed_is_the_files_fault(tmp_path):
+    arrays = some_rows('sptes', 5)
+    arrays['mmio'][3, 0] = len(arrays['mask_in'])
+    with pytest.raises(EvidenceError, match='row 3: machine 40: mask_in has rows 0..39'): check(tmp_path, arrays)
+
+
 def test_progress_rises_to_the_number_of_rows(tmp_path):
     told = []
-    for name in ('reserved.npz', 'sptes.npz'): shutil.copy(DATA / name, tmp_path)
+    for name in ('reserved.npz', 'sptes.npz', 'spte_layout.json'): shutil.copy(DATA / name, tmp_path)
     found = check_vectors(tmp_path, told.append)
     assert told == sorted(told) and told[-1] == sum(agreement.rows for agreement in found)

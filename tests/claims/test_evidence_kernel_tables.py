@@ -82,3 +82,10 @@ def test_2_level_paging_leaves_three_of_five_levels_unwritten_and_the_kernel_s_r
 def test_every_recorded_entry_is_present_final_granting_and_clean_as_we_say():
     found, = agreements('sptes', SPTES, {'guest entries': ('gpte', gpte_rows)})
     assert found.agrees, found
+
+
+@pytest.mark.claim('nbs/evidence/08_kernel_tables.ipynb', '884f7934', "the nineteen masks of forty machines, and every MMIO entry, are the kernel's, and each entry gives back what went in")
+def test_the_nineteen_masks_of_forty_machines_and_every_mmio_entry_are_the_kernel_s_and_each_entry_gives_back_what_went_in():
+    masks, entries = agreements('sptes', SPTES, {'masks': ('spte', spte_mask_rows), 'MMIO entries': ('spte', mmio_rows)})
+    assert masks.agrees and entries.agrees, (masks, entries)
+    assert (masks.rows, entries.rows) == (40, 1123)
