@@ -9,7 +9,7 @@ from kvm_mmu_lit.mmu.contexts import KvmBug
 from kvm_mmu_lit.mmu.cpu_role import PageRole
 from kvm_mmu_lit.mmu.root_role import svm_host, vmx_host
 from kvm_mmu_lit.mmu.shadow_page import Vm
-from kvm_mmu_lit.mmu.spte import (REMOVED_SPTE, is_accessed, is_large, is_last, is_mmu_writable, is_present, is_writable,
+from kvm_mmu_lit.mmu.spte import (REMOVED_SPTE, ad_enabled, is_accessed, is_large, is_last, is_mmu_writable, is_present, is_writable,
                                   make_mmio_spte, make_spte, spte_pfn)
 from kvm_mmu_lit.mmu.tdp_mmu import (TdpIter, disallowed_hugepage_adjust, remote_flush, tdp_age_gfn_range, tdp_clear_dirty_pt_masked,
     tdp_clear_dirty_slot, tdp_get_root, tdp_invalidate_all_roots, tdp_iterate, tdp_leaf, tdp_map, tdp_put_root, tdp_roots,
@@ -301,6 +301,9 @@ def test_the_dirty_log_notes_writable_pages_and_the_clearing_does_not_note_them_
     tdp_clear_dirty_pt_masked(vm, 0, 1 << 4, True)
     tdp_set_spte(vm, sp, index, spte)
     assert vm.dirty == {5}
+    vm.dirty.clear()
+    tdp_set_spte(vm, sp, index, spte & ~vm.masks.host_writable | vm.masks.host_writable | 1 << 59)      # Still writable: told once
+    assert not vm.dirty
 
 
 def test_masks_clear_exactly_the_frames_named():
@@ -319,6 +322,44 @@ def test_a_leaf_never_moves_in_place():
     fault(vm, root, 5, 1, 0x1000)
     sp, index, spte, _ = tdp_leaf(vm, root, 5)
     with pytest.raises(KvmBug, match="^57: frame 0x5 goes from host frame 0x1005 to 0x2005"): tdp_set_spte(vm, sp, index, spte + (0x1000 << 12))
+
+
+def test_a_table_gives_way_to_a_page_or_to_nothing_and_never_to_another_table():
+    vm, root = machine()
+    fault(vm, root, 5, 1, 0x1000)
+    with pytest.raises(KvmBug, match="gives way to another one"): tdp_set_spte(vm, root, 0, root.sptes[0] + 0x10_0000)
+
+
+def test_a_table_made_for_execution_alone_is_marked_from_the_level_the_page_would_have_had():
+    vm, root = machine()
+    tdp_map(vm, root, 5, 0x1005, 1, leaf_of(vm, 0x1005), nx_huge_disallowed=True, req_level=2)
+    assert {sp.role.level: sp.nx_huge for sp in vm.pages.values()} == {4: False, 3: False, 2: False, 1: True}
+    fault(vm, root, 0x205, 1, 0x1000)
+    assert not tdp_leaf(vm, root, 0x205)[0].nx_huge
+
+
+@pytest.mark.parametrize('host', HOSTS)
+def test_an_entry_that_leads_to_a_table_says_whether_there_are_a_and_d_bits(host):
+    vm, root = machine(host)
+    fault(vm, root, 5, 1, 0x1000)
+    assert ad_enabled(root.sptes[0]) == host.ad == bool(root.sptes[0] & vm.masks.accessed)
+
+
+def test_a_leaf_may_not_be_writable_without_the_leave_to_be():
+    vm, root = machine()
+    fault(vm, root, 5, 1, 0x1000, writable=False)
+    sp, index, spte, _ = tdp_leaf(vm, root, 5)
+    with pytest.raises(KvmBug, match="writable and not MMU-writable"): tdp_set_spte(vm, sp, index, spte | 2)
+
+
+def test_a_table_that_begins_before_the_slot_stays():
+    vm, root = machine()
+    vm.host_levels[0] = 2
+    fault(vm, root, 0x205, 1, 1 << 20)
+    tdp_zap_collapsible(vm, 0x201, 0x400)
+    assert list(tree(vm, root)) == [(1, 0x205)]
+    tdp_zap_collapsible(vm, 0x200, 0x400)
+    assert not tree(vm, root)
 
 
 def test_roots_are_found_by_role_and_freed_by_the_last_reference_of_an_invalid_one():

@@ -191,7 +191,7 @@ def tdp_leaf(
     for it in tdp_iterate(vm, root, gfn, gfn + 1): found = it.sp, it.index, it.old_spte, it.level
     return found
 
-# %% ../../nbs/mmu/06_tdp_mmu.ipynb #0d737ec4
+# %% ../../nbs/mmu/06_tdp_mmu.ipynb #ae28550a
 def handle_changed_spte(
     vm: Vm,
     sp: ShadowPage,
@@ -217,7 +217,9 @@ def handle_changed_spte(
         return kvm_bug_on(not known, why, "TDP entry changed for nothing")
     if was_leaf and is_dirty(masks, old) and (not now or not is_dirty(masks, new) or moved):
         vm.did('kvm_set_pfn_dirty', pfn=spte_pfn(old))
-    if was and not was_leaf and (is_leaf or not now or moved): _remove_table(vm, child_of(vm, old, level), shared)
+    if not was or was_leaf: return
+    kvm_bug_on(now and not is_leaf and moved, f"the table at frame {gfn:#x} gives way to another one, and was never cut off")
+    if is_leaf or not now: _remove_table(vm, child_of(vm, old, level), shared)
 
 def _account_accessed(vm, level, old, new):
     "KVM: `handle_changed_spte_acc_track` (mmu/tdp_mmu.c)."
