@@ -10,13 +10,14 @@ left alone with these tables, does what the guest's own tables say.
 
 # %% auto #0
 __all__ = ['WRITE', 'USER', 'RSVD', 'FETCH', 'PRESENT', 'GUEST_FINAL', 'GUEST_PAGE', 'Reached', 'Exit', 'Refused', 'root_entry',
-           'host_walk', 'is_reserved', 'has_ad', 'mark_leaf', 'shadow_registers', 'shadow_access', 'is_denied',
-           'tdp_translate', 'frame_of', 'table_access', 'tdp_access']
+           'host_walk', 'is_reserved', 'has_ad', 'mark_leaf', 'draw_host_walk', 'shadow_registers', 'shadow_access',
+           'is_denied', 'tdp_translate', 'frame_of', 'table_access', 'tdp_access']
 
-# %% ../../nbs/mmu/20_hardware.ipynb #14e6c268
+# %% ../../nbs/mmu/20_hardware.ipynb #c729afc5
 from dataclasses import dataclass
 
-from ..guest.addresses import LONG4, LONG5, PAE, PAGE_SHIFT, is_canonical
+from ..draw.graph import Graph
+from ..guest.addresses import LONG4, LONG5, PAGE_SHIFT, is_canonical
 from ..guest.accessed_dirty import pending_updates
 from ..guest.memory import cmpxchg_entry
 from ..guest.permissions import Pferr
@@ -26,7 +27,7 @@ from .contexts import Vcpu, kvm_bug_on
 from .guest_tables import guest_tables
 from .rmap import mark_dirty
 from .shadow_page import Vm
-from .spte import SPTE_ADDRESS, SPTE_AD_DISABLED, SPTE_AD_MASK, spte_pfn
+from .spte import SPTE_ADDRESS, spte_pfn
 
 # %% ../../nbs/mmu/20_hardware.ipynb #97bdded9
 WRITE, USER, RSVD, FETCH, PRESENT = (int(bit) for bit in (Pferr.WRITE, Pferr.USER, Pferr.RSVD, Pferr.FETCH, Pferr.PRESENT))
@@ -87,6 +88,21 @@ def mark_leaf(vcpu: Vcpu, sp, index: int, entry: int, write: bool):
     "Accessed, and dirty."
     masks = vcpu.vm.masks
     if has_ad(vcpu, entry): sp.sptes[index] = entry | masks.accessed | (masks.dirty if write else 0)
+
+# %% ../../nbs/mmu/20_hardware.ipynb #bfad894e
+def draw_host_walk(
+    vcpu: Vcpu,
+    addr: int,
+    caption: str = '',
+) -> Graph:
+    "The tables the processor goes through for an address, and the entry it takes in each."
+    steps = list(host_walk(vcpu, addr))
+    nodes = [(str(i), f"level {level}" + (f", frame {sp.gfn:#x}\n{sp.spt:#x}" if sp is not None else "\nthe vCPU's own page"), 'shadow') for i, (level, sp, _, _) in enumerate(steps)]
+    level, _, _, entry = steps[-1]
+    ends = f"host frame {spte_pfn(entry):#x}" if entry & (7 if vcpu.vm.masks.is_ept else 1) else 'nothing here: exit'
+    nodes.append(('end', ends, 'guest' if 'host' in ends else 'refused'))
+    edges = [(str(i), str(i + 1) if i + 1 < len(steps) else 'end', f"{index}: {entry:#x}", 'taken') for i, (_, _, index, entry) in enumerate(steps)]
+    return Graph(nodes, edges, caption=caption or f"what the processor reads for {addr:#x}")
 
 # %% ../../nbs/mmu/20_hardware.ipynb #2c1f59a5
 def shadow_registers(vcpu: Vcpu) -> tuple:
