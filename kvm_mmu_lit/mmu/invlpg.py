@@ -9,13 +9,13 @@ staleness lead, looks at one entry, and makes a fresh one at once if the guest's
 # %% auto #0
 __all__ = ['prefetch_gpte', 'pte_prefetch', 'invlpg_root', 'invalidate_gva', 'Injected', 'inject_page_fault', 'npf_code']
 
-# %% ../../nbs/mmu/16_invlpg.ipynb #31c29142
+# %% ../../nbs/mmu/16_invlpg.ipynb #a23d771e
 from dataclasses import dataclass
 
 from ..guest.addresses import LONG4, LONG5, is_canonical
 from ..guest.permissions import Pferr
 from ..guest.registers import Cr4, GeneralProtection
-from .contexts import INVALID_PAGE, Mmu, Vcpu, kvm_bug_on
+from .contexts import INVALID_PAGE, Mmu, Vcpu
 from .guest_tables import Walked, guest_tables, read_gpte
 from .page_fault import PREFETCH_GROUP, clear_mmio, direct_prefetch, set_spte, shadow_walk
 from .rmap import host_frame, is_logged
@@ -48,7 +48,7 @@ def pte_prefetch(vcpu: Vcpu, tables, sp: ShadowPage, index: int):
         if i == index or is_present(sp.sptes.get(i, 0)): continue
         if not prefetch_gpte(vcpu, tables, sp, i, gpte, True): return
 
-# %% ../../nbs/mmu/16_invlpg.ipynb #8f9d9431
+# %% ../../nbs/mmu/16_invlpg.ipynb #7bbd7422
 def invlpg_root(
     vcpu: Vcpu,
     mmu: Mmu,
@@ -59,6 +59,7 @@ def invlpg_root(
     vm = vcpu.vm
     vcpu.did('invlpg_root', gva=gva, root=root)
     clear_mmio(vcpu, gva)
+    if root == INVALID_PAGE: return            # The kernel warns: whoever runs has a root
     for level, sp, index in shadow_walk(vm, mmu, gva, root):
         spte = sp.sptes.get(index, 0)
         if is_last(spte, level):

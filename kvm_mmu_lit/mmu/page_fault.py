@@ -10,23 +10,23 @@ the part that all guests share, and the whole of it for guests whose addresses n
 # %% auto #0
 __all__ = ['RET_PF', 'P', 'W', 'U', 'RSVD', 'F', 'PREFETCH_GROUP', 'Fault', 'shadow_walk', 'walk_start_from', 'last_entry',
            'get_child', 'link', 'faultin', 'cache_mmio', 'mmio_in_cache', 'clear_mmio', 'is_stale',
-           'is_guest_table_write', 'max_mapping_level', 'hugepage_adjust', 'tell_requested', 'base_gfn', 'set_spte',
-           'direct_prefetch', 'direct_map', 'direct_page_fault', 'tdp_fault', 'may_be_fast', 'is_access_allowed',
-           'fast_page_fault', 'handle_mmio']
+           'is_guest_table_write', 'hugepage_adjust', 'tell_requested', 'base_gfn', 'set_spte', 'direct_prefetch',
+           'direct_map', 'direct_page_fault', 'tdp_fault', 'may_be_fast', 'is_access_allowed', 'fast_page_fault',
+           'handle_mmio']
 
-# %% ../../nbs/mmu/15_page_fault.ipynb #d1a459c5
+# %% ../../nbs/mmu/15_page_fault.ipynb #f1cde2b9
 from dataclasses import dataclass
 
 from ..guest.addresses import PAGE_SHIFT
 from ..guest.permissions import Pferr
 from .contexts import INVALID_PAGE, Vcpu, kvm_bug_on
-from .rmap import host_frame, is_logged, is_tracked, large_key, mark_dirty, rmap_add, set_translation, spte_update, sptep_of, drop_spte, page_gfn
+from .rmap import host_frame, is_logged, is_tracked, mark_dirty, rmap_add, set_translation, spte_update, sptep_of, drop_spte, page_gfn
 from .roots import walk_start
 from .shadow_page import ShadowPage, Vm, child_role, is_obsolete_sp, to_shadow_page
 from .spte import (ACC_USER, ACC_WRITE, GEN_BITS, SPTE_ADDRESS, SPTE_WRITABLE, is_access_track, is_executable, is_large, is_last, is_mmio,
                                   is_mmu_writable, is_present, is_writable, make_mmio_spte, make_nonleaf_spte, mmio_access, mmio_gen, mmio_gfn, restore_access_track, spte_pfn)
 from .sync import build_leaf, get_shadow_page, mark_mmio, remote_flush_or_zap
-from .tdp_mmu import disallowed_hugepage_adjust, remote_flush, tdp_leaf, tdp_map, tdp_set_spte_atomic
+from .tdp_mmu import disallowed_hugepage_adjust, max_mapping_level, remote_flush, tdp_map
 from .unsync import mark_parents_unsync
 from .zap import drop_parent_pte, make_pages_available, zap_entry
 
@@ -160,18 +160,7 @@ def is_guest_table_write(vm: Vm, fault: Fault) -> bool:
     "A store into a table that must be seen. KVM: `page_fault_handle_page_track` (mmu/mmu.c)."
     return not fault.rsvd and fault.present and fault.write and is_tracked(vm, fault.gfn)
 
-# %% ../../nbs/mmu/15_page_fault.ipynb #56ff768e
-def max_mapping_level(vm: Vm, gfn: int, most: int) -> int:
-    "The largest page that may map a frame. KVM: `kvm_mmu_max_mapping_level`, `host_pfn_mapping_level` (mmu/mmu.c)."
-    slot = vm.memory.slot(gfn)
-    host = 1 if gfn in vm.moved else vm.host_levels.get(slot.base_gfn, 1)
-    level = min(most, host)
-    while level > 1:
-        first = gfn >> 9 * (level - 1) << 9 * (level - 1)
-        if large_key(gfn, level) not in vm.no_large and slot.base_gfn <= first and first + (1 << 9 * (level - 1)) <= slot.end_gfn: return level
-        level -= 1
-    return 1
-
+# %% ../../nbs/mmu/15_page_fault.ipynb #0d9d53ae
 def hugepage_adjust(vm: Vm, fault: Fault):
     "Choose the page size. KVM: `kvm_mmu_hugepage_adjust` (mmu/mmu.c)."
     fault.huge_page_disallowed = fault.exec and vm.nx_huge_pages
@@ -271,7 +260,7 @@ def direct_page_fault(
     if not make_pages_available(vm): return 'RETRY'
     return 'RETRY' if is_stale(vcpu, fault) else direct_map(vcpu, fault)
 
-# %% ../../nbs/mmu/15_page_fault.ipynb #308ef7c1
+# %% ../../nbs/mmu/15_page_fault.ipynb #890f1d81
 def tdp_fault(vcpu: Vcpu, fault: Fault, root: ShadowPage) -> str:
     "The same in the TDP MMU. KVM: `kvm_tdp_mmu_map` (mmu/tdp_mmu.c)."
     vm = vcpu.vm
@@ -283,7 +272,11 @@ def tdp_fault(vcpu: Vcpu, fault: Fault, root: ShadowPage) -> str:
     mmio = None
     if fault.pfn is None:
         mmio = make_mmio_spte(vm.masks, vm.generation, fault.gfn, 7)
-    return tdp_map(vm, root, fault.gfn, fault.pfn, fault.goal_level, make, mmio, fault.huge_page_disallowed, fault.write)
+    def adjust(spte, level, goal, pfn):
+        fault.pfn, fault.goal_level = disallowed_hugepage_adjust(spte, level, goal, fault.gfn, fault.pfn)
+        return fault.pfn, fault.goal_level
+    return tdp_map(vm, root, fault.gfn, fault.pfn, fault.goal_level, make, mmio, fault.huge_page_disallowed, fault.write,
+                   adjust if vm.nx_huge_pages else None, fault.req_level)
 
 # %% ../../nbs/mmu/15_page_fault.ipynb #eb90814d
 def may_be_fast(vm: Vm, fault: Fault) -> bool:

@@ -108,7 +108,7 @@ def invpcid(
 
 def _canonical(vcpu, gva): return is_canonical(gva, LONG5 if vcpu.cr4 & Cr4.LA57 else LONG4)
 
-# %% ../../nbs/mmu/18_register_writes.ipynb #0a8071ed
+# %% ../../nbs/mmu/18_register_writes.ipynb #8bb6b42a
 def invpcid_gva(
     vcpu: Vcpu,
     gva: int,
@@ -121,7 +121,7 @@ def invpcid_gva(
     roots = [mmu.root.hpa] if _active_pcid(vcpu) == pcid else []
     roots += [prev.hpa for prev in mmu.prev_roots if prev.valid and prev.pgd & CR3_PCID_MASK == pcid]
     for hpa in roots:
-        if not mmu.root_role.direct: invlpg_root(vcpu, mmu, gva, hpa)
+        if mmu.fault in ('paging32', 'paging64', 'ept'): invlpg_root(vcpu, mmu, gva, hpa)
     if roots: vcpu.did('flush_gva', gva=gva)
 
 def invlpg(

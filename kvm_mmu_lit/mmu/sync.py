@@ -9,8 +9,8 @@ every entry is held against the guest's once more. A table that cannot be brough
 
 # %% auto #0
 __all__ = ['SYNC_IGNORES', 'build_leaf', 'mark_mmio', 'sync_mmio', 'sync_page', 'drop_invalid', 'kvm_sync_page', 'sync_children',
-           'remote_flush_or_zap', 'find_shadow_page', 'get_shadow_page', 'written_entries', 'is_misaligned',
-           'is_flooding', 'pte_write']
+           'remote_flush_or_zap', 'find_shadow_page', 'account_page', 'get_shadow_page', 'written_entries',
+           'is_misaligned', 'is_flooding', 'pte_write']
 
 # %% ../../nbs/mmu/11_sync.ipynb #78ec7bb1
 from ..guest.addresses import PAGE_SHIFT
@@ -132,7 +132,7 @@ def remote_flush_or_zap(vm: Vm, zapped: list, flush: bool):
     if zapped: commit_zap(vm, zapped)
     elif flush: remote_flush(vm)
 
-# %% ../../nbs/mmu/11_sync.ipynb #f97e1f6f
+# %% ../../nbs/mmu/11_sync.ipynb #50e4cdcc
 def find_shadow_page(
     vcpu: Vcpu,
     gfn: int,
@@ -155,6 +155,11 @@ def find_shadow_page(
     commit_zap(vm, zapped)
     return found
 
+def account_page(vm: Vm, sp: ShadowPage):
+    "A table is in use: it counts, and the guest table it shadows is watched. KVM: `kvm_account_mmu_page`, `kvm_mmu_alloc_shadow_page` (mmu/mmu.c)."
+    vm.n_used += 1
+    if sp.has_gptes and not sp.role.invalid: account_shadowed(vm, sp)
+
 def get_shadow_page(
     vcpu: Vcpu,
     gfn: int,
@@ -165,8 +170,7 @@ def get_shadow_page(
     created = sp is None
     if created:
         sp = add_shadow_page(vm, ShadowPage(gfn, role, vm.alloc_page(), vm.gen))
-        vm.n_used += 1
-        if sp.has_gptes: account_shadowed(vm, sp)
+        account_page(vm, sp)
     vm.did('kvm_mmu_get_page', sp=sp, created=created)
     vcpu.did('get_sp_ret', sp=sp.spt, gfn=sp.gfn, role=sp.role.word, rc=sp.root_count, created=created)
     return sp

@@ -10,7 +10,7 @@ it ends. Any frozen state can be thawed into a machine that goes on from there.
 # %% auto #0
 __all__ = ['freeze', 'freeze_context', 'freeze_cache', 'thaw', 'thaw_cache', 'draw_states']
 
-# %% ../../nbs/review/05_states.ipynb #7071a5ce
+# %% ../../nbs/review/05_states.ipynb #fa111c0b
 from functools import lru_cache
 
 from ..draw.graph import Edge, Graph, Node
@@ -19,6 +19,7 @@ from ..mmu.cpu_role import CpuRole, cpu_role, page_role
 from ..mmu.root_cache import RootPolicy, root_name
 from ..mmu.roots import create_mmus
 from ..mmu.shadow_page import ShadowPage, Vm, add_shadow_page, to_shadow_page
+from ..mmu.sync import account_page
 from .histories import FRAMES, ExploredVm, Impossible, World, events_of, happen, pointer, start
 
 # %% ../../nbs/review/05_states.ipynb #4cf8dce2
@@ -120,7 +121,7 @@ def thaw_cache(
     mmu.root, mmu.prev_roots = roots[0], roots[1:]
     mmu.pae_words = [0 if number is None else hold(number) | flags for number in slots]
 
-# %% ../../nbs/review/05_states.ipynb #7ce6d335
+# %% ../../nbs/review/05_states.ipynb #14cd09e6
 def _thaw_page(vm, vcpu, mmu, page):
     kind, *what = page
     if kind == 'gone': return vm.alloc_page()
@@ -134,7 +135,9 @@ def _thaw_page(vm, vcpu, mmu, page):
     if low and not mmu.pae_root: mmu.pae_root = vm.alloc_page()
     owner = (vcpu.index, mmu.name) if kind == 'one-off' else None
     spt = mmu.pae_root if low else vm.alloc_page()
-    return add_shadow_page(vm, ShadowPage(gfn, role, spt, gen, tdp=kind == 'tdp', hashed=hashed, owner=owner, slots=slots)).spt
+    sp = add_shadow_page(vm, ShadowPage(gfn, role, spt, gen, tdp=kind == 'tdp', hashed=hashed, owner=owner, slots=slots))
+    if kind == 'page': account_page(vm, sp)
+    return sp.spt
 
 def _special_page(vm, mmu, kind):
     order = ('pae_root', 'pml4_root', 'pml5_root')

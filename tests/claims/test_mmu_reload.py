@@ -21,7 +21,8 @@ def setup_cells():
     from kvm_mmu_lit.mmu.root_cache import new_pgd, pointer, switch_to
     from kvm_mmu_lit.mmu.root_role import all_mmus, vmx_host
     from kvm_mmu_lit.mmu.roots import is_obsolete_root, per_vcpu_pages, vcpu_for
-    from kvm_mmu_lit.mmu.shadow_page import request_all, zap_all_fast
+    from kvm_mmu_lit.mmu.shadow_page import request_all
+    from kvm_mmu_lit.mmu.zap import zap_all_fast
 
     def machine(guest='4-level', vcpus=1, host=None):
         "vCPUs of one VM in this mode; without TDP unless the host says otherwise."

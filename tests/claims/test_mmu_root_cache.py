@@ -20,7 +20,7 @@ def setup_cells():
     from kvm_mmu_lit.draw.table import Table
     from kvm_mmu_lit.mmu.cpu_role import ROLE_FIELDS
     from kvm_mmu_lit.mmu.roots import ROOTS_ALL, free_obsolete_roots, small_memory
-    from kvm_mmu_lit.mmu.shadow_page import zap_all_fast
+    from kvm_mmu_lit.mmu.zap import zap_all_fast
 
     long_mode = next(case for case in all_mmus() if case.name == 'shadow, 4-level guest')
     pae = next(case for case in all_mmus() if case.name == 'shadow, PAE guest')

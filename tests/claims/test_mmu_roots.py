@@ -18,7 +18,7 @@ def setup_cells():
     from kvm_mmu_lit.draw.table import Table
     from kvm_mmu_lit.mmu.contexts import KvmBug
     from kvm_mmu_lit.mmu.root_role import STORAGES, all_hosts, svm_host, vmx_host
-    from kvm_mmu_lit.mmu.shadow_page import zap_all_fast
+    from kvm_mmu_lit.mmu.zap import zap_all_fast
 
 
 @pytest.mark.claim('nbs/mmu/12_roots.ipynb', 'bcab1d7b', 'a vCPU is born with a pae_root exactly where KVM may have to start at level 3')

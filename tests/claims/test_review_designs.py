@@ -16,7 +16,7 @@ def setup_cells():
     from kvm_mmu_lit.mmu.root_cache import LINUX_6_1
     from kvm_mmu_lit.mmu.root_role import all_mmus, has_per_vcpu_root
     from kvm_mmu_lit.mmu.roots import alloc_roots, vcpu_for
-    from kvm_mmu_lit.mmu.shadow_page import find_shadow_page
+    from kvm_mmu_lit.mmu.sync import find_shadow_page
     from kvm_mmu_lit.review.predicates import PREDICATES
 
     def root_under(policy, case):
@@ -55,14 +55,14 @@ def test_with_6_1_s_test_the_policy_is_6_1_s_own_whatever_is_loaded_and_whatever
             assert ours.frees_current(vcpu.vm, vcpu.mmu, role) == LINUX_6_1.frees_current(vcpu.vm, vcpu.mmu, role)
 
 
-@pytest.mark.claim('nbs/review/02_designs.ipynb', 'e4d00e36', 'under the series exactly the per-vCPU roots become one-off pages, and no lookup finds them')
+@pytest.mark.claim('nbs/review/02_designs.ipynb', 'bad1477b', 'under the series exactly the per-vCPU roots become one-off pages, and no lookup finds them')
 def test_under_the_series_exactly_the_per_vcpu_roots_become_one_off_pages_and_no_lookup_finds_them():
     series = OneOffPolicy('series', '', predicate('patch 3'))
     for case in [m for m in all_mmus() if m.storage != 'none']:
         vcpu = root_under(series, case)
         sp = to_shadow_page(vcpu.vm, vcpu.mmu.root.hpa)
         assert (sp.owner is not None) == has_per_vcpu_root(case) and sp.role == case.root_role
-        if sp.owner: assert find_shadow_page(vcpu.vm, sp.gfn, sp.role) is None
+        if sp.owner: assert find_shadow_page(vcpu, sp.gfn, sp.role) is None
 
 
 @pytest.mark.claim('nbs/review/02_designs.ipynb', 'd6065a01', 'under the series a three-level root still lies in pae_root, a deeper one no longer needs it')

@@ -23,7 +23,8 @@ def setup_cells():
     from kvm_mmu_lit.mmu.root_cache import LETTERS, is_root_usable, new_pgd, pointer, switch_to
     from kvm_mmu_lit.mmu.root_role import all_mmus, svm_host
     from kvm_mmu_lit.mmu.roots import ROOT_CURRENT, alloc_roots, free_roots, small_memory, vcpu_for
-    from kvm_mmu_lit.mmu.shadow_page import child_role, zap_all_fast
+    from kvm_mmu_lit.mmu.shadow_page import child_role
+    from kvm_mmu_lit.mmu.zap import zap_all_fast
     from kvm_mmu_lit.review.predicates import Predicate
 
     ROLE_CHECKS = (role_fits_its_bits, wp_bits_exclude_wp, quadrants_are_of_4_byte_tables, passthrough_is_a_fifth_level)
