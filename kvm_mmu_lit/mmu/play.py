@@ -11,14 +11,14 @@ became of it, and everything KVM did on the way.
 __all__ = ['HOST_KINDS', 'MAX_SCENARIO', 'MAX_MEMORY', 'MAX_EVENTS', 'Scenario', 'read_scenario', 'make_scenario', 'Played',
            'play', 'did_text', 'event_text', 'answer_text', 'draw_play']
 
-# %% ../../nbs/mmu/26_play.ipynb #8c96e231
+# %% ../../nbs/mmu/26_play.ipynb #8d8b94b5
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..draw.timeline import Event as Row
 from ..draw.timeline import Timeline
-from ..guest.addresses import FORMATS, PAGE_SHIFT, PAGE_SIZE
+from ..guest.addresses import FORMATS, PAGE_SIZE
 from ..guest.gpte import map_page
 from ..guest.memory import GuestMemory, add_ram, write_gpa
 from .contexts import Did, KvmBug

@@ -15,10 +15,10 @@ __all__ = ['SPTE_PRESENT', 'SPTE_WRITABLE', 'SPTE_LARGE', 'SPTE_ADDRESS', 'SPTE_
            'ept_masks', 'svm_adjust_mmio_mask', 'masks_of', 'with_me', 'is_present', 'is_large', 'is_last',
            'is_writable', 'spte_pfn', 'ad_enabled', 'ad_need_write_protect', 'is_mmu_writable', 'is_host_writable',
            'is_mmio', 'is_access_track', 'is_accessed', 'is_dirty', 'is_executable', 'has_volatile_bits', 'spte_fields',
-           'draw_spte', 'decode_spte', 'check_writable', 'writable_state', 'writable_moves', 'draw_writable_states',
-           'make_spte', 'show_make_spte', 'make_nonleaf_spte', 'changed_pfn_spte', 'split_spte', 'make_executable',
-           'mark_access_track', 'restore_access_track', 'mmio_gen_bits', 'mmio_gen', 'make_mmio_spte', 'mmio_gfn',
-           'mmio_access', 'show_mmio', 'vmx_mt_mask', 'is_mmio_pfn', 'reset_shadow_zero_check', 'is_rsvd_spte']
+           'draw_spte', 'check_writable', 'writable_state', 'mark_access_track', 'restore_access_track', 'make_spte',
+           'show_make_spte', 'make_nonleaf_spte', 'changed_pfn_spte', 'split_spte', 'make_executable', 'writable_moves',
+           'draw_writable_states', 'mmio_gen_bits', 'mmio_gen', 'make_mmio_spte', 'mmio_gfn', 'mmio_access',
+           'show_mmio', 'decode_spte', 'vmx_mt_mask', 'is_mmio_pfn', 'reset_shadow_zero_check', 'is_rsvd_spte']
 
 # %% ../../nbs/mmu/04_spte.ipynb #c2fc79ad
 from dataclasses import dataclass, replace
@@ -248,39 +248,17 @@ def _mmio_fields(masks):
         else: runs.append([bit, bit, here])
     return tuple(GpteField(high, low, *here) for high, low, here in runs)
 
-# %% ../../nbs/mmu/04_spte.ipynb #c3d47cef
+# %% ../../nbs/mmu/04_spte.ipynb #91318337
 def draw_spte(
     value='0x1234e67',         # The entry, as an int or as text
     ept: bool = False,         # In the format of EPT?
-    level: int = 1,            # Of the table it stands in
     masks: 'SpteMasks | None' = None,   # Of another host than the book's
 ) -> BitStrip:
     "An entry KVM writes, with every bit named."
     spte, masks = number(value), masks or (ept_masks() if ept else base_masks())
-    told = decode_spte(masks, spte, level)
-    rows = ((f.high, f.low, f.name, f.value(spte), f.kind, f.meaning) for f in spte_fields(masks, spte))
-    return BitStrip(f"{Hex(spte)}: {told['kind']}{told.get('says', '')}", 64, tuple(rows))
-
-# %% ../../nbs/mmu/04_spte.ipynb #436c91c2
-def decode_spte(
-    masks: SpteMasks,
-    spte: int,           # Any 64-bit number
-    level: int = 1,      # Of the table it stands in
-) -> dict:               # 'kind', 'says', and by name what follows from the bits
-    "What kind of entry a number is, and what KVM concludes from it."
     if not 0 <= spte < 1 << 64: raise ValueError(f"entry {spte:#x}: an entry has 64 bits")
-    if not 1 <= level <= 5: raise ValueError(f"level {level}: tables have levels 1..5")
-    if is_mmio(masks, spte):
-        gen, gfn = mmio_gen(spte), mmio_gfn(masks, spte)
-        return dict(kind='MMIO', says=f" of frame {gfn:#x}, generation {gen:#x}", gen=gen, gfn=gfn, access=mmio_access(masks, spte))
-    if not is_present(spte): return dict(kind={0: 'empty', REMOVED_SPTE: 'removed'}.get(spte, 'not present'), says='')
-    tracked = is_access_track(masks, spte)
-    if not is_last(spte, level): kind, says = 'table', f" at {spte & SPTE_ADDRESS:#x}"
-    else: kind, says = 'page, access-tracked' if tracked else 'page', f" of frame {spte_pfn(spte):#x}, {writable_state(masks, spte)}"
-    state = dict(writable_state=writable_state(masks, spte)) if is_last(spte, level) else {}
-    return dict(kind=kind, says=says, pfn=spte_pfn(spte), **state, writable=is_writable(spte), executable=is_executable(masks, spte),
-                accessed=is_accessed(masks, spte), dirty=is_dirty(masks, spte), ad_enabled=ad_enabled(spte),
-                ad_need_write_protect=ad_need_write_protect(spte), volatile=has_volatile_bits(masks, spte))
+    rows = ((f.high, f.low, f.name, f.value(spte), f.kind, f.meaning) for f in spte_fields(masks, spte))
+    return BitStrip(f"{Hex(spte)}{', EPT' if masks.is_ept else ''}{', MMIO' if is_mmio(masks, spte) else ''}", 64, tuple(rows))
 
 # %% ../../nbs/mmu/04_spte.ipynb #e9c12ca3
 def check_writable(
@@ -299,32 +277,19 @@ def writable_state(
     "HOST_WRITABLE, MMU_WRITABLE and W as three digits."
     return f"{int(is_host_writable(masks, spte))}{int(is_mmu_writable(masks, spte))}{int(is_writable(spte))}"
 
-# %% ../../nbs/mmu/04_spte.ipynb #0000c1d3
-_STATES = {'111': 'writable', '110': 'write-protected,\na fast fault may undo it', '100': 'write-protected:\na guest table', '000': 'read-only memory'}
+# %% ../../nbs/mmu/04_spte.ipynb #54363888
+def mark_access_track(masks: SpteMasks, spte: int) -> int:
+    "Prepare to notice the next access: clear A, or put R and X aside and take every right. KVM: `mark_spte_for_access_track` (mmu/spte.c)."
+    if ad_enabled(spte): return spte & ~masks.accessed
+    if is_access_track(masks, spte): return spte
+    check_writable(masks, spte)
+    kvm_bug_on(spte >> SPTE_SAVED_SHIFT & 5, f"spte {spte:#x} already has rights put aside")
+    return (spte | (spte & 5) << SPTE_SAVED_SHIFT) & ~masks.acc_track
 
-def writable_moves(
-    masks: SpteMasks,
-) -> list:               # Of (state, operation, state)
-    "Where each operation on an entry leads from each state."
-    operations = {
-        'log writes': lambda s: s & ~SPTE_WRITABLE,
-        'frame becomes a guest table': lambda s: s & ~(SPTE_WRITABLE | masks.mmu_writable),
-        'fast fault': lambda s: s | SPTE_WRITABLE if is_mmu_writable(masks, s) else s,
-        'host page changes': lambda s: changed_pfn_spte(masks, s, 0x99),
-        'made again': lambda s: make_spte(masks, PageRole(level=1), 7, 0x1234, s, host_writable=is_host_writable(masks, s))[0]}
-    moves = []
-    for state in _STATES:
-        bits = zip(state, (masks.host_writable, masks.mmu_writable, SPTE_WRITABLE))
-        spte = SPTE_PRESENT | masks.user | masks.accessed | sum(bit for digit, bit in bits if digit == '1')
-        moves += [(state, name, writable_state(masks, operate(spte))) for name, operate in operations.items()]
-    return moves
-
-def draw_writable_states(
-    ept: bool = False,
-) -> Graph:
-    "The four states, and what leads from one to another."
-    edges = [(start, end, name) for start, name, end in writable_moves(ept_masks() if ept else base_masks()) if start != end]
-    return Graph([(state, f"{state}\n{what}", 'shadow') for state, what in _STATES.items()], edges, caption='HOST_WRITABLE, MMU_WRITABLE, W')
+def restore_access_track(masks: SpteMasks, spte: int) -> int:
+    "Give R and X back; W stays away. KVM: `restore_acc_track_spte` (mmu/spte.h)."
+    saved = spte >> SPTE_SAVED_SHIFT & 5
+    return spte & ~masks.acc_track & ~(5 << SPTE_SAVED_SHIFT) | saved
 
 # %% ../../nbs/mmu/04_spte.ipynb #c45b95b0
 def make_spte(
@@ -361,7 +326,7 @@ def make_spte(
         elif not role.ad_disabled: spte |= masks.dirty
     return mark_access_track(masks, spte) if prefetch else spte, wrprot
 
-# %% ../../nbs/mmu/04_spte.ipynb #1d5c96e6
+# %% ../../nbs/mmu/04_spte.ipynb #425a7835
 def show_make_spte(
     ept: bool = False,
     access: int = 7,             # X 1, W 2, U or R 4
@@ -375,7 +340,7 @@ def show_make_spte(
     masks = ept_masks(has_ad=not ad_disabled) if ept else base_masks()
     role = PageRole(level=level, ad_disabled=int(ad_disabled and ept))
     spte, _ = make_spte(masks, role, access, 0x200, 0, prefetch, host_writable, lambda: protected)
-    return draw_spte(spte, ept, level, masks)
+    return draw_spte(spte, masks=masks)
 
 # %% ../../nbs/mmu/04_spte.ipynb #e8b20f3f
 def make_nonleaf_spte(
@@ -407,19 +372,32 @@ def make_executable(masks: SpteMasks, spte: int) -> int:
     spte = spte & ~masks.nx | masks.x
     return mark_access_track(masks, spte) if tracked else spte
 
-# %% ../../nbs/mmu/04_spte.ipynb #54363888
-def mark_access_track(masks: SpteMasks, spte: int) -> int:
-    "Prepare to notice the next access: clear A, or put R and X aside and take every right. KVM: `mark_spte_for_access_track` (mmu/spte.c)."
-    if ad_enabled(spte): return spte & ~masks.accessed
-    if is_access_track(masks, spte): return spte
-    check_writable(masks, spte)
-    kvm_bug_on(spte >> SPTE_SAVED_SHIFT & 5, f"spte {spte:#x} already has rights put aside")
-    return (spte | (spte & 5) << SPTE_SAVED_SHIFT) & ~masks.acc_track
+# %% ../../nbs/mmu/04_spte.ipynb #0000c1d3
+_STATES = {'111': 'writable', '110': 'write-protected,\na fast fault may undo it', '100': 'write-protected:\na guest table', '000': 'read-only memory'}
 
-def restore_access_track(masks: SpteMasks, spte: int) -> int:
-    "Give R and X back; W stays away. KVM: `restore_acc_track_spte` (mmu/spte.h)."
-    saved = spte >> SPTE_SAVED_SHIFT & 5
-    return spte & ~masks.acc_track & ~(5 << SPTE_SAVED_SHIFT) | saved
+def writable_moves(
+    masks: SpteMasks,
+) -> list:               # Of (state, operation, state)
+    "Where each operation on an entry leads from each state."
+    operations = {
+        'log writes': lambda s: s & ~SPTE_WRITABLE,
+        'frame becomes a guest table': lambda s: s & ~(SPTE_WRITABLE | masks.mmu_writable),
+        'fast fault': lambda s: s | SPTE_WRITABLE if is_mmu_writable(masks, s) else s,
+        'host page changes': lambda s: changed_pfn_spte(masks, s, 0x99),
+        'made again': lambda s: make_spte(masks, PageRole(level=1), 7, 0x1234, s, host_writable=is_host_writable(masks, s))[0]}
+    moves = []
+    for state in _STATES:
+        bits = zip(state, (masks.host_writable, masks.mmu_writable, SPTE_WRITABLE))
+        spte = SPTE_PRESENT | masks.user | masks.accessed | sum(bit for digit, bit in bits if digit == '1')
+        moves += [(state, name, writable_state(masks, operate(spte))) for name, operate in operations.items()]
+    return moves
+
+def draw_writable_states(
+    ept: bool = False,
+) -> Graph:
+    "The four states, and what leads from one to another."
+    edges = [(start, end, name) for start, name, end in writable_moves(ept_masks() if ept else base_masks()) if start != end]
+    return Graph([(state, f"{state}\n{what}", 'shadow') for state, what in _STATES.items()], edges, caption='HOST_WRITABLE, MMU_WRITABLE, W')
 
 # %% ../../nbs/mmu/04_spte.ipynb #ae51243b
 def mmio_gen_bits(
@@ -453,7 +431,7 @@ def mmio_access(masks: SpteMasks, spte: int) -> int:
     "The rights an MMIO entry remembers. KVM: `get_mmio_spte_access` (mmu/mmu.c)."
     return spte & masks.mmio_access
 
-# %% ../../nbs/mmu/04_spte.ipynb #6553ea15
+# %% ../../nbs/mmu/04_spte.ipynb #2d183601
 def show_mmio(
     ept: bool = False,
     gen: int = 5,            # 0..2**19 - 1
@@ -463,7 +441,28 @@ def show_mmio(
     "The entry that remembers a frame without memory."
     base = base_masks(l1tf=l1tf)
     masks = ept_masks(base) if ept else base
-    return draw_spte(make_mmio_spte(masks, gen, number(gfn), ACC_WRITE | ACC_USER), ept, 1, masks)
+    return draw_spte(make_mmio_spte(masks, gen, number(gfn), ACC_WRITE | ACC_USER), masks=masks)
+
+# %% ../../nbs/mmu/04_spte.ipynb #436c91c2
+def decode_spte(
+    masks: SpteMasks,
+    spte: int,           # Any 64-bit number
+    level: int = 1,      # Of the table it stands in
+) -> dict:               # 'kind', 'says', and by name what follows from the bits
+    "What kind of entry a number is, and what KVM concludes from it."
+    if not 0 <= spte < 1 << 64: raise ValueError(f"entry {spte:#x}: an entry has 64 bits")
+    if not 1 <= level <= 5: raise ValueError(f"level {level}: tables have levels 1..5")
+    if is_mmio(masks, spte):
+        gen, gfn = mmio_gen(spte), mmio_gfn(masks, spte)
+        return dict(kind='MMIO', says=f" of frame {gfn:#x}, generation {gen:#x}", gen=gen, gfn=gfn, access=mmio_access(masks, spte))
+    if not is_present(spte): return dict(kind={0: 'empty', REMOVED_SPTE: 'removed'}.get(spte, 'not present'), says='')
+    tracked = is_access_track(masks, spte)
+    if not is_last(spte, level): kind, says = 'table', f" at {spte & SPTE_ADDRESS:#x}"
+    else: kind, says = 'page, access-tracked' if tracked else 'page', f" of frame {spte_pfn(spte):#x}, {writable_state(masks, spte)}"
+    state = dict(writable_state=writable_state(masks, spte)) if is_last(spte, level) else {}
+    return dict(kind=kind, says=says, pfn=spte_pfn(spte), **state, writable=is_writable(spte), executable=is_executable(masks, spte),
+                accessed=is_accessed(masks, spte), dirty=is_dirty(masks, spte), ad_enabled=ad_enabled(spte),
+                ad_need_write_protect=ad_need_write_protect(spte), volatile=has_volatile_bits(masks, spte))
 
 # %% ../../nbs/mmu/04_spte.ipynb #bded73ad
 MT_UC, MT_WB, EPT_MT_SHIFT = 0, 6, 3

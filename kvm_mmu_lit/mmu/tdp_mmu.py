@@ -417,7 +417,7 @@ def _split(vm, it, shared):
     vm.did('kvm_mmu_split_huge_page', gfn=it.gfn, spte=huge, level=it.level, errno=0 if done else -16)
     return done
 
-# %% ../../nbs/mmu/06_tdp_mmu.ipynb #c30fb969
+# %% ../../nbs/mmu/06_tdp_mmu.ipynb #e87fc1f4
 def max_mapping_level(
     vm: Vm,
     gfn: int,
@@ -425,10 +425,11 @@ def max_mapping_level(
 ) -> int:
     "The largest page that may map a frame. KVM: `kvm_mmu_max_mapping_level`, `host_pfn_mapping_level` (mmu/mmu.c)."
     slot = vm.memory.slot(gfn)
-    level = min(most, 1 if gfn in vm.moved else vm.host_levels.get(slot.base_gfn, 1))
+    level = min(most, vm.host_levels.get(slot.base_gfn, 1))
     while level > 1:
         first, size = gfn & -pages_of(level), pages_of(level)
-        if (level, gfn // size) not in vm.no_large and slot.base_gfn <= first and first + size <= slot.end_gfn: break
+        moved = any(one // size == gfn // size for one in vm.moved)      # Then the host maps small pages here
+        if (level, gfn // size) not in vm.no_large and not moved and slot.base_gfn <= first and first + size <= slot.end_gfn: break
         level -= 1
     return level
 

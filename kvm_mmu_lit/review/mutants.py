@@ -98,7 +98,7 @@ GUEST_MUTANTS = (
     _M('flooding never', 'sync', 'return sp.write_flooding >= 3', 'return False', "a frame that is a table no longer stays protected", "it costs an exit for each store, and no answer changes"),
 )
 
-# %% ../../nbs/review/18_mutants.ipynb #323f3731
+# %% ../../nbs/review/18_mutants.ipynb #1664bd27
 FAULT_MUTANTS = (
     _M('stale child unmarked', 'page_fault', 'if (child.unsync or child.unsync_children) and index not in sp.unsync_slots:', 'if False:', "a stale table is linked and no flush finds it"),
     _M('any child will do', 'page_fault', 'child.gfn == gfn and child.role == role: return None', 'child.gfn == gfn: return None', "a table made for other rights is used"),
@@ -111,7 +111,7 @@ FAULT_MUTANTS = (
     _M('read-only memory written', 'page_fault', "return 'EMULATE' if fault.write and not fault.map_writable else 'CONTINUE'", "return 'CONTINUE'", "the fault comes again and again"),
     _M('MMIO for ever', 'page_fault', 'valid = vm.invalidating is None and mmio_gen(spte) == gen', 'valid = True', "memory that appeared is taken for a hole"),
     _M('large page logged', 'page_fault', 'if fault.max_level == 1 or fault.pfn is None or is_logged(vm, fault.gfn): return', 'if fault.max_level == 1 or fault.pfn is None: return', "one write marks one page of 512"),
-    _M('large page anywhere', 'page_fault', 'if large_key(gfn, level) not in vm.no_large and slot.base_gfn', 'if slot.base_gfn', "a large page covers a table"),
+    _M('large page anywhere', 'page_fault', 'if large_key(gfn, level) not in vm.no_large and not moved', 'if not moved', "a large page covers a table"),
     _M('changed below', 'shadow_fault', "if gpte_changed(vcpu, tables, walked, level - 1): return 'RETRY'", 'pass', "a walk that is no longer true is mapped"),
     _M('changed above', 'shadow_fault', "if gpte_changed(vcpu, tables, walked, 2 if top == 3 else top): return 'RETRY'", 'pass', "a walk whose top entry changed is mapped"),
     _M('stale tables used', 'shadow_fault', 'if child is not None and child.unsync_children: sync_children(vcpu, child)', 'pass', "what is below a table that is linked again is old"),

@@ -10,8 +10,8 @@ processor keep it.
 
 # %% auto #0
 __all__ = ['HOSTS', 'FORMAT_OF', 'RAM', 'SECOND', 'ROM', 'HOLE', 'DATA', 'ROOTS', 'PAGES', 'LARGE', 'FAR', 'KINDS', 'SAMPLE',
-           'truth', 'unmarked', 'nested_walker', 'with_root', 'nested_registers', 'Setting', 'all_settings', 'World',
-           'edited', 'flushes', 'context', 'Story']
+           'Unmarked', 'truth', 'unmarked', 'nested_walker', 'with_root', 'nested_registers', 'Setting', 'all_settings',
+           'World', 'edited', 'flushes', 'context', 'Story']
 
 # %% ../../nbs/review/16_theorem.ipynb #edd64a3e
 import random
@@ -37,12 +37,14 @@ from ..mmu.spte import SPTE_ADDRESS
 from ..mmu.tlb import processor_access
 from .tables import broken_tables
 
-# %% ../../nbs/review/16_theorem.ipynb #21f651c4
+# %% ../../nbs/review/16_theorem.ipynb #11d38fce
+class Unmarked(int): "A frame the guest's tables lead to once A or D is set: a shadow must not, the processor may any time."
+
 def truth(
     vcpu: Vcpu,
     gva: int,
     access: int,
-) -> 'int | None':         # The guest frame reached; None: the guest's tables refuse
+) -> 'int | Unmarked | None':  # The guest frame reached; None: the guest's tables refuse
     "A walk of the guest's own tables; for an L2 with nested paging, of L1's behind them."
     if vcpu.is_nested:
         found = nested_walker(vcpu).walk(gva, access)
@@ -51,7 +53,8 @@ def truth(
     tables.walker.words = vcpu.vm.memory.words(tables.size)
     found = tables.walker.walk(gva, access)
     if not isinstance(found, GuestWalk): return None
-    return found.gpa >> PAGE_SHIFT if vcpu.host.has_tdp or not unmarked(vcpu, found) else None
+    frame = found.gpa >> PAGE_SHIFT
+    return frame if vcpu.host.has_tdp or not unmarked(vcpu, found) else Unmarked(frame)
 
 def unmarked(vcpu: Vcpu, found: GuestWalk) -> bool:
     "The processor would have to set A or D first. A shadow cannot: such an access must exit."
@@ -192,7 +195,7 @@ def _broken(number: 'int | str', why: str):
     "Stop the story: an invariant does not hold."
     kvm_bug_on(True, f"{number}: {why}", f'invariant {number}')
 
-# %% ../../nbs/review/16_theorem.ipynb #bbc8e5e8
+# %% ../../nbs/review/16_theorem.ipynb #c3673215
 KINDS = (0, WRITE, USER, USER | WRITE, FETCH, USER | FETCH)
 SAMPLE = [(page, kind) for page in (*PAGES, LARGE + 0x1000, LARGE + 0x18_000, 0x18_000, 0x20_000) for kind in KINDS]      # What is looked at
 
@@ -205,6 +208,7 @@ class Story:
         self.world = World(setting, self.rng)
         self.machine = new_machine(HOSTS[setting.host], self.world.memory, setting.mode, ROOTS['A'], setting.vcpus,
                                    host_levels={0: self.rng.choice((1, 2))}, n_max=self.rng.choice((None, None, 40)))
+        self.nested_changed, self.nested_frames = False, {gpa >> PAGE_SHIFT for name in 'NM' for gpa, _, _ in self.world.entries[name]}
         self.written = set()                                   # Frames written since migration asked last
         self.allowed = [{} for _ in range(setting.vcpus)]      # vCPU -> context -> (page, kind) -> frames it may still reach
         self.known = [{} for _ in range(setting.vcpus)]        # vCPU -> context -> (page, kind) -> frame, as last seen
@@ -222,6 +226,7 @@ class Story:
             if event['meanwhile']['event']['do'].endswith(('_log', '_slot')): self.written.clear()
         self._flushed(event, answer, before)
         self._logged(event, answer)
+        if event['do'] == 'write' and answer.gpa >> PAGE_SHIFT in self.nested_frames: self.nested_changed = True
         self.check(event['do'] not in ('read', 'fetch', 'age') or 'meanwhile' in event or bool(getattr(answer, 'exits', 0)))
         return answer
 
@@ -245,12 +250,16 @@ class Story:
     def _forget_all(self, n):
         "A flush: everything of the world that runs. With VPIDs L1 and L2 do not forget for each other."
         here = context(self.machine.vcpus[n])[4:]
-        for key in [key for key in self.allowed[n] if self.setting.svm or key[1:] == here]: del self.allowed[n][key]
-        for key in [key for key in self.known[n] if self.setting.svm or key[0][4:] == here]: del self.known[n][key]
+        for key in [key for key in self.allowed[n] if (self.setting.svm or key[1:] == here) and not self._keeps_ept(key)]: del self.allowed[n][key]
+        for key in [key for key in self.known[n] if (self.setting.svm or key[0][4:] == here) and not self._keeps_ept(key[0][3:])]: del self.known[n][key]
+
+    def _keeps_ept(self, key):
+        "What EPT maps is flushed by INVEPT alone."
+        return bool(self.setting.levels and key[1] and self.nested_changed)
 
     def _forget(self, n, gva):
         "INVLPG, or a fault: the page. What else of a large page must go is not counted on."
-        for allowed in self.allowed[n].values():
+        for allowed in [allowed for key, allowed in self.allowed[n].items() if not self._keeps_ept(key)]:
             for key in [key for key in allowed if key[0] >> 12 == gva >> 12]: del allowed[key]
 
     def check(self, changed: bool = True):
@@ -272,11 +281,11 @@ class Story:
         "What the guest's tables say of every page that is looked at; what they said before may still be remembered."
         for key in SAMPLE:
             now = truth(vcpu, *key)
-            if key in known and known[key] != now: allowed.setdefault(key, set()).add(known[key])
+            if key in known and (known[key] != now or type(known[key]) is not type(now)): allowed.setdefault(key, set()).add(known[key])
             known[key] = now
 
     def _compare(self, vcpu, key, now, allowed, reached):
-        if reached != now and reached not in allowed:
-            said = 'refuse' if now is None else f"say frame {now:#x}"
+        if (reached != now or type(now) is Unmarked) and reached not in allowed:
+            said = 'refuse' if now is None else 'have no A or D bit yet' if type(now) is Unmarked else f"say frame {now:#x}"
             _broken(55, f"vCPU {vcpu.index}: access {key[1]:#x} at {key[0]:#x} reaches frame {reached:#x}, the guest's tables {said}")
         if key[1] & WRITE and is_tracked(self.vm, reached): _broken(54, f"a write at {key[0]:#x} reaches frame {reached:#x}, which holds a table above level 1")
