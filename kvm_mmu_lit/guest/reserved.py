@@ -48,7 +48,7 @@ def reset_rsvds_bits_mask(
     pse: bool,          # CR4.PSE (2-level only)
     amd: bool,          # AMD reserves bit 8 in the tables of level 4 and 5
 ) -> RsvdBits:
-    "The ten masks of an x86 format. KVM: `__reset_rsvds_bits_mask` (mmu/mmu.c)."
+    "The ten masks of an x86 format; 4 MiB pages reach 40 bits. KVM: `__reset_rsvds_bits_mask`, `is_cpuid_PSE36` (mmu/mmu.c)."
     high = pa_bits_rsvd & rsvd_bits(0, 62 if level == 3 else 51) | (0 if nx else PT64_NX)
     no_1g, bit8 = (0 if gbpages else PT_PAGE_SIZE), (1 << 8 if amd else 0)
     if level == 2: return RsvdBits(_rows([0, 0], [0, rsvd_bits(17, 21) if pse else 0]))
@@ -161,7 +161,7 @@ def is_rsvd_bits_set(
     gpte: int,          # A present entry
     level: int,         # Of the table it stands in
 ) -> bool:
-    "Does the entry have a bit it must not have? KVM: `is_rsvd_bits_set` (mmu/paging_tmpl.h)."
+    "Does the entry have a bit it must not have? KVM: `is_rsvd_bits_set`, `is_bad_mt_xwr` (mmu/paging_tmpl.h)."
     return bool(gpte & check.at(level, gpte >> 7 & 1) or check.bad_mt_xwr >> (gpte & 0x3f) & 1)
 
 # %% ../../nbs/guest/05_reserved.ipynb #97c4f5f5

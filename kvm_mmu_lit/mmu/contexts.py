@@ -200,7 +200,9 @@ def roles_now(
 def init_mmu(
     vcpu: Vcpu,
 ) -> bool:         # Did a role change?
-    "Compute the roles again after a register changed; loaded roots stay. KVM: `kvm_init_mmu` (mmu/mmu.c)."
+    """Compute the roles again after a register changed; loaded roots stay.
+
+    KVM: `kvm_init_mmu`, `init_kvm_tdp_mmu`, `init_kvm_softmmu`, `init_kvm_nested_mmu` (mmu/mmu.c)."""
     vcpu.did('init_mmu')
     mmu = vcpu.nested_mmu if vcpu.is_nested else vcpu.root_mmu
     changed = set_roles(mmu, *roles_now(vcpu), tdp=vcpu.host.has_tdp and not vcpu.is_nested)

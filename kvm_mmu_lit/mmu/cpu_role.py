@@ -39,7 +39,9 @@ def _fields(word, layout):
 # %% ../../nbs/mmu/01_cpu_role.ipynb #c3bdecca
 @dataclass(frozen=True)
 class PageRole:
-    "What a table is for: two tables of one frame with equal roles are the same. KVM: `union kvm_mmu_page_role` (asm/kvm_host.h)."
+    """What a table is for: two tables of one frame with equal roles are the same.
+
+    KVM: `union kvm_mmu_page_role` (asm/kvm_host.h), read by `is_cr0_pg`, `is_cr0_wp`, `is_cr4_pae`, `is_efer_nx` (mmu/mmu.c)."""
     level: int = 0             # 1..5; in a `CpuRole` the guest's levels, 0 without paging
     has_4_byte_gpte: int = 0   # The guest's entries are 4 bytes: 2-level paging
     quadrant: int = 0          # Which part of a 4-byte guest table this one shadows
@@ -69,7 +71,10 @@ class PageRole:
 # %% ../../nbs/mmu/01_cpu_role.ipynb #f10f57f3
 @dataclass(frozen=True)
 class ExtendedRole:
-    "What emulating the guest's walk needs beyond the base role. KVM: `union kvm_mmu_extended_role` (asm/kvm_host.h)."
+    """What emulating the guest's walk needs beyond the base role.
+
+    KVM: `union kvm_mmu_extended_role` (asm/kvm_host.h), read by `is_cr4_pse`, `is_cr4_pke`, `is_cr4_smap`, `is_cr4_smep`,
+    `is_cr4_la57`, `is_efer_lma` (mmu/mmu.c)."""
     valid: int = 0             # 1 as soon as a role has been computed
     execonly: int = 0          # EPT that may map execute-only pages
     cr4_pse: int = 0           # Bit 7 of a 4-byte PDE makes a 4 MiB page
@@ -123,7 +128,7 @@ def calc_cpu_role(
     smm: bool = False,     # The vCPU is in system-management mode
     guest_mode: bool = False,   # The vCPU runs L2
 ) -> CpuRole:
-    "The role a set of registers asks for; any combination is answered. KVM: `kvm_calc_cpu_role` (mmu/mmu.c)."
+    "The role a set of registers asks for; any combination is answered. KVM: `kvm_calc_cpu_role`, `____is_*` (mmu/mmu.c)."
     where = dict(access=int(ACC_ALL), smm=int(smm), guest_mode=int(guest_mode))
     if not cr0 & Cr0.PG: return CpuRole(PageRole(direct=1, **where), ExtendedRole(valid=1))
     wp, nx, lma = int(bool(cr0 & Cr0.WP)), int(bool(efer & Efer.NX)), int(bool(efer & Efer.LMA))

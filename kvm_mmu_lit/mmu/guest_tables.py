@@ -30,7 +30,7 @@ from .spte import ACC_WRITE, SPTE_ADDRESS
 
 # %% ../../nbs/mmu/10_guest_tables.ipynb #8d2132a9
 class GuestTables:
-    "How one MMU reads entries at this moment: format, reserved bits, rights. KVM: the callbacks of `struct kvm_mmu`."
+    "How one MMU reads entries at this moment: format, reserved bits, rights. KVM: `reset_guest_paging_metadata` (mmu/mmu.c), the callbacks of `struct kvm_mmu`."
 
     def __init__(self, memory, regs: Registers, fmt: GpteFormat, nested: bool = False):
         self.walker = (NestedTables if nested else Walker)(memory, regs, fmt)

@@ -100,7 +100,9 @@ def inject_page_fault(
     vcpu: Vcpu,
     walked: Walked,        # With its fault
 ):
-    "Tell whoever made the tables; a stale entry that let the access through this far goes. KVM: `kvm_inject_emulated_page_fault`, `kvm_inject_page_fault` (x86.c)."
+    """Tell whoever made the tables; a stale entry that let the access through this far goes.
+
+    KVM: `kvm_inject_emulated_page_fault`, `kvm_inject_page_fault` (x86.c), `nested_ept_inject_page_fault` (vmx/nested.c)."""
     fault = walked.fault
     if isinstance(fault, GeneralProtection):
         vcpu.injected = Injected('guest', '#GP', walked.addr, 0)

@@ -97,7 +97,9 @@ def svm_vmrun(
     vcpu: Vcpu,
     l2: L2State,
 ) -> bool:                     # False: L2 did not start, L1 runs on
-    "VMRUN as far as the MMU sees it. KVM: `nested_svm_vmrun`, `enter_svm_guest_mode` (svm/nested.c)."
+    """VMRUN as far as the MMU sees it.
+
+    KVM: `nested_svm_vmrun`, `enter_svm_guest_mode`, `nested_svm_transition_tlb_flush` (svm/nested.c)."""
     if vcpu.guest_mode: raise ValueError("VMRUN while L2 runs: L2 is no hypervisor here")
     vcpu.did('nested_vmrun')
     nested_npt = l2.nested_pgd is not None
@@ -130,7 +132,7 @@ def init_nested_npt(
 def svm_vmexit(
     vcpu: Vcpu,
 ) -> bool:                     # False: L1's own CR3 cannot be loaded, it dies of a triple fault
-    "#VMEXIT to L1. KVM: `nested_svm_vmexit` (svm/nested.c)."
+    "#VMEXIT to L1. KVM: `nested_svm_vmexit`, `nested_svm_uninit_mmu_context` (svm/nested.c)."
     if not vcpu.guest_mode: raise ValueError("#VMEXIT to L1 while L1 runs")
     vcpu.did('nested_vmexit')
     vcpu.guest_mode, vcpu.nested_pgd = False, 0
@@ -190,7 +192,7 @@ def vmx_exit(
     vcpu: Vcpu,
     vpid: bool = True,         # As the VMCS of this L2 had it
 ) -> bool:                     # False: L1's own CR3 cannot be loaded, the VM aborts
-    "VM exit to L1. KVM: `nested_vmx_vmexit`, `load_vmcs12_host_state` (vmx/nested.c)."
+    "VM exit to L1. KVM: `nested_vmx_vmexit`, `nested_ept_uninit_mmu_context`, `load_vmcs12_host_state` (vmx/nested.c)."
     if not vcpu.guest_mode: raise ValueError("VM exit to L1 while L1 runs")
     vcpu.did('nested_vmx_exit')
     return _back_to_l1(vcpu, vpid)

@@ -138,7 +138,7 @@ def cache_mmio(vcpu: Vcpu, gva: int, gfn: int, access: int):
     vcpu.mmio = 0 if vcpu.is_nested else gva & ~0xfff, gfn, access, vcpu.vm.generation
 
 def mmio_in_cache(vcpu: Vcpu, addr: int, direct: bool) -> bool:
-    "Is it the MMIO access remembered? KVM: `mmio_info_in_cache` (mmu/mmu.c), `vcpu_match_mmio_gpa`, `vcpu_match_mmio_gva` (x86.h)."
+    "Is it the MMIO access remembered? KVM: `mmio_info_in_cache` (mmu/mmu.c), `vcpu_match_mmio_gen`, `vcpu_match_mmio_gpa`, `vcpu_match_mmio_gva` (x86.h)."
     if vcpu.is_nested or vcpu.mmio is None or vcpu.mmio[3] != vcpu.vm.generation: return False
     gva, gfn, _, _ = vcpu.mmio
     return gfn == addr >> PAGE_SHIFT and gfn != 0 if direct else gva == addr & ~0xfff and gva != 0

@@ -86,7 +86,9 @@ def reload(
 def load_pgd(
     vcpu: Vcpu,
 ):
-    "Hand the root to the hardware; nothing to hand is no error. KVM: `kvm_mmu_load_pgd` (mmu.h)."
+    """Hand the root to the hardware; nothing to hand is no error.
+
+    KVM: `kvm_mmu_load_pgd` (mmu.h), `svm_load_mmu_pgd` (svm/svm.c), `vmx_load_mmu_pgd` (vmx/vmx.c)."""
     if vcpu.mmu.root.valid: vcpu.did('load_mmu_pgd', hpa=vcpu.mmu.root.hpa, level=vcpu.mmu.root_role.level)
 
 # %% ../../nbs/mmu/14_reload.ipynb #2d4c9104
@@ -135,7 +137,7 @@ def flush_local(
 ):
     """Serve the two requests that concern the current context alone.
 
-    KVM: `kvm_service_local_tlb_flush_requests` (x86.c)."""
+    KVM: `kvm_service_local_tlb_flush_requests`, `kvm_vcpu_flush_tlb_current`, `kvm_vcpu_flush_tlb_guest` (x86.c)."""
     if take(vcpu, 'TLB_FLUSH_CURRENT'): vcpu.did('flush_current')
     if take(vcpu, 'TLB_FLUSH_GUEST'):
         if not vcpu.host.has_tdp:
@@ -147,7 +149,7 @@ def flush_local(
 def serve_requests(
     vcpu: Vcpu,
 ):
-    "What was asked for since the guest last ran, in KVM's order. KVM: `vcpu_enter_guest` (x86.c), its first part."
+    "What was asked for since the guest last ran, in KVM's order. KVM: `vcpu_enter_guest` (its first part), `kvm_vcpu_flush_tlb_all` (x86.c)."
     if take(vcpu, 'MMU_FREE_OBSOLETE_ROOTS'): free_obsolete_roots(vcpu)
     if take(vcpu, 'MMU_SYNC'): sync_roots(vcpu)
     if take(vcpu, 'LOAD_MMU_PGD'): load_pgd(vcpu)

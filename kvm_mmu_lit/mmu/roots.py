@@ -131,7 +131,9 @@ def alloc_special_roots(
 def guest_pgd(
     vcpu: Vcpu,
 ) -> int:
-    "The root pointer the loaded tables shadow: CR3, or nCR3 or EPTP of L2. KVM: `kvm_mmu_get_guest_pgd` (mmu/mmu.c)."
+    """The root pointer the loaded tables shadow: CR3, or nCR3 or EPTP of L2.
+
+    KVM: `kvm_mmu_get_guest_pgd` (mmu/mmu.c), `nested_svm_get_tdp_cr3` (svm/nested.c)."""
     return vcpu.nested_pgd if vcpu.mmu_is == 'guest_mmu' else vcpu.cr3
 
 def get_pdptrs(
@@ -149,7 +151,7 @@ def pdpte_gfn(pdpte): return pdpte >> PAGE_SHIFT
 def alloc_shadow_roots(
     vcpu: Vcpu,
 ) -> bool:                 # False: the root lies in no memory slot, and a triple fault was requested
-    "A root that shadows the guest's. KVM: `mmu_alloc_shadow_roots` (mmu/mmu.c)."
+    "A root that shadows the guest's. KVM: `mmu_alloc_shadow_roots`, `mmu_check_root` (mmu/mmu.c)."
     mmu, pgd, asked = vcpu.mmu, guest_pgd(vcpu), vcpu.mmu.cpu_role.base
     pdptrs = get_pdptrs(vcpu) if asked.level == PT32E_ROOT_LEVEL else ()
     frames = [pgd >> PAGE_SHIFT] + [pdpte_gfn(pdpte) for pdpte in pdptrs if pdpte & PRESENT]
@@ -348,7 +350,7 @@ def is_obsolete_root(
 def free_obsolete_roots(
     vcpu: Vcpu,
 ):
-    "Drop obsolete roots of both MMUs. KVM: `kvm_mmu_free_obsolete_roots` (mmu/mmu.c)."
+    "Drop obsolete roots of both MMUs. KVM: `kvm_mmu_free_obsolete_roots`, `__kvm_mmu_free_obsolete_roots` (mmu/mmu.c)."
     vcpu.did('free_obsolete_roots')
     for mmu in (vcpu.root_mmu, vcpu.guest_mmu):
         which = ROOT_CURRENT * is_obsolete_root(vcpu.vm, mmu.root)

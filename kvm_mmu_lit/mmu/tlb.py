@@ -27,7 +27,10 @@ class Tlb:
     limit: int = 4096          # Then the oldest is forgotten
 
     def saw(self, did: Did, vcpu: Vcpu):
-        "Forget what a flush names."
+        """Forget what a flush names.
+
+        KVM: `vmx_flush_tlb_all`, `vmx_flush_tlb_current`, `vmx_flush_tlb_guest` (vmx/vmx.c), `svm_flush_tlb_all`,
+        `svm_flush_tlb_current`, `svm_flush_tlb_asid` (svm/svm.c)."""
         if did.what == 'flush_gva': self.forget(did['gva'])
         elif did.what == 'flush_current' or did.what == 'flush_guest':
             here = context_of(vcpu)[:1]

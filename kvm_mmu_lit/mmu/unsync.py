@@ -52,7 +52,7 @@ def try_to_unsync(
     can_unsync: bool,      # A fault may let go of tables, a sync may not
     prefetch: bool,        # Nobody asked for this mapping
 ) -> bool:                 # True: the frame must stay write-protected
-    "A mapping of this frame is about to be writable: let go of the tables it holds, or refuse. KVM: `mmu_try_to_unsync_pages` (mmu/mmu.c)."
+    "A mapping of this frame is about to be writable: let go of the tables it holds, or refuse. KVM: `mmu_try_to_unsync_pages`, `kvm_unsync_page` (mmu/mmu.c)."
     if is_tracked(vm, gfn): return True
     for sp in shadow_pages_of(vm, gfn):
         if not can_unsync: return True
@@ -82,7 +82,9 @@ def unsync_walk(
     sp: ShadowPage,
     limit: int = UNSYNC_ARRAY,
 ) -> list:             # Of (table, path): path is the (table, slot) pairs from `sp` down to it
-    "Follow the marks to the stale tables; marks that lead nowhere are taken away. KVM: `mmu_unsync_walk`, `__mmu_unsync_walk`, `mmu_pages_add` (mmu/mmu.c)."
+    """Follow the marks to the stale tables; marks that lead nowhere are taken away.
+
+    KVM: `mmu_unsync_walk`, `__mmu_unsync_walk`, `mmu_pages_add`, and the iterators `mmu_pages_first`, `mmu_pages_next` (mmu/mmu.c)."""
     found, seen = [], set()
     def down(table, path):
         leaves = 0

@@ -51,7 +51,9 @@ def prepare_zap(
     sp: ShadowPage,
     zapped: list,      # The tables that are gone, for `commit_zap`; grows
 ) -> int:              # How many were zapped
-    "Take a table out of use. Held by a root, it stays, invalid, and every vCPU is told. KVM: `__kvm_mmu_prepare_zap_page` (mmu/mmu.c)."
+    """Take a table out of use. Held by a root, it stays, invalid, and every vCPU is told.
+
+    KVM: `__kvm_mmu_prepare_zap_page`, `kvm_mmu_page_unlink_children`, `kvm_mmu_unlink_parents` (mmu/mmu.c)."""
     vm.did('kvm_mmu_prepare_zap_page', sp=sp)
     count = zap_unsync_children(vm, sp, zapped) if sp.role.level > 1 else 0
     for index in sorted(sp.sptes): count += zap_entry(vm, sp, index, zapped)

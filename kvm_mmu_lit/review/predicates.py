@@ -67,7 +67,7 @@ def using_local_root_page(ask: Question) -> bool:
     return root_role.level == PT32E_ROOT_LEVEL or (not root_role.direct and asked.base.level <= PT32E_ROOT_LEVEL)
 
 def using_local_root_page_2(ask: Question) -> bool:
-    "Patch V3 03/12: the same, asking `direct` first."
+    "Patch V3 03/12: the same, asking `direct` first. KVM: `using_local_root_page` (patch 3 of the series)."
     asked, root_role = ask.new
     return root_role.level == PT32E_ROOT_LEVEL if root_role.direct else asked.base.level <= PT32E_ROOT_LEVEL
 
