@@ -32,7 +32,7 @@ from .shadow_page import Vm
 from .sync import pte_write
 from .tlb import Tlb, processor_access
 
-# %% ../../nbs/mmu/23_vcpu.ipynb #0528cb67
+# %% ../../nbs/mmu/23_vcpu.ipynb #6400684f
 @dataclass(frozen=True)
 class Outcome:
     "How an access ended."
@@ -56,6 +56,7 @@ def access(
     for exits in range(MAX_EXITS):
         if not enter_guest(vcpu): return Outcome('dead', exits=exits)
         vcpu.vm.point('in guest')
+        if vcpu.requests: continue         # Whoever asked waits until the vCPU has left the guest
         found = processor_access(vcpu, gva, kind)
         if type(found) is Reached: return _touch(vcpu, found, kind, value, size, exits)
         if type(found) is Refused: return Outcome('fault', fault=_told_by_processor(vcpu, found), exits=exits)

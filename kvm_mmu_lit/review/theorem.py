@@ -195,7 +195,7 @@ def _broken(number: 'int | str', why: str):
     "Stop the story: an invariant does not hold."
     kvm_bug_on(True, f"{number}: {why}", f'invariant {number}')
 
-# %% ../../nbs/review/16_theorem.ipynb #c3673215
+# %% ../../nbs/review/16_theorem.ipynb #847218e9
 KINDS = (0, WRITE, USER, USER | WRITE, FETCH, USER | FETCH)
 SAMPLE = [(page, kind) for page in (*PAGES, LARGE + 0x1000, LARGE + 0x18_000, 0x18_000, 0x20_000) for kind in KINDS]      # What is looked at
 
@@ -220,10 +220,11 @@ class Story:
         "One event, then everything is checked."
         self.events.append(event)
         before = [context(vcpu) for vcpu in self.machine.vcpus]
-        answer = self.machine.happen(event)
-        if 'meanwhile' in event:       # Every point comes before the access itself
+        steps, answer = self.machine.steps, self.machine.happen(event)
+        if self.machine.steps > steps + 1:       # It was interrupted; every point comes before the access itself
             self._flushed(event['meanwhile']['event'], None, before)
             if event['meanwhile']['event']['do'].endswith(('_log', '_slot')): self.written.clear()
+        if event['do'] == 'write': self._used(event['vcpu'], event['at'])
         self._flushed(event, answer, before)
         self._logged(event, answer)
         if event['do'] == 'write' and answer.gpa >> PAGE_SHIFT in self.nested_frames: self.nested_changed = True
@@ -237,6 +238,13 @@ class Story:
         fault = getattr(answer, 'fault', None)
         if do == 'invlpg' or fault is not None and fault.to == 'guest' and fault.error_code & 9 == 1: self._forget(n, event['at'])
         elif answer is None and flushes(do, before[n], context(self.machine.vcpus[n])) or self.setting.svm and before[n][4:] != context(self.machine.vcpus[n])[4:]: self._forget_all(n)
+
+    def _used(self, n, gva):
+        "A store may clear the marks of its own page: until then the page was in use."
+        for (here, _), known in self.known[n].items():
+            allowed = self.allowed[n].setdefault((here[1], *here[4:]), {})
+            for key, frame in known.items():
+                if key[0] >> 12 == gva >> 12 and frame is not None: allowed.setdefault(key, set()).add(frame)
 
     def _logged(self, event, answer):
         "Migration hears of every page the guest has written."
