@@ -13,13 +13,15 @@ that cannot be asked.
 # %% auto #0
 __all__ = ['REGISTERS', 'RIGHTS', 'KINDS', 'HOST_NAMES', 'parse_number', 'parse_range', 'add_image', 'open_walker', 'add_access',
            'access_of', 'verdict_json', 'step_json', 'emit', 'write_whole', 'run_walk', 'run_explain', 'parse_flags',
-           'run_map', 'shown', 'page_line', 'row_json', 'refused', 'summary', 'run_decode', 'run_check', 'checked',
-           'progress', 'later', 'add_kvm_commands', 'sentence', 'make_parser', 'main']
+           'run_map', 'shown', 'page_line', 'row_json', 'refused', 'summary', 'run_decode', 'bit_lines', 'bit_rows',
+           'run_decode_spte', 'run_check', 'checked', 'progress', 'later', 'add_kvm_commands', 'add_machine_commands',
+           'sentence', 'make_parser', 'main']
 
-# %% ../nbs/cli.ipynb #e6599699
+# %% ../nbs/cli.ipynb #eaf90b6e
 import argparse
 import json
 import sys
+from importlib import import_module
 from pathlib import Path
 
 from .guest.addresses import FORMATS, page_size, size_name
@@ -182,11 +184,12 @@ def summary(rows, tables: Tables, args) -> str:
     bad = refused(tables)
     return f"{len(rows):,} {'ranges' if args.merge else 'pages'}" + (f"; {bad} entries with reserved bits map nothing" if bad else "")
 
-# %% ../nbs/cli.ipynb #83f8dd07
-KINDS = ('gpte', 'error-code', 'cr0', 'cr3', 'cr4', 'efer', 'eptp', 'pkru')
+# %% ../nbs/cli.ipynb #dae4b923
+KINDS = ('gpte', 'spte', 'error-code', 'cr0', 'cr3', 'cr4', 'efer', 'eptp', 'pkru')
 
 def run_decode(args) -> int:
     "`kvm-mmu decode`: a number, bit by bit."
+    if args.kind == 'spte': return run_decode_spte(args)
     if args.kind == 'gpte':
         fmt = FORMATS[args.mode]
         if not fmt.root_level: raise ValueError("without paging there are no entries; choose --mode")
@@ -195,8 +198,26 @@ def run_decode(args) -> int:
         picture = lambda: draw_gpte(args.value, fmt, args.level, not args.no_pse, args.maxphyaddr)
     elif args.kind == 'error-code': rows, picture = decode_error_code(args.value), lambda: draw_error_code(args.value)
     else: rows, picture = decode_register(args.kind, args.value), lambda: draw_register(args.kind, args.value)
-    lines = [f"{f'{high}:{low}' if high > low else high!s:>5}  {name:<12} {value:#x}  {meaning}" for high, low, name, value, meaning in rows]
-    emit(args, '\n'.join(lines), [dict(zip(('high', 'low', 'name', 'value', 'meaning'), row)) for row in rows], picture)
+    emit(args, '\n'.join(bit_lines(rows)), bit_rows(rows), picture)
+    return 0
+
+def bit_lines(rows: list) -> list:
+    "Fields as lines of text."
+    return [f"{f'{high}:{low}' if high > low else high!s:>5}  {name:<12} {value:#x}  {meaning}" for high, low, name, value, meaning in rows]
+
+def bit_rows(rows: list) -> list:
+    "Fields as `--json` has them."
+    return [dict(zip(('high', 'low', 'name', 'value', 'meaning'), row)) for row in rows]
+
+def run_decode_spte(args) -> int:
+    "`kvm-mmu decode spte`: an entry KVM writes, its bits and what KVM concludes from them."
+    from kvm_mmu_lit.mmu.spte import ad_enabled, base_masks, decode_spte, draw_spte, ept_masks, spte_fields
+    masks = ept_masks(has_ad=ad_enabled(args.value)) if args.ept else base_masks()
+    told = decode_spte(masks, args.value, args.level)
+    rows = [(f.high, f.low, f.name, f.value(args.value), f.meaning) for f in spte_fields(masks, args.value)]
+    facts = [name.replace('_', ' ') for name, value in told.items() if value is True]
+    text = [f"{told['kind']}{told['says']}", *([f"      {', '.join(facts)}"] if facts else []), *bit_lines(rows)]
+    emit(args, '\n'.join(text), {**told, 'fields': bit_rows(rows)}, lambda: draw_spte(args.value, masks=masks))
     return 0
 
 # %% ../nbs/cli.ipynb #45248e4d
@@ -227,12 +248,10 @@ def progress(text: str):
     "Say how far a long piece of work is, if somebody watches."
     if sys.stderr.isatty(): print(f"\r\x1b[K{text}", end='', file=sys.stderr, flush=True)
 
-# %% ../nbs/cli.ipynb #6d1bc10b
-def later(name: str, text: str):
+# %% ../nbs/cli.ipynb #d87b4bdf
+def later(name: str, text: str, module: str = 'cli_review'):
     "A command whose module is imported only when it runs."
-    def run(args) -> int:
-        from kvm_mmu_lit import cli_review
-        return getattr(cli_review, name)(args)
+    def run(args) -> int: return getattr(import_module(f'kvm_mmu_lit.{module}'), name)(args)
     run.__doc__ = f"`kvm-mmu`: {text}"
     return run
 
@@ -263,10 +282,17 @@ def add_kvm_commands(command):
     sub.add_argument('--mmu', default='root_mmu', choices=('root_mmu', 'guest_mmu'), help='whose root cache to draw')
     sub.add_argument('--changes', type=parse_number, default=40, metavar='N', help='changes of the root cache to draw (default 40)')
 
+def add_machine_commands(command):
+    "The commands about machines."
+    sub = command('run', later('run_run', "play a scenario: each event, what became of it, what KVM did. Exit code 0 when every event happened, 1 when an invariant broke, 2 for a file that cannot be used.", 'cli_run'), 'play a scenario')
+    sub.add_argument('file', type=Path, metavar='SCENARIO.json', help='a machine and its events (chapter "How is a story written down?")')
+    sub.add_argument('--until-violation', action='store_true', help="check KVM's books after every event; stop at the first that does not hold")
+    sub.add_argument('--quiet', action='store_true', help='only the events, not what KVM did')
+
 HOST_NAMES = tuple(f'{vendor}-{bits}{end}{shadow}' for vendor, bits, end in (('svm', 64, ''), ('svm', 64, '-la57'), ('svm', 32, ''), ('vmx', 64, ''), ('vmx', 64, '-la57'), ('vmx', 32, ''))
                    for shadow in ('', '-shadow')) + ('vmx-64-ept5', 'vmx-64-la57-ept5')
 
-# %% ../nbs/cli.ipynb #e44454a9
+# %% ../nbs/cli.ipynb #1188c9aa
 def sentence(text: str) -> str:
     "The same with a capital at its beginning; the others stay."
     return text[:1].upper() + text[1:]
@@ -296,12 +322,14 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument('kind', choices=KINDS)
     sub.add_argument('value', type=parse_number)
     sub.add_argument('--mode', choices=[name for name in FORMATS if name != 'nonpaging'], default='4level', help='gpte: the format (default 4level)')
-    sub.add_argument('--level', type=parse_number, default=1, help='gpte: of the table it stands in (default 1)')
+    sub.add_argument('--level', type=parse_number, default=1, help='gpte, spte: of the table it stands in (default 1)')
+    sub.add_argument('--ept', action='store_true', help='spte: in the format of EPT, not of shadow paging and NPT')
     sub.add_argument('--no-pse', action='store_true', help='gpte: CR4.PSE=0')
     sub.add_argument('--maxphyaddr', type=parse_number, default=52, help='gpte: first reserved address bit (default 52)')
     sub = command('check', run_check, 'compare the model with recorded evidence')
     sub.add_argument('paths', nargs='+', type=Path, help='a guest folder, a vectors file, a recorded run (scenario folder), or a folder of these')
     add_kvm_commands(command)
+    add_machine_commands(command)
     return parser
 
 # %% ../nbs/cli.ipynb #5b51d0bc

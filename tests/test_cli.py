@@ -102,11 +102,35 @@ def test_decode_names_the_bits(capsys, argv, named):
     assert sum(row['value'] << row['low'] for row in rows) == int(argv[1], 0)
 
 
+@pytest.mark.parametrize('argv, kind, facts', [
+    (('0x1234e67',), 'page', dict(pfn=0x1234, writable_state='111', writable=True, dirty=True, accessed=True, volatile=False)),
+    (('0x8000000001234a25',), 'page', dict(writable_state='100', executable=False)),
+    (('0x0610000001234877', '--ept'), 'page', dict(ad_enabled=False, ad_need_write_protect=True, executable=True)),
+    (('0x0750000001234870', '--ept'), 'page, access-tracked', dict(accessed=False, writable=False, writable_state='110', volatile=True)),
+    (('0x905907', '--ept', '--level', '2'), 'table', dict(pfn=0x905)),
+    (('0x00080000fee0002f',), 'MMIO', dict(gen=5, gfn=0xfee00, access=6)), (('0xfee0002e', '--ept'), 'MMIO', dict(gen=5, gfn=0xfee00, access=0)),
+    (('0x5a0', '--ept'), 'removed', {}), (('0',), 'empty', {}), (('0x1234067',), 'not present', {})])
+def test_decode_says_what_an_entry_of_kvms_is(capsys, argv, kind, facts):
+    code, out, _ = run(capsys, 'decode', 'spte', *argv, '--json')
+    told = json.loads(out)
+    assert code == 0 and told['kind'] == kind and {name: told[name] for name in facts} == facts
+    assert sum(row['value'] << row['low'] for row in told['fields']) == int(argv[0], 0)
+    assert sum(row['high'] - row['low'] + 1 for row in told['fields']) == 64
+    code, out, _ = run(capsys, 'decode', 'spte', *argv)
+    assert code == 0 and out.startswith(kind)
+
+
+@pytest.mark.parametrize('argv, word', [(('0x10000000000000000',), '64 bits'), (('0x1234e67', '--level', '6'), '1..5')])
+def test_decode_refuses_what_is_no_entry_of_kvms(capsys, argv, word):
+    code, out, err = run(capsys, 'decode', 'spte', *argv)
+    assert code == 2 and out == '' and word in err
+
+
 def test_pictures_are_written_whole(capsys, tmp_path):
-    for n, argv in enumerate((('walk', GUEST, KERNEL_TEXT, '--supervisor'), ('explain', GUEST, '0x10000', '--write'), ('map', GUEST, '--ranges'), ('decode', 'gpte', '0x67'), ('decode', 'error-code', '7'))):
+    for n, argv in enumerate((('walk', GUEST, KERNEL_TEXT, '--supervisor'), ('explain', GUEST, '0x10000', '--write'), ('map', GUEST, '--ranges'), ('decode', 'gpte', '0x67'), ('decode', 'error-code', '7'), ('decode', 'spte', '0xfee0002e', '--ept'))):
         run(capsys, *argv, '--svg', tmp_path / f'{n}.svg')
         assert (tmp_path / f'{n}.svg').read_text().lstrip().startswith('<svg')
-    assert sorted(p.name for p in tmp_path.iterdir()) == [f'{n}.svg' for n in range(5)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f'{n}.svg' for n in range(6)]
 
 
 def test_a_raw_dump_needs_registers_and_then_walks_alike(capsys, tmp_path):
