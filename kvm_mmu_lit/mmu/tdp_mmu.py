@@ -38,7 +38,9 @@ from .spte import (REMOVED_SPTE, SPTE_ADDRESS, SPTE_WRITABLE, ad_enabled, ad_nee
 def remote_flush(
     vm: Vm,
 ):
-    "Every vCPU must forget what it translated. KVM: `kvm_flush_remote_tlbs` (virt/kvm/kvm_main.c)."
+    """Every vCPU must forget what it translated; a flush of one range is a flush of all.
+
+    KVM: `kvm_flush_remote_tlbs` (virt/kvm/kvm_main.c), `kvm_flush_remote_tlbs_with_address` (mmu/mmu.c)."""
     request_all(vm, 'TLB_FLUSH')
     vm.flushes += 1
     vm.did('flush_remote')
@@ -200,7 +202,7 @@ def handle_changed_spte(
     new: int,              # Already in place
     shared: bool = False,  # Others may change the tree at the same time
 ):
-    "The accounts of every change. KVM: `__handle_changed_spte` (mmu/tdp_mmu.c)."
+    "The accounts of every change. KVM: `handle_changed_spte`, `__handle_changed_spte` (mmu/tdp_mmu.c)."
     level, masks = sp.role.level, vm.masks
     gfn = sp.gfn + index * pages_of(level)
     was, now = is_present(old), is_present(new)
@@ -276,7 +278,7 @@ def tdp_set_spte_atomic(
     old: int,              # What the caller saw
     new: int,
 ) -> bool:                 # False: somebody was faster, nothing changed
-    "Change an entry if it is still what it was. KVM: `tdp_mmu_set_spte_atomic` (mmu/tdp_mmu.c)."
+    "Change an entry if it is still what it was. KVM: `tdp_mmu_set_spte_atomic` (mmu/tdp_mmu.c), `is_removed_spte` (mmu/spte.h)."
     kvm_bug_on(old == REMOVED_SPTE, f"slot {index} of {sp.spt:#x} is being taken away by another vCPU, which must finish it")
     vm.point('tdp exchange')
     if sp.sptes.get(index, 0) != old: return False
