@@ -11,7 +11,7 @@ AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 FRESH := $(shell for file in $(MADE_FROM); do [ $(READY) -nt $$file ] || exit; done; echo yes)
 
 .NOTPARALLEL:   # each step reads what the one before wrote
-.PHONY: book test lab site bench verdicts env export execute claims readme sync check serve system clean
+.PHONY: book test lab site bench verdicts theorem mutants env export execute claims readme sync check serve system clean
 
 book: env export execute claims readme site ## build everything, then walk a real guest
 	@echo; echo "A real guest, $(IMAGE): what its kernel may execute, and how it fetches the first byte of its text."
@@ -59,6 +59,10 @@ bench: $(READY) ## speed and memory beside volatility3 and SPIN
 	$(BIN)/python -c 'import sys; from kvm_mmu_lit.evidence.exploring_speed import main; main(sys.argv[1:])' $(BENCH)
 verdicts: $(READY) ## search every world of the review under every design, minutes; writes nbs/review/verdicts.json
 	$(BIN)/python -c 'from kvm_mmu_lit.review.recorded import main; main(["nbs/review/verdicts.json"])'
+theorem: $(READY) ## random stories over every setting; THEOREM="--steps 1000000 --seed 7 --jobs 2" for more
+	$(BIN)/python tools/theorem.py $(THEOREM)
+mutants: $(READY) ## make known mistakes, one at a time: is each seen? Minutes; writes nbs/review/mutants.json
+	$(BIN)/python tools/mutants.py $(MUTANTS)
 sync check: $(READY) ## fail if exporting, extracting or cleaning would change the tree
 	@$(BIN)/python tools/sync.py
 clean: ## remove what can be made again

@@ -10,10 +10,10 @@ written beside it.
 
 # %% auto #0
 __all__ = ['TABLE_MUTANTS', 'GUEST_MUTANTS', 'FAULT_MUTANTS', 'ROOT_MUTANTS', 'MUTANTS', 'STORIES', 'SETTINGS', 'Mutant',
-           'with_mistake', 'run_python', 'by_stories', 'by_tests', 'killed_by', 'run_mutants', 'score', 'mutants_table']
+           'with_mistake', 'run_python', 'by_stories', 'by_tests', 'killed_by', 'run_mutants', 'survivors', 'alive',
+           'score', 'mutants_table']
 
-# %% ../../nbs/review/18_mutants.ipynb #6d05af06
-import json
+# %% ../../nbs/review/18_mutants.ipynb #db910cca
 import os
 import shutil
 import subprocess
@@ -206,7 +206,7 @@ def by_tests(mutant: Mutant, work: Path, tests: Path) -> str:
         if status: return failed[0].split(' - ')[0].rpartition('::')[2] if failed else path.name
     return ''
 
-# %% ../../nbs/review/18_mutants.ipynb #a5fbdca9
+# %% ../../nbs/review/18_mutants.ipynb #418b63fa
 def killed_by(mutant: Mutant, package: Path, tests: Path, seed: int, seconds: float) -> dict:
     "What becomes of a mutant: a record for the table."
     started = time.monotonic()
@@ -223,19 +223,30 @@ def run_mutants(
     seed: int = 1,
     seconds: float = 20,   # Of stories for each
     jobs: int = 2,
+    tell=lambda record: None,      # Called with each record as it is ready
 ) -> list:
     "All of them; the list in the order of `MUTANTS`."
+    def run(mutant):
+        record = killed_by(mutant, package, tests, seed, seconds)
+        tell(record)
+        return record
     wanted = [mutant for mutant in MUTANTS if not names or mutant.name in names]
-    with ThreadPoolExecutor(jobs) as pool: return list(pool.map(lambda mutant: killed_by(mutant, package, tests, seed, seconds), wanted))
+    with ThreadPoolExecutor(jobs) as pool: return list(pool.map(run, wanted))
 
-# %% ../../nbs/review/18_mutants.ipynb #310a0fa0
+# %% ../../nbs/review/18_mutants.ipynb #814de39e
+def survivors(records: list) -> list:
+    "Those nothing has killed."
+    return [record for record in records if not record['story'] and not record['test']]
+
+def alive(records: list) -> list:
+    "Names of those that live and should not."
+    return [record['name'] for record in survivors(records) if not record['lives']]
+
 def score(records: list) -> str:
     "One line: how many died of what, and who lives."
-    killed = [r for r in records if r['story'] or r['test']]
-    alive = [r['name'] for r in records if not r['story'] and not r['test'] and not r['lives']]
-    known = [r['name'] for r in records if not r['story'] and not r['test'] and r['lives']]
-    said = f"{len(killed)} of {len(records)} mutants killed, {sum(bool(r['story']) for r in records)} by a random story; {len(known)} show nothing, by design"
-    return said + (f"; alive: {', '.join(alive)}" if alive else '')
+    dead, stories = len(records) - len(survivors(records)), sum(bool(record['story']) for record in records)
+    said = f"{dead} of {len(records)} mutants killed, {stories} by a random story; {len(survivors(records)) - len(alive(records))} live because they may"
+    return said + (f"; alive: {', '.join(alive(records))}" if alive(records) else '')
 
 def mutants_table(records: list) -> Table:
     "Every mutant and its killer."
