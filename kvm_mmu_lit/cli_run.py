@@ -8,12 +8,11 @@
 # %% auto #0
 __all__ = ['run_run', 'step_lines', 'step_data']
 
-# %% ../nbs/cli_run.ipynb #bf5493b9
+# %% ../nbs/cli_run.ipynb #6d51217d
 import json
-from dataclasses import asdict
 
 from .cli import emit
-from .mmu.play import Played, answer_text, draw_play, event_text, play, read_scenario
+from .mmu.play import Played, answer_text, draw_play, event_text, make_scenario, play, read_scenario
 from .review.tables import broken_tables
 
 # %% ../nbs/cli_run.ipynb #4c6f055f

@@ -22,7 +22,8 @@ from .root_role import Host
 from .shadow_page import ShadowPage, Vm
 from .tlb import Tlb
 
-# %% ../../nbs/mmu/25_machine_state.ipynb #834d0db5
+# %% ../../nbs/mmu/25_machine_state.ipynb #d6510a29
+_ZEROES = bytes(4096)
 _PLAIN = ('gen', 'next_page', 'n_used', 'n_max', 'indirect', 'generation', 'mmu_seq', 'nx_huge_pages', 'prefetch', 'flushes')
 _VCPU = ('index', 'cr0', 'cr3', 'cr4', 'efer', 'smm', 'guest_mode', 'has_pcid', 'cr4_missing', 'mmu_is', 'walk_mmu_is', 'nested_pgd', 'pkru', 'rflags', 'cpl', 'gbpages')
 _MMU = ('pae_root', 'pml4_root', 'pml5_root', 'pml4_word', 'pml5_word', 'fault', 'walker')
@@ -35,7 +36,7 @@ def freeze(
 ) -> dict:             # Of what JSON has
     "Everything, as plain values."
     vm = machine.vm
-    slots = [dict(base_gfn=slot.base_gfn, npages=slot.npages, readonly=slot.readonly, pages={gfn: bytes(slot.page(gfn)).hex() for gfn in range(slot.base_gfn, slot.end_gfn) if any(slot.page(gfn))})
+    slots = [dict(base_gfn=slot.base_gfn, npages=slot.npages, readonly=slot.readonly, pages={gfn: bytes(slot.page(gfn)).hex() for gfn in range(slot.base_gfn, slot.end_gfn) if bytes(slot.page(gfn)) != _ZEROES})
              for slot in vm.memory.slots]
     return dict(steps=machine.steps, host={one.name: getattr(vm.host, one.name) for one in fields(Host)}, memory=slots, **{name: getattr(vm, name) for name in _PLAIN},
                 slot_pfns=_pairs(vm.slot_pfns), host_levels=_pairs(vm.host_levels), moved=_pairs(vm.moved), logged=sorted(vm.logged), dirty=sorted(vm.dirty),

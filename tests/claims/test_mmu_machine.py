@@ -9,9 +9,10 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global FORMATS, map_page, predict, small_machine, svm_host, vmx_host
+    global FORMATS, draw_host_walk, map_page, predict, small_machine, svm_host, vmx_host
     from kvm_mmu_lit.guest.addresses import FORMATS
     from kvm_mmu_lit.guest.gpte import map_page
+    from kvm_mmu_lit.mmu.hardware import draw_host_walk
     from kvm_mmu_lit.mmu.root_role import svm_host, vmx_host
 
     def small_machine(host=svm_host(4, npt=False), vcpus=1):

@@ -9,12 +9,13 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global EVENTS, FORMATS, json, map_page, new_machine, predict, ram, small_machine, svm_host, vmx_host
+    global EVENTS, FORMATS, draw_host_walk, json, map_page, new_machine, predict, ram, small_machine, svm_host, vmx_host
     import json
 
     from kvm_mmu_lit.guest.addresses import FORMATS
     from kvm_mmu_lit.guest.gpte import map_page
     from kvm_mmu_lit.guest.memory import ram
+    from kvm_mmu_lit.mmu.hardware import draw_host_walk
     from kvm_mmu_lit.mmu.machine import new_machine
     from kvm_mmu_lit.mmu.root_role import svm_host, vmx_host
 

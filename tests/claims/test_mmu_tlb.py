@@ -9,12 +9,13 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global FORMATS, MODES, REQUESTS, Vm, enter_guest, guest, invlpg, map_page, mark_parents_unsync, new_vcpu, page_fault, predict, ram, remote_flush, rmap_entries, set_cr3, svm_host, use, write_entry, zap_rmap
+    global FORMATS, MODES, REQUESTS, Vm, draw_host_walk, enter_guest, guest, invlpg, map_page, mark_parents_unsync, new_vcpu, page_fault, predict, ram, remote_flush, rmap_entries, svm_host, use, write_entry, zap_rmap
     from kvm_mmu_lit.guest.addresses import FORMATS
     from kvm_mmu_lit.guest.gpte import map_page
     from kvm_mmu_lit.guest.memory import ram, write_entry
     from kvm_mmu_lit.mmu.cpu_role import MODES
-    from kvm_mmu_lit.mmu.register_writes import invlpg, set_cr3
+    from kvm_mmu_lit.mmu.hardware import draw_host_walk
+    from kvm_mmu_lit.mmu.register_writes import invlpg
     from kvm_mmu_lit.mmu.reload import REQUESTS, enter_guest
     from kvm_mmu_lit.mmu.rmap import rmap_entries, zap_rmap
     from kvm_mmu_lit.mmu.root_role import svm_host
