@@ -167,7 +167,7 @@ def ad_need_write_protect(spte: int) -> bool:
     "Its D bit alone does not tell a write. KVM: `spte_ad_need_write_protect` (mmu/spte.h)."
     return bool(spte & SPTE_AD_MASK)
 
-# %% ../../nbs/mmu/04_spte.ipynb #787a286a
+# %% ../../nbs/mmu/04_spte.ipynb #0decc9e6
 def is_mmu_writable(masks: SpteMasks, spte: int) -> bool:
     "KVM may give the right to write back without asking. KVM: `is_mmu_writable_spte` (mmu/spte.h)."
     return bool(spte & masks.mmu_writable)
@@ -185,11 +185,11 @@ def is_access_track(masks: SpteMasks, spte: int) -> bool:
     return not ad_enabled(spte) and not spte & masks.acc_track
 
 def is_accessed(masks: SpteMasks, spte: int) -> bool:
-    "Used since it was last aged. KVM: `is_accessed_spte`, `spte_shadow_accessed_mask` (mmu/spte.h)."
+    "Used since it was last aged. KVM: `is_accessed_spte` (mmu/spte.h)."
     return bool(spte & masks.accessed) if masks.accessed and ad_enabled(spte) else not is_access_track(masks, spte)
 
 def is_dirty(masks: SpteMasks, spte: int) -> bool:
-    "May have been written. KVM: `is_dirty_spte`, `spte_shadow_dirty_mask` (mmu/spte.h)."
+    "May have been written. KVM: `is_dirty_spte` (mmu/spte.h)."
     return bool(spte & masks.dirty) if masks.dirty and ad_enabled(spte) else is_writable(spte)
 
 def is_executable(masks: SpteMasks, spte: int) -> bool:
