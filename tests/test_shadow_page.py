@@ -8,8 +8,10 @@ from kvm_mmu_lit.guest.memory import ram, write_gpa
 from kvm_mmu_lit.mmu.contexts import KvmBug, Vcpu, init_mmu
 from kvm_mmu_lit.mmu.cpu_role import MODES, PageRole, diff_roles, page_role
 from kvm_mmu_lit.mmu.root_role import svm_host
-from kvm_mmu_lit.mmu.shadow_page import (ShadowPage, Vm, add_shadow_page, child_role, draw_pages, find_shadow_page, get_shadow_page, is_obsolete_sp,
-    page_hash, prepare_zap, quadrant_path, request_all, shadow_slots, show_quadrants, to_shadow_page, why_missed, zap_all_fast)
+from kvm_mmu_lit.mmu.shadow_page import (ShadowPage, Vm, add_shadow_page, child_role, draw_pages, is_obsolete_sp, page_hash, quadrant_path, request_all,
+    shadow_slots, show_quadrants, to_shadow_page, why_missed)
+from kvm_mmu_lit.mmu.sync import SYNC_IGNORES, find_shadow_page, get_shadow_page
+from kvm_mmu_lit.mmu.zap import zap_all_fast, zap_page
 
 ROLES = [page_role(word) for word in (0x3704, 0x3703, 0x3702, 0x3701, 0x1701, 0x2712, 0x2732, 0x2_3702, 0x1782)]
 gfns, roles, addresses = st.integers(0, 3), st.sampled_from(ROLES), st.integers(0, (1 << 32) - 1)
@@ -30,8 +32,9 @@ def step(vm, what, *key):
     if what == 'zap all': return zap_all_fast(vm)
     sp = get_shadow_page(vm.vcpus[0], *key)
     if what == 'hold': sp.root_count += 1
-    if what == 'unsync' and sp.role.level == 1: sp.unsync = True
-    if what == 'zap': prepare_zap(vm, sp)
+    root = vm.vcpus[0].mmu.root_role.word        # Only tables of its own kind are synced by an MMU
+    if what == 'unsync' and sp.role.level == 1 and not (sp.role.word ^ root) & ~SYNC_IGNORES and sp.has_gptes: sp.unsync = True
+    if what == 'zap': zap_page(vm, sp)
 
 
 @settings(max_examples=150)
@@ -58,7 +61,7 @@ def test_why_missed_and_a_lookup_agree_after_any_history(history, gfn, role):
     reasons, before = why_missed(vm, gfn, role), len(vm.pages)
     assert len(reasons) == max(1, sum(sp.gfn == gfn for sp in vm.pages.values()))
     hits = [reason for reason in reasons if reason.endswith(': found')]
-    sp = find_shadow_page(vm, gfn, role)
+    sp = find_shadow_page(vm.vcpus[0], gfn, role)
     assert len(hits) == (sp is not None) and (sp is None or (sp.gfn, sp.role) == (gfn, role))
     if sp is not None: assert get_shadow_page(vm.vcpus[0], gfn, role) is sp and not vm.vcpus[0].log[-1]['created']
     assert len(vm.pages) <= before and len(draw_pages(vm).rows) == len(vm.pages)
@@ -68,9 +71,9 @@ def test_why_missed_and_a_lookup_agree_after_any_history(history, gfn, role):
 def test_a_lookup_zaps_only_unsync_tables_of_its_frame(history, gfn, level):
     vm = machine()
     for event in history: step(vm, *event)
-    before = dict(vm.pages)
-    find_shadow_page(vm, gfn, PageRole(level=level, access=3))
-    for sp in set(before) - set(vm.pages): assert before[sp].gfn == gfn and before[sp].unsync
+    before = {spt: (sp.gfn, sp.unsync) for spt, sp in vm.pages.items()}
+    find_shadow_page(vm.vcpus[0], gfn, PageRole(level=level, access=3))
+    for spt in set(before) - set(vm.pages): assert before[spt] == (gfn, True)
     for sp in vm.buckets.get(gfn, ()): assert not sp.unsync
 
 
@@ -110,7 +113,7 @@ def test_pages_made_for_one_vcpu_and_tdp_roots_are_no_lookups_business():
     vm = machine(2)
     own = add_shadow_page(vm, ShadowPage(1, ROLES[0], vm.alloc_page(), hashed=False, owner=(0, 'root_mmu')))
     tdp = add_shadow_page(vm, ShadowPage(1, ROLES[0], vm.alloc_page(), tdp=True, hashed=False))
-    assert find_shadow_page(vm, 1, ROLES[0]) is None and not vm.buckets and set(vm.pages) == {own.spt, tdp.spt}
+    assert find_shadow_page(vm.vcpus[0], 1, ROLES[0]) is None and not vm.buckets and set(vm.pages) == {own.spt, tdp.spt}
     assert ['one vCPU alone' in line for line in why_missed(vm, 1, ROLES[0])] == [True, False] and 'TDP MMU' in why_missed(vm, 1, ROLES[0])[1]
     tdp.root_count = 1
     zap_all_fast(vm)

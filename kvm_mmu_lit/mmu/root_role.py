@@ -24,7 +24,7 @@ from ..guest.registers import Cr0, Cr4
 from .cpu_role import CpuRole, ExtendedRole, PageRole, all_inputs, calc_cpu_role, diff_roles, state_of
 from .cpu_role import INPUTS, MODES, ROLE_FIELDS
 
-# %% ../../nbs/mmu/02_root_role.ipynb #39c171e8
+# %% ../../nbs/mmu/02_root_role.ipynb #c3331d03
 PT32E_ROOT_LEVEL, PT64_ROOT_4LEVEL, PT64_ROOT_5LEVEL = 3, 4, 5
 
 @dataclass(frozen=True)
@@ -40,7 +40,6 @@ class Host:
     tdp_mmu: bool = True       # Module parameter; works on 64 bits only
     ad: bool = True            # TDP tables have accessed and dirty bits
     me_value: int = 0          # The encryption bit of entries, when memory is encrypted
-    pml: bool = False          # The CPU logs the frames it dirties, and must not log L2's
     flush_on_reuse: bool = False   # Module parameter: a cached root is synced and flushed before it is used
     mixes_cr4: bool = False    # Without NPT, #VMEXIT spoils L1's CR4 when one of L1 and L2 pages alone, as SVM of 6.1 does
 

@@ -54,7 +54,7 @@ class ShadowPage:
         "A guest table stands behind it. KVM: `sp_has_gptes` (mmu/mmu.c)."
         return not self.role.direct and not self.role.passthrough
 
-# %% ../../nbs/mmu/05_shadow_page.ipynb #88f937a7
+# %% ../../nbs/mmu/05_shadow_page.ipynb #d5fc398d
 @dataclass
 class Vm:
     "A virtual machine: memory, vCPUs, and every table KVM built for it. KVM: `struct kvm`, `struct kvm_arch` (asm/kvm_host.h)."
@@ -83,6 +83,7 @@ class Vm:
     invalidating: 'tuple | None' = None    # (first frame, end) the host is taking away at this moment
     nx_huge_pages: bool = False    # Large pages may not be executed
     prefetch: bool = True          # Map neighbours of a faulting page
+    pml: bool = False              # The CPU logs the frames it dirties, and must not log L2's
     flushes: int = 0               # Remote flushes so far
     watch: object = None           # Called with each `Did` that concerns tables, not one vCPU
     interleave: object = None      # Called with the name of each point where another vCPU may run
