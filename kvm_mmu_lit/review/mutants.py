@@ -43,7 +43,7 @@ class Mutant:
         if text.count(self.old) != 1: raise ValueError(f"{self.name}: {self.old!r} stands {text.count(self.old)} times in mmu/{self.module}.py, must be once")
         return text.replace(self.old, self.new)
 
-# %% ../../nbs/review/18_mutants.ipynb #3cab7d3e
+# %% ../../nbs/review/18_mutants.ipynb #989b76fa
 _M = Mutant
 TABLE_MUTANTS = (
     _M('wrprot skipped', 'spte', 'elif protect is not None and protect():', 'elif protect is not None and protect() and False:', "a frame that holds a guest table becomes writable"),
@@ -52,7 +52,8 @@ TABLE_MUTANTS = (
     _M('user granted', 'spte', '(masks.user if access & ACC_USER else 0)', 'masks.user', "supervisor pages are open to user code"),
     _M('NX lost', 'spte', '(masks.x if access & ACC_EXEC else masks.nx) |', 'masks.x |', "every page may be executed"),
     _M('host not asked', 'spte', 'if host_writable and access & ACC_WRITE:', 'if access & ACC_WRITE:', "a page the host keeps read-only is written"),
-    _M('table taken for a leaf', 'spte', 'if is_last(old_spte, role.level) and is_writable(old_spte): pass', 'if is_writable(old_spte): pass', "a large page replaces a table and its frames are not looked at"),
+    _M('table taken for a leaf', 'spte', 'if is_last(old_spte, role.level) and is_writable(old_spte): pass', 'if is_writable(old_spte): pass', "a large page replaces a table and its frames are not looked at",
+       "a table over a guest's table forbids the large page, so the question it skips is answered no"),
     _M('saved rights stay', 'spte', "return spte & ~masks.acc_track & ~(5 << SPTE_SAVED_SHIFT) | saved", "return spte & ~masks.acc_track | saved", "the next ageing finds rights put aside already"),
     _M('update without flush', 'rmap', 'flush = is_mmu_writable(masks, old) and not is_writable(new)', 'flush = False', "the TLB goes on writing"),
     _M('MMU_WRITABLE stays', 'rmap', 'gone = SPTE_WRITABLE | (vm.masks.mmu_writable if pt_protect else 0)', 'gone = SPTE_WRITABLE', "a fast fault makes a table writable"),
@@ -99,11 +100,13 @@ GUEST_MUTANTS = (
     _M('flooding never', 'sync', 'return sp.write_flooding >= 3', 'return False', "a frame that is a table no longer stays protected", "it costs an exit for each store, and no answer changes"),
 )
 
-# %% ../../nbs/review/18_mutants.ipynb #1664bd27
+# %% ../../nbs/review/18_mutants.ipynb #eda3fb6e
 FAULT_MUTANTS = (
     _M('stale child unmarked', 'page_fault', 'if (child.unsync or child.unsync_children) and index not in sp.unsync_slots:', 'if False:', "a stale table is linked and no flush finds it"),
-    _M('any child will do', 'page_fault', 'child.gfn == gfn and child.role == role: return None', 'child.gfn == gfn: return None', "a table made for other rights is used"),
-    _M('child of any frame', 'page_fault', 'child.gfn == gfn and child.role == role: return None', 'child.role == role: return None', "the table of another frame is used"),
+    _M('any child will do', 'page_fault', 'child.gfn == gfn and child.role == role: return None', 'child.gfn == gfn: return None', "a table made for other rights is used",
+       "whoever changes an entry above level 1 is seen, and the link is cut before the next fault"),
+    _M('child of any frame', 'page_fault', 'child.gfn == gfn and child.role == role: return None', 'child.role == role: return None', "the table of another frame is used",
+       "whoever changes an entry above level 1 is seen, and the link is cut before the next fault"),
     _M('leaf without flush', 'page_fault', "    if flush: remote_flush(vm)\n    if known", "    if known", "an entry that was replaced is still in a TLB"),
     _M('never stale', 'page_fault', 'return bool(busy) or vm.mmu_seq != fault.mmu_seq', 'return False', "a frame the host took away meanwhile is mapped"),
     _M('tracked not asked', 'page_fault', 'return not fault.rsvd and fault.present and fault.write and is_tracked(vm, fault.gfn)', 'return False', "a store into a tracked table walks on", "making the entry asks again, and the answer is to emulate"),
@@ -112,7 +115,7 @@ FAULT_MUTANTS = (
     _M('read-only memory written', 'page_fault', "return 'EMULATE' if fault.write and not fault.map_writable else 'CONTINUE'", "return 'CONTINUE'", "the fault comes again and again"),
     _M('MMIO for ever', 'page_fault', 'valid = vm.invalidating is None and mmio_gen(spte) == gen', 'valid = True', "memory that appeared is taken for a hole"),
     _M('large page logged', 'page_fault', 'if fault.max_level == 1 or fault.pfn is None or is_logged(vm, fault.gfn): return', 'if fault.max_level == 1 or fault.pfn is None: return', "one write marks one page of 512"),
-    _M('large page anywhere', 'page_fault', 'if large_key(gfn, level) not in vm.no_large and not moved', 'if not moved', "a large page covers a table"),
+    _M('large page anywhere', 'tdp_mmu', 'if (level, gfn // size) not in vm.no_large and not moved', 'if not moved', "a large page covers a table"),
     _M('changed below', 'shadow_fault', "if gpte_changed(vcpu, tables, walked, level - 1): return 'RETRY'", 'pass', "a walk that is no longer true is mapped"),
     _M('changed above', 'shadow_fault', "if gpte_changed(vcpu, tables, walked, 2 if top == 3 else top): return 'RETRY'", 'pass', "a walk whose top entry changed is mapped"),
     _M('stale tables used', 'shadow_fault', 'if child is not None and child.unsync_children: sync_children(vcpu, child)', 'pass', "what is below a table that is linked again is old"),
@@ -130,9 +133,9 @@ FAULT_MUTANTS = (
     _M('neighbours that are not there', 'invlpg', 'if drop_invalid(vm, tables, sp, index, gpte): return False', 'pass', "an entry that is not present is mapped"),
 )
 
-# %% ../../nbs/review/18_mutants.ipynb #b497aab0
+# %% ../../nbs/review/18_mutants.ipynb #2a2fdeac
 ROOT_MUTANTS = (
-    _M('TDP table leaks', 'tdp_mmu', 'if was and not was_leaf and (is_leaf or not now or moved): _remove_table(vm, child_of(vm, old, level), shared)', 'pass', "a table nothing leads to stays"),
+    _M('TDP table leaks', 'tdp_mmu', 'if is_leaf or not now: _remove_table(vm, child_of(vm, old, level), shared)', 'pass', "a table nothing leads to stays"),
     _M('TDP zap without flush', 'tdp_mmu', "    remote_flush(vm)\n    _write(sp, index, 0)", "    _write(sp, index, 0)", "the TLB uses a table that is freed"),
     _M('TDP protects nothing', 'tdp_mmu', 'return _change_leaves(vm, start, end, min_level, lambda spte: spte & ~SPTE_WRITABLE)', 'return False', "writes are not logged"),
     _M('TDP write not logged', 'tdp_mmu', 'if slot and slot.base_gfn in vm.logged: vm.dirty.add(gfn)', 'pass', "a written page is missing in the log", "the fault that makes the entry writable logs it, too"),

@@ -113,7 +113,7 @@ def all_settings() -> list:
     ept = [Setting('EPT', mode, inner, True, n, levels) for mode in ('4-level', '5-level') for inner in ('nonpaging', '2-level', 'PAE', '4-level') for levels in (4, 5) for n in (1, 2)]
     return plain + l2 + npt + ept
 
-# %% ../../nbs/review/16_theorem.ipynb #a947345f
+# %% ../../nbs/review/16_theorem.ipynb #89127a7f
 RAM, SECOND, ROM, HOLE = 0x80_0000, 0x100_0000, 0x140_0000, 0x180_0000    # First slot's size; where others are
 DATA = range(0x100, 0x108)                                                # Frames private pages lead to
 ROOTS = dict(A=0x10_000, B=0x11_000, X=0x12_000, Y=0x13_000, N=0x14_000, M=0x15_000)
@@ -127,10 +127,18 @@ class World:
         self.setting, self.rng, self.free = setting, rng, list(range(0x18, 0x78))
         self.memory = ram((0, RAM), (SECOND, 0x1_0000))
         add_ram(self.memory, ROM, 0x1000, readonly=True)
-        self.entries = {name: [] for name in ROOTS}          # Root -> (gpa of an entry, its size, level)
+        self.entries = {name: [] for name in ROOTS}          # Root -> (gpa of an entry, its format, level)
+        self.ways = {}                                       # (root, page) -> the entries that lead there
+        for frame in DATA: self._fill(frame, FORMAT_OF[rng.choice([mode for mode in (setting.mode, setting.nested) if FORMAT_OF.get(mode)] or ['PAE'])])
         for name in 'AB': self._space(name, setting.mode)
         for name in 'XY' * bool(setting.nested): self._space(name, setting.nested)
         for name in 'NM' * bool(setting.nested_paging): self._nested(name)
+        self.remember()
+
+    def _fill(self, frame, fmt):
+        "What lies in a private page: it may be used as a table one day."
+        words, step = self.memory.words(FORMATS[fmt].entry_size)[frame], 8
+        for index in range(0, len(words), step): words[index] = self.rng.choice(DATA) << PAGE_SHIFT | 0x67
 
     def _space(self, name, mode):
         "The tables' own frames one to one, and a few pages that may lead anywhere."
@@ -157,21 +165,27 @@ class World:
             for level in range(fmt.root_level, 0, -1):
                 gpa = table + pt_index(addr, level, fmt) * fmt.entry_size
                 self.entries[name].append((gpa, fmt, level))
+                self.ways.setdefault((name, addr), []).append((gpa, fmt, level))
                 gpte = read_entry(self.memory, gpa, fmt.entry_size)
                 if not is_present_gpte(gpte, fmt) or is_last_gpte(gpte, level, fmt): break
                 table = gpte_to_gfn(gpte, 1, fmt) << PAGE_SHIFT
+
+    def remember(self):
+        "The entries as they are at first: a guest may put them back."
+        self.first = [(gpa, fmt, read_entry(self.memory, gpa, fmt.entry_size)) for entries in self.entries.values() for gpa, fmt, _ in entries]
 
     def pgd(self, name: str) -> int:
         "The pointer of a space, as the register or the VMCB holds it."
         return eptp_of(ROOTS[name], self.setting.levels) if name in 'NM' and self.setting.levels else ROOTS[name]
 
-# %% ../../nbs/review/16_theorem.ipynb #0249b088
+# %% ../../nbs/review/16_theorem.ipynb #35a63d16
 def edited(rng: random.Random, gpte: int, fmt, level: int) -> int:
     "What a guest might make of an entry."
     bits = 0x7 if fmt.is_ept else 0x67
     kinds = ['flip', 'flip', 'flip', 'clear', 'clean'] if gpte else ['point']
     large = level > 1 and gpte & 0x80
-    kind = rng.choice(kinds + ['point'] * (level == 1) * 3 + ['move'] * bool(large) * 2)
+    kind = rng.choice(kinds + ['point'] * (level == 1) * 3 + ['move'] * bool(large) * 2 + ['table'] * (level == 2 and not large))
+    if kind == 'table': return rng.choice(DATA) << PAGE_SHIFT | bits
     if kind == 'move': return gpte ^ FAR
     if kind == 'flip': return gpte ^ rng.choice([2, 4, 2, 4, 1 if not fmt.is_ept else 4] + [1 << 63] * (fmt.entry_size == 8 and not fmt.is_ept and fmt is not PAE or level < 3 and fmt is PAE))
     if kind == 'clear': return 0
@@ -195,7 +209,7 @@ def _broken(number: 'int | str', why: str):
     "Stop the story: an invariant does not hold."
     kvm_bug_on(True, f"{number}: {why}", f'invariant {number}')
 
-# %% ../../nbs/review/16_theorem.ipynb #847218e9
+# %% ../../nbs/review/16_theorem.ipynb #6e4c8b6d
 KINDS = (0, WRITE, USER, USER | WRITE, FETCH, USER | FETCH)
 SAMPLE = [(page, kind) for page in (*PAGES, LARGE + 0x1000, LARGE + 0x18_000, 0x18_000, 0x20_000) for kind in KINDS]      # What is looked at
 
@@ -209,6 +223,7 @@ class Story:
         self.machine = new_machine(HOSTS[setting.host], self.world.memory, setting.mode, ROOTS['A'], setting.vcpus,
                                    host_levels={0: self.rng.choice((1, 2))}, n_max=self.rng.choice((None, None, 40)))
         self.nested_changed, self.nested_frames = False, {gpa >> PAGE_SHIFT for name in 'NM' for gpa, _, _ in self.world.entries[name]}
+        self.unjudged = set()                                  # Worlds first seen after an EPT entry had changed: what it said before is not known
         self.written = set()                                   # Frames written since migration asked last
         self.allowed = [{} for _ in range(setting.vcpus)]      # vCPU -> context -> (page, kind) -> frames it may still reach
         self.known = [{} for _ in range(setting.vcpus)]        # vCPU -> context -> (page, kind) -> frame, as last seen
@@ -259,7 +274,7 @@ class Story:
         "A flush: everything of the world that runs. With VPIDs L1 and L2 do not forget for each other."
         here = context(self.machine.vcpus[n])[4:]
         for key in [key for key in self.allowed[n] if (self.setting.svm or key[1:] == here) and not self._keeps_ept(key)]: del self.allowed[n][key]
-        for key in [key for key in self.known[n] if (self.setting.svm or key[0][4:] == here) and not self._keeps_ept(key[0][3:])]: del self.known[n][key]
+        for key in [key for key in self.known[n] if self.setting.svm or key[0][4:] == here and not (self.setting.levels and key[0][4])]: del self.known[n][key]
 
     def _keeps_ept(self, key):
         "What EPT maps is flushed by INVEPT alone."
@@ -279,7 +294,9 @@ class Story:
         if 'TRIPLE_FAULT' in vcpu.requests: return
         here = context(vcpu), vcpu.rflags
         allowed, known = self.allowed[n].setdefault((vcpu.cr3, *here[0][4:]), {}), self.known[n].setdefault(here, {})
+        if not known and self._keeps_ept(here[0][3:]): self.unjudged.add((n, here))
         if changed or not known: self._learn(vcpu, known, allowed)
+        if (n, here) in self.unjudged: return
         if not self.everything and self.rng.random() < 0.2 or not enter_guest(vcpu): return        # It may stay out for a while
         for key in SAMPLE if self.everything else self.rng.sample(SAMPLE, 16):
             found = processor_access(vcpu, *key, mark=False)
@@ -296,4 +313,5 @@ class Story:
         if (reached != now or type(now) is Unmarked) and reached not in allowed:
             said = 'refuse' if now is None else 'have no A or D bit yet' if type(now) is Unmarked else f"say frame {now:#x}"
             _broken(55, f"vCPU {vcpu.index}: access {key[1]:#x} at {key[0]:#x} reaches frame {reached:#x}, the guest's tables {said}")
+        if key[1] & WRITE and any(sp.has_gptes and not sp.unsync for sp in self.vm.buckets.get(reached, ()) if sp.gen == self.vm.gen): _broken(33, f"vCPU {vcpu.index}: a write at {key[0]:#x} reaches frame {reached:#x}, a table in sync")
         if key[1] & WRITE and is_tracked(self.vm, reached): _broken(54, f"a write at {key[0]:#x} reaches frame {reached:#x}, which holds a table above level 1")
