@@ -25,6 +25,7 @@ def main():
     parser.add_argument('--steps', type=int, default=100_000)
     parser.add_argument('--seed', type=int, default=1)
     parser.add_argument('--jobs', type=int, default=1)
+    parser.add_argument('--seconds', type=float, default=1e9, help="stop after that, however many steps there were")
     asked = parser.parse_args()
     settings, started, steps, counts, broken = all_settings(), time.monotonic(), 0, Counter(), []
     stories = max(1, -(-asked.steps // LENGTH))
@@ -34,6 +35,8 @@ def main():
             for ended in (future.result() for future in as_completed(todo)):
                 steps, counts = steps + ended.steps, counts + ended.counts
                 if ended.broken: broken.append(ended)
+            print(f"{steps:,} steps, {len(broken)} violations, {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+            if time.monotonic() - started > asked.seconds: break
     for ended in broken[:5]:
         print(f"{ended.setting}, seed {ended.seed}, step {ended.steps}: {ended.broken}")
         for event in shortened(ended): print(f"    {json.dumps(event)}")
