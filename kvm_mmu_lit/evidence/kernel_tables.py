@@ -24,7 +24,7 @@ from ..guest.addresses import EPT4, EPT5, LONG4, LONG5, PAE, PTE32, GpteFormat
 from ..guest.gpte import ACC_ALL, Acc, gpte_access, is_last_gpte, is_present_gpte, protect_clean_gpte
 from ..guest.permissions import FETCH, IMPLICIT, USER, WRITE, Pferr, permission_bitmask, permission_fault, pkey_refuses, pkru_mask, refresh_cr0_wp, refusals
 from ..guest.registers import Cr0, Cr4, Efer, Registers, Rflags
-from ..guest.reserved import (RsvdBits, guest_rsvd_check, is_rsvd_bits_set, reset_rsvds_bits_mask, reset_rsvds_bits_mask_ept, rsvd_bits,
+from ..guest.reserved import (RsvdBits, can_use_gbpages, guest_rsvd_check, is_rsvd_bits_set, reset_rsvds_bits_mask, reset_rsvds_bits_mask_ept, rsvd_bits,
                                         shadow_zero_check, tdp_shadow_zero_check)
 from ..mmu.spte import GEN_BITS, SpteMasks, base_masks, ept_masks, make_mmio_spte, mmio_access, mmio_gen, mmio_gfn
 
@@ -174,10 +174,10 @@ def ept_mask_rows(arrays: dict) -> Iterator:
         yield f"(execonly, huge_page_level, maxphyaddr) = {key}", {'masks': _tuples(masks), 'bad_mt_xwr': bad}, {'masks': mask_rows(check), 'bad_mt_xwr': check.bad_mt_xwr}
 
 def guest_mask_rows(arrays: dict) -> Iterator:
-    "Masks of a guest. With TDP the host's 1 GiB pages count, as KVM cannot hide them then. KVM: `reset_guest_rsvds_bits_mask` (mmu/mmu.c)."
+    "Masks of a guest. KVM: `reset_guest_rsvds_bits_mask`, `guest_can_use_gbpages` (mmu/mmu.c)."
     for key, masks in zip(arrays['guest_in'].tolist(), arrays['guest_mask'].tolist()):
         word, maxphyaddr, tdp, host_1g, guest_1g, amd = key
-        regs = registers_of_role(word, maxphyaddr=maxphyaddr, gbpages=bool(host_1g if tdp else guest_1g), vendor='amd' if amd else 'intel')
+        regs = registers_of_role(word, maxphyaddr=maxphyaddr, gbpages=can_use_gbpages(bool(tdp), bool(host_1g), bool(guest_1g)), vendor='amd' if amd else 'intel')
         yield f"(cpu_role, maxphyaddr, tdp, host 1G, guest 1G, amd) = {key}", _tuples(masks), mask_rows(guest_rsvd_check(regs))
 
 # %% ../../nbs/evidence/08_kernel_tables.ipynb #26b46448

@@ -9,8 +9,8 @@ entry. EPT adds a 64-bit set of forbidden low bits.
 
 # %% auto #0
 __all__ = ['rsvd_bits', 'RsvdBits', 'reset_rsvds_bits_mask', 'draw_rsvd_bits', 'show_rsvd_bits', 'bad_mt_xwr',
-           'reset_rsvds_bits_mask_ept', 'show_ept_rsvd_bits', 'show_bad_mt_xwr', 'guest_rsvd_check', 'is_rsvd_bits_set',
-           'bit_runs', 'why_reserved', 'shadow_zero_check', 'tdp_shadow_zero_check']
+           'reset_rsvds_bits_mask_ept', 'show_ept_rsvd_bits', 'show_bad_mt_xwr', 'can_use_gbpages', 'guest_rsvd_check',
+           'is_rsvd_bits_set', 'bit_runs', 'why_reserved', 'shadow_zero_check', 'tdp_shadow_zero_check']
 
 # %% ../../nbs/guest/05_reserved.ipynb #82e54747
 from dataclasses import dataclass
@@ -144,6 +144,14 @@ def show_bad_mt_xwr(
                 f"EPT misconfigurations, execute-only {'offered' if execonly else 'not offered'}")
 
 # %% ../../nbs/guest/05_reserved.ipynb #32356b64
+def can_use_gbpages(
+    tdp: bool,         # The processor walks the guest's tables itself
+    host: bool,        # It has 1 GiB pages
+    guest: bool,       # The guest's CPUID offers them
+) -> bool:
+    "Does a 1 GiB page work for the guest? With TDP nobody can take it away. KVM: `guest_can_use_gbpages` (mmu/mmu.c)."
+    return host if tdp else guest
+
 def guest_rsvd_check(
     regs: Registers,
     fmt: 'GpteFormat | None' = None,   # The tables to check: CR3's by default, or `regs.ept_fmt`

@@ -246,7 +246,9 @@ def direct_page_fault(
     vcpu: Vcpu,
     fault: Fault,
 ) -> str:                  # One of `RET_PF`
-    "The address is a frame's. KVM: `direct_page_fault`, `nonpaging_page_fault`, `kvm_tdp_page_fault` (mmu/mmu.c)."
+    """The address is a frame's.
+
+    KVM: `direct_page_fault`, `nonpaging_page_fault`, `kvm_tdp_page_fault` (mmu/mmu.c), `is_tdp_mmu` (mmu/tdp_mmu.h)."""
     vm = vcpu.vm
     fault.gfn = fault.addr >> PAGE_SHIFT
     if is_guest_table_write(vm, fault): return 'EMULATE'

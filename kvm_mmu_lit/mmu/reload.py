@@ -9,8 +9,8 @@ to the hardware that is about to be freed.
 
 # %% auto #0
 __all__ = ['REQUESTS', 'is_unsync_root', 'clear_mmio_gva', 'sync_roots', 'sync_prev_roots', 'load', 'reload', 'load_pgd',
-           'unload', 'reset_context', 'after_set_cpuid', 'take', 'flush_local', 'serve_requests', 'enter_guest',
-           'draw_entry', 'show_entry']
+           'unload', 'destroy_mmus', 'reset_context', 'after_set_cpuid', 'take', 'flush_local', 'serve_requests',
+           'enter_guest', 'draw_entry', 'show_entry']
 
 # %% ../../nbs/mmu/14_reload.ipynb #48aaca6c
 from ..draw.timeline import Event, Timeline
@@ -101,6 +101,14 @@ def unload(
         free_roots(vcpu, mmu, ROOTS_ALL)
         kvm_bug_on(mmu.root.valid, f"{mmu.name} still has a root after its roots were freed")
     vcpu.did('unload_ret')
+
+def destroy_mmus(
+    vcpu: Vcpu,
+):
+    "The vCPU ends: its roots are dropped, and then the pages only it had. KVM: `kvm_mmu_destroy`, `free_mmu_pages` (mmu/mmu.c)."
+    unload(vcpu)
+    for mmu in (vcpu.root_mmu, vcpu.guest_mmu):
+        mmu.pae_root = mmu.pml4_root = mmu.pml5_root = mmu.pml4_word = mmu.pml5_word = 0
 
 def reset_context(
     vcpu: Vcpu,

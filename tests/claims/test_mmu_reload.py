@@ -92,8 +92,8 @@ def test_a_root_in_no_memory_slot_is_not_handed_over_and_the_guest_s_death_is_re
     assert whats(vcpu) == ['load']
 
 
-@pytest.mark.claim('nbs/mmu/14_reload.ipynb', 'd2f5f488', 'after unload no root is left in either MMU, no slot of pae_root is used, and nobody is counted')
-def test_after_unload_no_root_is_left_in_either_mmu_no_slot_of_pae_root_is_used_and_nobody_is_counted():
+@pytest.mark.claim('nbs/mmu/14_reload.ipynb', 'd2f5f488', 'after unload no root is left in either MMU, no slot of pae_root is used, and nobody is counted; so the vCPU may end')
+def test_after_unload_no_root_is_left_in_either_mmu_no_slot_of_pae_root_is_used_and_nobody_is_counted_so_the_vcpu_may_end():
     for case in all_mmus():
         if case.mmu == 'nested_mmu': continue
         vcpu = vcpu_for(case)
@@ -107,6 +107,8 @@ def test_after_unload_no_root_is_left_in_either_mmu_no_slot_of_pae_root_is_used_
         for mmu in (vcpu.root_mmu, vcpu.guest_mmu):
             assert not any(root.valid for root in (mmu.root, *mmu.prev_roots)) and mmu.pae_words == [0] * 4
         assert all(sp.root_count == 0 for sp in vcpu.vm.pages.values())
+        destroy_mmus(vcpu)
+        assert not any(page for mmu in (vcpu.root_mmu, vcpu.guest_mmu) for page in (mmu.pae_root, mmu.pml4_root, mmu.pml5_root))
 
 
 @pytest.mark.claim('nbs/mmu/14_reload.ipynb', '3eb9d1a3', 'a reset gives the MMU the roles of its registers, and a change of CPUID makes even equal roles new')
