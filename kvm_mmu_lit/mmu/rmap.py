@@ -12,16 +12,15 @@ flush is caught here.
 __all__ = ['RMAP_RECYCLE_THRESHOLD', 'sptep_of', 'entry_at', 'page_gfn', 'page_access', 'set_translation', 'spte_set',
            'spte_update', 'spte_clear', 'rmap_add', 'rmap_remove', 'rmap_entries', 'drop_spte', 'zap_rmap',
            'write_protect_spte', 'write_protect_gfn', 'large_key', 'is_tracked', 'account_shadowed',
-           'unaccount_shadowed', 'host_frame', 'is_logged', 'mark_dirty']
+           'unaccount_shadowed', 'host_frame', 'is_logged', 'mark_dirty', 'draw_rmap']
 
-# %% ../../nbs/mmu/07_rmap.ipynb #859cc270
-from dataclasses import replace
-
+# %% ../../nbs/mmu/07_rmap.ipynb #d359ce52
+from ..draw.graph import Graph
 from ..guest.addresses import PAGE_SHIFT
 from .contexts import kvm_bug_on
 from .shadow_page import ShadowPage, Vm
-from .spte import (SPTE_ADDRESS, SPTE_PRESENT, SPTE_WRITABLE, is_accessed, is_dirty, is_last, is_mmio, is_mmu_writable,
-                                  is_present, is_writable, mark_access_track, spte_pfn)
+from .spte import (SPTE_ADDRESS, SPTE_WRITABLE, is_accessed, is_dirty, is_mmu_writable,
+                                  is_present, is_writable, spte_pfn)
 from .tdp_mmu import remote_flush, tdp_write_protect_gfn
 
 # %% ../../nbs/mmu/07_rmap.ipynb #f2024c7a
@@ -235,3 +234,15 @@ def is_logged(vm: Vm, gfn: int) -> bool:
 def mark_dirty(vm: Vm, gfn: int):
     "KVM: `mark_page_dirty_in_slot` (virt/kvm/kvm_main.c)."
     if is_logged(vm, gfn): vm.dirty.add(gfn)
+
+# %% ../../nbs/mmu/07_rmap.ipynb #733ca9de
+def draw_rmap(
+    vm: Vm,
+    gfn: int,
+    level: int = 1,
+) -> Graph:
+    "A frame and every entry that maps it, table by table."
+    places = [entry_at(vm, sptep) for sptep in rmap_entries(vm, gfn, level)]
+    nodes = [('frame', f"frame {gfn:#x}", 'guest')] + [(f'{sp.spt:x}', f"level {sp.role.level} table\nof frame {sp.gfn:#x}", 'shadow') for sp in {sp.spt: sp for sp, _ in places}.values()]
+    edges = [(f'{sp.spt:x}', 'frame', f"slot {index}{', W' if is_writable(sp.sptes[index]) else ''}") for sp, index in places]
+    return Graph(nodes, edges, caption=f"who maps frame {gfn:#x}")

@@ -10,9 +10,10 @@ search.
 
 # %% auto #0
 __all__ = ['UNSYNC_ARRAY', 'shadow_pages_of', 'mark_parents_unsync', 'clear_unsync_child', 'try_to_unsync', 'unlink_unsync',
-           'unsync_walk', 'clear_parents']
+           'unsync_walk', 'clear_parents', 'draw_marks']
 
-# %% ../../nbs/mmu/08_unsync.ipynb #8b8bc3aa
+# %% ../../nbs/mmu/08_unsync.ipynb #d6d778c8
+from ..draw.graph import Graph
 from .contexts import kvm_bug_on
 from .rmap import entry_at, is_tracked
 from .shadow_page import ShadowPage, Vm, is_obsolete_sp
@@ -110,3 +111,15 @@ def clear_parents(path: list):
     for table, index in reversed(path):
         clear_unsync_child(table, index)
         if table.unsync_children: return
+
+# %% ../../nbs/mmu/08_unsync.ipynb #d408a192
+def draw_marks(
+    vm: Vm,
+    caption: str = '',
+) -> Graph:
+    "Tables and the entries between them; what is stale, and every mark that leads there, is red."
+    nodes = [(f'{sp.spt:x}', f"level {sp.role.level}, frame {sp.gfn:#x}" + (f"\n{sp.unsync_children} marked" if sp.unsync_children else '\nunsync' if sp.unsync else ''),
+              'refused' if sp.unsync or sp.unsync_children else 'shadow') for sp in vm.pages.values()]
+    edges = [(f'{sp.spt:x}', f'{spte & SPTE_ADDRESS:x}', f"slot {index}", 'refused' if index in sp.unsync_slots else 'neutral')
+             for sp in vm.pages.values() for index, spte in sorted(sp.sptes.items()) if is_present(spte) and sp.role.level > 1]
+    return Graph(nodes, edges, caption=caption)

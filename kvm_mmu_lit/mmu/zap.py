@@ -10,11 +10,12 @@ table that a root still holds cannot go at all: it is marked, and its holders ar
 # %% auto #0
 __all__ = ['MIN_FREE', 'REFILL', 'drop_parent_pte', 'zap_entry', 'prepare_zap', 'zap_unsync_children', 'commit_zap', 'zap_page',
            'zap_all_fast', 'zap_obsolete_pages', 'zap_all', 'zap_oldest', 'available_pages', 'make_pages_available',
-           'change_limit', 'unprotect_gfn']
+           'change_limit', 'unprotect_gfn', 'draw_links']
 
-# %% ../../nbs/mmu/09_zap.ipynb #44377c13
+# %% ../../nbs/mmu/09_zap.ipynb #71e3a81e
 from dataclasses import replace
 
+from ..draw.graph import Graph
 from .contexts import kvm_bug_on
 from .rmap import drop_spte, entry_at, spte_clear, sptep_of, unaccount_shadowed
 from .shadow_page import ShadowPage, Vm, is_obsolete_sp, request_all
@@ -179,3 +180,21 @@ def unprotect_gfn(
     for sp in found: prepare_zap(vm, sp, zapped)
     commit_zap(vm, zapped)
     return bool(found)
+
+# %% ../../nbs/mmu/09_zap.ipynb #c59f504e
+def draw_links(
+    vm: Vm,
+    caption: str = '',
+) -> Graph:
+    "Every table, what leads where, and what the leaves map."
+    nodes = [(f'{sp.spt:x}', f"level {sp.role.level}, frame {sp.gfn:#x}" + (f"\nheld {sp.root_count} times" if sp.root_count else '') + ('\nzapped' if sp.role.invalid else ''),
+              'refused' if sp.role.invalid else 'shadow') for sp in vm.pages.values()]
+    edges = []
+    for sp in vm.pages.values():
+        for index, spte in sorted(sp.sptes.items()):
+            if not is_present(spte): continue
+            leaf = is_last(spte, sp.role.level)
+            name = f'frame {(spte & SPTE_ADDRESS) >> 12:#x}' if leaf else f'{spte & SPTE_ADDRESS:x}'
+            if leaf: nodes.append((name, f"host {name}", 'guest'))
+            edges.append((f'{sp.spt:x}', name, f"slot {index}"))
+    return Graph(list(dict.fromkeys(nodes)), edges, caption=caption)
