@@ -253,7 +253,7 @@ def eptp_of(
     levels: int = 4,     # 4 or 5
     ad: bool = True,     # Accessed and dirty bits
 ) -> int:
-    "An EPTP for write-back memory."
+    "An EPTP for write-back memory, as L1 makes its own and KVM the processor's. KVM: `construct_eptp` (vmx/vmx.c)."
     return pgd | ad << 6 | levels - 1 << 3 | 6
 
 # %% ../../nbs/mmu/19_nested_switch.ipynb #6cf8f078

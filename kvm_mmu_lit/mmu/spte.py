@@ -185,11 +185,11 @@ def is_access_track(masks: SpteMasks, spte: int) -> bool:
     return not ad_enabled(spte) and not spte & masks.acc_track
 
 def is_accessed(masks: SpteMasks, spte: int) -> bool:
-    "Used since it was last aged. KVM: `is_accessed_spte` (mmu/spte.h)."
+    "Used since it was last aged. KVM: `is_accessed_spte`, `spte_shadow_accessed_mask` (mmu/spte.h)."
     return bool(spte & masks.accessed) if masks.accessed and ad_enabled(spte) else not is_access_track(masks, spte)
 
 def is_dirty(masks: SpteMasks, spte: int) -> bool:
-    "May have been written. KVM: `is_dirty_spte` (mmu/spte.h)."
+    "May have been written. KVM: `is_dirty_spte`, `spte_shadow_dirty_mask` (mmu/spte.h)."
     return bool(spte & masks.dirty) if masks.dirty and ad_enabled(spte) else is_writable(spte)
 
 def is_executable(masks: SpteMasks, spte: int) -> bool:
