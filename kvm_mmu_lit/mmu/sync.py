@@ -10,9 +10,10 @@ every entry is held against the guest's once more. A table that cannot be brough
 # %% auto #0
 __all__ = ['SYNC_IGNORES', 'build_leaf', 'mark_mmio', 'sync_mmio', 'sync_page', 'drop_invalid', 'kvm_sync_page', 'sync_children',
            'remote_flush_or_zap', 'find_shadow_page', 'account_page', 'get_shadow_page', 'written_entries',
-           'is_misaligned', 'is_flooding', 'pte_write']
+           'is_misaligned', 'is_flooding', 'pte_write', 'draw_life']
 
-# %% ../../nbs/mmu/11_sync.ipynb #78ec7bb1
+# %% ../../nbs/mmu/11_sync.ipynb #94944889
+from ..draw.timeline import Event, Timeline
 from ..guest.addresses import PAGE_SHIFT
 from ..guest.memory import read_entry
 from .contexts import Vcpu, kvm_bug_on
@@ -216,3 +217,18 @@ def pte_write(
             flush |= is_present(sp.sptes.get(index, 0))
             zap_entry(vm, sp, index)
     remote_flush_or_zap(vm, zapped, flush)
+
+# %% ../../nbs/mmu/11_sync.ipynb #31856a40
+def draw_life(
+    steps: list,           # Of (who, what happened, function) to run
+    sp: ShadowPage,
+    index: int,
+) -> Timeline:
+    "What happens to a table and one of its entries, step by step."
+    rows = []
+    for n, (who, what, act) in enumerate(steps, 1):
+        act()
+        spte = sp.sptes.get(index, 0)
+        state = 'gone' if sp.role.invalid else 'out of sync' if sp.unsync else 'in sync'
+        rows.append(Event(n, who, what, (state, f"{spte:#x}" if spte else '-')))
+    return Timeline(('table', f'slot {index}'), rows)
