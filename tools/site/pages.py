@@ -34,10 +34,12 @@ def markdown(text: str) -> dict:
 
 
 def picture(output: dict) -> dict:
-    "An output with its drawing in the page itself, where the page's style reaches it; a live figure is one already."
+    "An output with its drawing in the page itself, where the page's style reaches it; a live figure is one already. Links to chapters lead to pages."
     data = output.get('data', {})
     drawing = ''.join(data.get('text/html') or data.get('image/svg+xml') or '')
-    if '<svg' not in drawing: return output
+    if '<svg' not in drawing:
+        linked = re.sub(r'(href="[^":]+)\.ipynb"', r'\1.html"', drawing)
+        return {**output, 'data': {'text/html': linked}} if linked != drawing else output
     drawing = drawing if 'class="live"' in drawing else drawing[drawing.index('<svg'):]
     return {**output, 'data': {'text/html': f'<div class="picture">{drawing}</div>'}}
 
