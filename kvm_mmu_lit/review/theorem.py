@@ -10,13 +10,15 @@ processor keep it.
 
 # %% auto #0
 __all__ = ['HOSTS', 'FORMAT_OF', 'RAM', 'SECOND', 'ROM', 'HOLE', 'DATA', 'ROOTS', 'PAGES', 'LARGE', 'FAR', 'KINDS', 'SAMPLE',
-           'Unmarked', 'truth', 'unmarked', 'nested_walker', 'with_root', 'nested_registers', 'Setting', 'all_settings',
-           'World', 'edited', 'flushes', 'context', 'Story']
+           'NAMES', 'Unmarked', 'truth', 'unmarked', 'nested_walker', 'with_root', 'nested_registers', 'Setting',
+           'all_settings', 'World', 'edited', 'flushes', 'context', 'Story', 'answer_of', 'compared']
 
-# %% ../../nbs/review/16_theorem.ipynb #edd64a3e
+# %% ../../nbs/review/16_theorem.ipynb #82f884a3
 import random
 from dataclasses import dataclass, replace
 
+from ..draw.ink import Hex
+from ..draw.table import Table
 from ..guest.accessed_dirty import pending_updates
 from ..guest.addresses import FORMATS, PAE, PAGE_SHIFT, pt_index
 from ..guest.gpte import gpte_to_gfn, is_last_gpte, is_present_gpte, map_page
@@ -27,7 +29,7 @@ from ..guest.verdict import GuestWalk
 from ..mmu.contexts import KvmBug, Vcpu, kvm_bug_on
 from ..mmu.cpu_role import MODES
 from ..mmu.guest_tables import guest_tables, registers_of
-from ..mmu.hardware import FETCH, USER, WRITE, Reached, frame_of
+from ..mmu.hardware import FETCH, USER, WRITE, Exit, Reached, frame_of
 from ..mmu.machine import Machine, new_machine
 from ..mmu.nested_switch import eptp_of
 from ..mmu.reload import enter_guest
@@ -315,3 +317,19 @@ class Story:
             _broken(55, f"vCPU {vcpu.index}: access {key[1]:#x} at {key[0]:#x} reaches frame {reached:#x}, the guest's tables {said}")
         if key[1] & WRITE and any(sp.has_gptes and not sp.unsync for sp in self.vm.buckets.get(reached, ()) if sp.gen == self.vm.gen): _broken(33, f"vCPU {vcpu.index}: a write at {key[0]:#x} reaches frame {reached:#x}, a table in sync")
         if key[1] & WRITE and is_tracked(self.vm, reached): _broken(54, f"a write at {key[0]:#x} reaches frame {reached:#x}, which holds a table above level 1")
+
+# %% ../../nbs/review/16_theorem.ipynb #ecce3836
+NAMES = {0: 'read', WRITE: 'write', USER: 'user read', USER | WRITE: 'user write', FETCH: 'fetch', USER | FETCH: 'user fetch'}
+
+def answer_of(vcpu: Vcpu, gva: int, kind: int) -> str:
+    "What the processor does, in a word."
+    found = processor_access(vcpu, gva, kind, mark=False)
+    if isinstance(found, Reached): return f"frame {frame_of(vcpu.vm, found.hpa >> PAGE_SHIFT):#x}"
+    return 'asks KVM' if isinstance(found, Exit) else 'fault'
+
+def compared(story: Story, pages: tuple, n: int = 0) -> Table:
+    "Truth and answer, page by page."
+    vcpu = story.machine.vcpus[n]
+    def said(frame): return 'refuse' if frame is None else f"frame {frame:#x}, to be marked" if type(frame) is Unmarked else f"frame {frame:#x}"
+    rows = [(Hex(page), NAMES[kind], said(truth(vcpu, page, kind)), answer_of(vcpu, page, kind)) for page in pages for kind in (0, WRITE, USER | WRITE)]
+    return Table(('page', 'access', "the guest's tables", 'the processor'), rows, str(story.setting))
