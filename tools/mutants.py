@@ -1,6 +1,6 @@
 """Make the mistakes of chapter "Would a mistake be seen?" one by one: `python tools/mutants.py [--seconds N] [--jobs J] [NAME ...]`.
 
-Prints what kills each, writes nbs/review/mutants.json when all of them ran, and fails when one lives that should not.
+Prints what kills each, notes it in nbs/review/mutants.json, and fails when one lives that should not.
 """
 import argparse
 import json
@@ -10,6 +10,7 @@ from pathlib import Path
 from kvm_mmu_lit.review.mutants import MUTANTS, alive, run_mutants, score
 
 ROOT = Path(__file__).resolve().parent.parent
+RECORDS = ROOT / 'nbs' / 'review' / 'mutants.json'
 
 
 def main():
@@ -24,7 +25,9 @@ def main():
     def tell(record): print(f"{record['seconds']:6.1f} s  {record['name']}: {record['story'] or record['test'] or 'lives' + ('' if not record['lives'] else ', as it may')}", flush=True)
     records = run_mutants(ROOT / 'kvm_mmu_lit', ROOT / 'tests', tuple(asked.names), asked.seed, asked.seconds, asked.jobs, tell)
     print(score(records))
-    if not asked.names: (ROOT / 'nbs' / 'review' / 'mutants.json').write_text(json.dumps([{key: value for key, value in record.items() if key != 'seconds'} for record in records], indent=1) + '\n')
+    known = {record['name']: record for record in json.loads(RECORDS.read_text())} if RECORDS.exists() else {}
+    known.update({record['name']: {key: value for key, value in record.items() if key != 'seconds'} for record in records})
+    RECORDS.write_text(json.dumps([known[mutant.name] for mutant in MUTANTS if mutant.name in known], indent=1) + '\n')
     return bool(alive(records))
 
 

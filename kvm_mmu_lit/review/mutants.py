@@ -192,7 +192,7 @@ def run_python(work: Path, arguments: list, seconds: float) -> tuple:
     except subprocess.TimeoutExpired: return None, ''
     return done.returncode, (done.stdout + done.stderr).strip()
 
-# %% ../../nbs/review/18_mutants.ipynb #c8512e8e
+# %% ../../nbs/review/18_mutants.ipynb #1e441240
 def by_stories(work: Path, seed: int, seconds: float) -> str:
     "The story that kills it, or ''."
     status, said = run_python(work, ['-c', STORIES, str(seed), str(seconds)], seconds + 30)
@@ -201,7 +201,7 @@ def by_stories(work: Path, seed: int, seconds: float) -> str:
 
 def by_tests(mutant: Mutant, work: Path, tests: Path) -> str:
     "The first test of its chapter that fails, or ''."
-    files = [path for path in (tests / 'claims' / f'test_mmu_{mutant.module}.py', tests / f'test_{mutant.module}.py', tests / 'test_vectors.py') if path.exists()]
+    files = [path for path in (tests / 'claims' / f'test_mmu_{mutant.module}.py', tests / f'test_{mutant.module}.py') if path.exists()]
     for path in files:
         status, said = run_python(work, ['-m', 'pytest', '-x', '-q', '-p', 'no:cacheprovider', str(path)], 120)
         if status is None: return f"{path.name} does not end"

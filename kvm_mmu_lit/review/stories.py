@@ -9,21 +9,24 @@ story.
 
 # %% auto #0
 __all__ = ['SLOT_EVENTS', 'ACTS', 'next_event', 'interrupted', 'remembered', 'is_small', 'Ended', 'tell', 'replayed', 'shortened',
-           'hunt']
+           'hunt', 'draw_story']
 
-# %% ../../nbs/review/17_stories.ipynb #60b32a28
+# %% ../../nbs/review/17_stories.ipynb #99002c75
 import random
 import time
 from collections import Counter
 from dataclasses import dataclass
 
+from ..draw.ink import Hex
+from ..draw.table import Table
+from ..draw.timeline import Event, Timeline
 from ..guest.addresses import PAGE_SHIFT
 from ..guest.memory import read_entry
 from ..guest.registers import Cr0, Cr4, Efer
 from ..mmu.contexts import KvmBug, Vcpu
 from ..mmu.cpu_role import MODES
 from ..mmu.machine import LOCKED, UNLOCKED
-from .theorem import DATA, FAR, LARGE, PAGES, RAM, ROOTS, SECOND, Setting, Story, all_settings, edited, truth
+from .theorem import DATA, FAR, LARGE, PAGES, RAM, ROOTS, SECOND, Setting, Story, all_settings, answer_of, edited, truth
 
 # %% ../../nbs/review/17_stories.ipynb #882d6b45
 def next_event(
@@ -210,3 +213,26 @@ def hunt(
         counts.update(ended.counts)
         done += length
     return Ended(settings[0], seed, done, counts)
+
+# %% ../../nbs/review/17_stories.ipynb #dc6a2ad6
+def draw_story(
+    setting: Setting,
+    seed: int,
+    events: list,
+    page: int,                 # Whose history is drawn
+    kind: int = 0,             # Of access
+    caption: str = '',
+) -> Timeline:
+    "What each event changes for one page, seen from vCPU 0."
+    story, rows = Story(setting, seed), []
+    vcpu = story.machine.vcpus[0]
+    for step, event in enumerate(events, 1):
+        try:
+            story.do(event)
+            broken = ''
+        except KvmBug as bug: broken = str(bug).split(':')[0]
+        frame = truth(vcpu, page, kind)
+        said = 'refuse' if frame is None else f"frame {frame:#x}"
+        where = f" {Hex(event['at'])}" if 'at' in event else f" = {Hex(event['value'])}" if 'value' in event else ''
+        rows.append(Event(step, f"vCPU {event['vcpu']}" if 'vcpu' in event else 'host', f"{event['do']}{where}" + (f", breaks {broken}" if broken else ''), (said, answer_of(vcpu, page, kind))))
+    return Timeline(("the guest's tables", 'the processor'), rows, caption or f"page {Hex(page)} of a {setting}")
