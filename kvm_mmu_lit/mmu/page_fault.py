@@ -12,11 +12,12 @@ __all__ = ['RET_PF', 'P', 'W', 'U', 'RSVD', 'F', 'PREFETCH_GROUP', 'Fault', 'sha
            'get_child', 'link', 'faultin', 'cache_mmio', 'mmio_in_cache', 'clear_mmio', 'is_stale',
            'is_guest_table_write', 'hugepage_adjust', 'tell_requested', 'base_gfn', 'set_spte', 'direct_prefetch',
            'direct_map', 'direct_page_fault', 'tdp_fault', 'may_be_fast', 'is_access_allowed', 'fast_page_fault',
-           'handle_mmio']
+           'handle_mmio', 'draw_way']
 
-# %% ../../nbs/mmu/15_page_fault.ipynb #f1cde2b9
+# %% ../../nbs/mmu/15_page_fault.ipynb #203a9925
 from dataclasses import dataclass
 
+from ..draw.graph import Graph
 from ..guest.addresses import PAGE_SHIFT
 from ..guest.permissions import Pferr
 from .contexts import INVALID_PAGE, Vcpu, kvm_bug_on
@@ -339,3 +340,17 @@ def handle_mmio(
     vm.did('handle_mmio_page_fault', addr=gva, gfn=gfn, access=access)
     cache_mmio(vcpu, gva, gfn, access)
     return 'EMULATE'
+
+# %% ../../nbs/mmu/15_page_fault.ipynb #bd17fcb7
+def draw_way(
+    vcpu: Vcpu,
+    addr: int,
+    caption: str = '',
+) -> Graph:
+    "The tables from the root down to an address, and the entry taken in each, as they are now."
+    way = [(level, sp, index, sp.sptes.get(index, 0)) for level, sp, index in shadow_walk(vcpu.vm, vcpu.mmu, addr)]
+    nodes = [(str(level), f"level {level}" + (f", frame {sp.gfn:#x}" if sp.has_gptes else ''), 'shadow') for level, sp, _, _ in way]
+    level, _, _, spte = way[-1]
+    nodes.append(('end', f"host frame {spte_pfn(spte):#x}" if is_present(spte) else 'nothing', 'guest' if is_present(spte) else 'refused'))
+    edges = [(str(level), str(level - 1) if i + 1 < len(way) else 'end', f"slot {index}: {spte:#x}", 'taken') for i, (level, _, index, spte) in enumerate(way)]
+    return Graph(nodes, edges, caption=caption or f"KVM's way to {addr:#x}")
