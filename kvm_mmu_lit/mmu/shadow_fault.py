@@ -10,16 +10,17 @@ the supervisor may write what nobody may.
 
 # %% auto #0
 __all__ = ['NESTED_GUEST_PAGE', 'gpte_changed', 'writes_own_table', 'fetch', 'validate_direct', 'shadow_page_fault',
-           'rewrite_for_wp0', 'page_fault']
+           'rewrite_for_wp0', 'page_fault', 'wp0_pair', 'draw_wp0']
 
-# %% ../../nbs/mmu/17_shadow_fault.ipynb #9be4c276
+# %% ../../nbs/mmu/17_shadow_fault.ipynb #6ffca2ba
+from ..draw.table import Table
 from ..guest.addresses import PAGE_SHIFT
 from ..guest.memory import read_entry
 from .contexts import Vcpu, kvm_bug_on
 from .guest_tables import Walked, guest_tables, walk_addr
 from .invlpg import inject_page_fault, pte_prefetch
-from .page_fault import (RSVD, Fault, base_gfn, direct_page_fault, faultin, get_child, handle_mmio, hugepage_adjust, is_guest_table_write,
-                                        is_stale, link, set_spte, shadow_walk, tell_requested)
+from .page_fault import (RSVD, U, W, Fault, base_gfn, direct_page_fault, faultin, get_child, handle_mmio, hugepage_adjust, is_guest_table_write,
+                                        is_stale, last_entry, link, set_spte, shadow_walk, tell_requested)
 from .shadow_page import ShadowPage, Vm
 from .spte import ACC_EXEC, ACC_USER, ACC_WRITE, SPTE_ADDRESS, is_large, is_present
 from .sync import sync_children
@@ -151,3 +152,23 @@ def page_fault(
 def _done(vcpu, what, result):
     vcpu.did('page_fault_ret', action=what)
     return what, result
+
+# %% ../../nbs/mmu/17_shadow_fault.ipynb #01a9e10d
+def wp0_pair(
+    vcpu: Vcpu,
+    gva: int,              # A user page that is read-only
+) -> tuple:                # The entry after the supervisor's write, and after a user's read
+    "Both entries of one page under CR0.WP=0."
+    entries = []
+    for code in (W, U):
+        page_fault(vcpu, gva, code)
+        entries.append(last_entry(vcpu, gva)[2])
+    return tuple(entries)
+
+def draw_wp0(
+    vcpu: Vcpu,
+    gva: int,
+) -> Table:
+    "The pair, right by right."
+    rows = [(who, f"{spte:#x}", *(int(bool(spte & bit)) for bit in (2, 4))) for who, spte in zip(('supervisor writes', 'user reads'), wp0_pair(vcpu, gva))]
+    return Table(('after', 'entry', 'W', 'U'), rows, f"one page at {gva:#x}, CR0.WP=0")
