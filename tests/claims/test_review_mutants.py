@@ -9,13 +9,17 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global BOOK, Path, RECORDS, json, kvm_mmu_lit
+    global BOOK, Counter, Graph, Path, RECORDS, json, kvm_mmu_lit
     import json
     from pathlib import Path
 
     import kvm_mmu_lit
     BOOK = Path(kvm_mmu_lit.__file__).resolve().parent.parent
     RECORDS = json.loads((BOOK / 'nbs' / 'review' / 'mutants.json').read_text())
+
+    from collections import Counter
+
+    from kvm_mmu_lit.draw.graph import Graph
 
 
 @pytest.mark.claim('nbs/review/18_mutants.ipynb', '1e892a73', 'every mutant changes exactly one place of the module as it is today, and each has a record')

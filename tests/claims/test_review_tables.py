@@ -9,7 +9,7 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global DAMAGE, INVARIANTS, Path, healthy, kvm_mmu_lit, miscount, move, new_machine, orphan, ram, svm_host, tables_at, unhold, unlist, unmark, untrack
+    global DAMAGE, FORMATS, INVARIANTS, Path, draw_links, healthy, kvm_mmu_lit, map_page, miscount, move, new_machine, orphan, ram, svm_host, tables_at, unhold, unlist, unmark, untrack
     from pathlib import Path
 
     import kvm_mmu_lit
@@ -18,12 +18,20 @@ def setup_cells():
     from kvm_mmu_lit.mmu.root_role import svm_host
     from kvm_mmu_lit.review.invariants import INVARIANTS
 
+    from kvm_mmu_lit.guest.addresses import FORMATS
+    from kvm_mmu_lit.guest.gpte import map_page
+    from kvm_mmu_lit.guest.memory import ram
+    from kvm_mmu_lit.mmu.machine import new_machine
+    from kvm_mmu_lit.mmu.root_role import svm_host
+    from kvm_mmu_lit.mmu.zap import draw_links
+
     def healthy():
         "A 4-level guest on shadow paging that has used two pages."
-        from kvm_mmu_lit.review.theorem import Setting, Story
-        story = Story(Setting('shadow', '4-level'), 1)
-        for at in (0x40_0000, 0x1_8000): story.do(dict(do='read', vcpu=0, at=at, user=False))
-        return story.vm
+        memory, free = ram((0, 1 << 22)), list(range(2, 9))
+        for gva in (0x40_0000, 0x1_8000): map_page(memory, 0x1000, FORMATS['4level'], gva, gva & 0xf_ffff | 0x10_0000 * (gva > 0x10_0000), free, 0x67, 0x27)
+        machine = new_machine(svm_host(4, npt=False), memory)
+        for at in (0x40_0000, 0x1_8000): machine.happen(dict(do='read', vcpu=0, at=at))
+        return machine.vm
 
     def tables_at(vm, level): return [sp for sp in vm.pages.values() if sp.role.level == level]
 

@@ -9,7 +9,7 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global Efer, PLAIN, entry_of, other, used
+    global Efer, PLAIN, draw_host_walk, entry_of, other, used
     from kvm_mmu_lit.guest.registers import Efer
 
     PLAIN = Setting('shadow', '4-level')
@@ -28,6 +28,8 @@ def setup_cells():
     def other(story):
         "Another frame than the page leads to now."
         return truth(story.machine.vcpus[0], PAGES[0], 0) ^ 1
+
+    from kvm_mmu_lit.mmu.hardware import draw_host_walk
 
 
 @pytest.mark.claim('nbs/review/16_theorem.ipynb', '24836696', 'an old answer is right until the flush and wrong after it')
