@@ -4,20 +4,22 @@ from hypothesis import given, settings, strategies as st
 
 from kvm_mmu_lit.guest.addresses import FORMATS
 from kvm_mmu_lit.guest.gpte import map_page
-from kvm_mmu_lit.guest.memory import ram, read_gpa
+from kvm_mmu_lit.guest.memory import ram, read_gpa, write_entry
 from kvm_mmu_lit.mmu.cpu_role import MODES
 from kvm_mmu_lit.mmu.hardware import WRITE, Reached
 from kvm_mmu_lit.mmu.host_events import (
     add_slot, age, change_pte, delete_slot, entries_of, get_dirty_log, protect_range, set_limit, set_nx_huge_pages,
     split_huge_pages, start_dirty_log, stop_dirty_log, test_age as is_young, unmap_range)
+from kvm_mmu_lit.mmu.nested_switch import L2State, enter_l2, eptp_of
 from kvm_mmu_lit.mmu.reload import enter_guest
 from kvm_mmu_lit.mmu.rmap import host_frame
 from kvm_mmu_lit.mmu.root_role import svm_host, vmx_host
 from kvm_mmu_lit.mmu.roots import new_vcpu
 from kvm_mmu_lit.mmu.shadow_fault import page_fault
 from kvm_mmu_lit.mmu.shadow_page import Vm
-from kvm_mmu_lit.mmu.spte import is_last, is_mmio, is_present, is_writable
+from kvm_mmu_lit.mmu.spte import is_last, is_mmio, is_present, is_writable, spte_pfn
 from kvm_mmu_lit.mmu.tlb import Tlb, processor_access
+from kvm_mmu_lit.mmu.vcpu import access
 
 PAGE, FRAME, PAGES, SECOND = 0x40_0000, 0x200, 6, 0x500
 HOSTS = {'shadow': svm_host(4, npt=False), 'npt': svm_host(4), 'ept': vmx_host(), 'old mmu': vmx_host(tdp_mmu=False),
@@ -51,7 +53,7 @@ def writable_leaves(vm, start, end):
     for sp in vm.pages.values():
         for spte in sp.sptes.values():
             if not is_present(spte) or is_mmio(vm.masks, spte) or not is_last(spte, sp.role.level) or not is_writable(spte): continue
-            first, size = (spte & (1 << 52) - 1) >> 12, 1 << 9 * (sp.role.level - 1)
+            first, size = spte_pfn(spte), 1 << 9 * (sp.role.level - 1)
             if any(first & -size <= pfn < (first & -size) + size for pfn in frames): found.append((sp, spte))
     return found
 
@@ -159,3 +161,84 @@ def test_the_lists_are_read_the_same_way_whichever_is_shorter():
     wide = [(sp.spt, index) for sp, index in entries_of(vm, FRAME, 1 << 40)]
     narrow = [(sp.spt, index) for i in range(PAGES) for sp, index in entries_of(vm, FRAME + i, FRAME + i + 1)]
     assert len(narrow) == PAGES and wide == narrow
+
+
+def levels(vm, gfn):
+    "Sizes of the leaves that map a frame, whichever MMU made them."
+    return {sp.role.level for sp in vm.pages.values() for spte in sp.sptes.values()
+            if is_present(spte) and not is_mmio(vm.masks, spte) and is_last(spte, sp.role.level)
+            and spte_pfn(spte) >> 9 * (sp.role.level - 1) == host_frame(vm, gfn)[0] >> 9 * (sp.role.level - 1)}
+
+
+@pytest.mark.parametrize('name', sorted(set(HOSTS) - {'shadow'}))
+def test_large_pages_return_when_the_log_ends(name):
+    vm = guest(HOSTS[name], host_level=2)
+    start_dirty_log(vm, 0)
+    use(vm.vcpus[0], 0, WRITE)
+    assert levels(vm, FRAME) == {1}
+    stop_dirty_log(vm, 0)
+    assert not levels(vm, FRAME)
+    use(vm.vcpus[0], 0, WRITE)
+    assert levels(vm, FRAME) == {2}
+
+
+@pytest.mark.parametrize('name', sorted(HOSTS))
+@pytest.mark.parametrize('kind', (0, WRITE))
+def test_a_page_merged_out_of_a_large_one_is_reached_in_its_new_place(name, kind):
+    vm = guest(HOSTS[name], host_level=2)
+    vcpu = vm.vcpus[0]
+    old = [use(vcpu, i, kind) for i in range(PAGES)]
+    change_pte(vm, FRAME + 2)
+    merged = host_frame(vm, FRAME + 2)[0]
+    assert merged not in old and [use(vcpu, i, 0) for i in range(PAGES)] == [*old[:2], merged, *old[3:]]
+    assert not writable_leaves(vm, FRAME + 2, FRAME + 3)
+
+
+EPT, LARGE = 0x40000, 0x200000
+
+
+def l2_guest(n_max=None):
+    "L2 without paging; L1's EPT maps two large pages of L2 to one large page of L1's memory."
+    vm = Vm(vmx_host(), ram((0, 1 << 22)), host_levels={0: 2}, prefetch=False, n_max=n_max)
+    for table in (EPT, EPT + 0x1000): write_entry(vm.memory, table, 8, table + 0x1000 | 7)
+    for index in (1, 2): write_entry(vm.memory, EPT + 0x2000 + 8 * index, 8, LARGE | 6 << 3 | 0x87)
+    vcpu = new_vcpu(vm, **dict(zip(('cr0', 'cr4', 'efer'), MODES['nonpaging'])))
+    assert enter_l2(vcpu, L2State(0, 0, 0, 0, nested_pgd=eptp_of(EPT, ad=False)))
+    for page in (1, 2): assert access(vcpu, page * LARGE, WRITE, 7).what == 'done'
+    assert [sp.role.level for sp, _ in entries_of(vm, 0x200, 0x400)] == [2, 2]
+    return vcpu
+
+
+def test_large_pages_of_l2_are_split_through_one_direct_table():
+    vcpu = l2_guest()
+    vm, where = vcpu.vm, [page * LARGE + offset for page in (1, 2) for offset in (0, 0x1008, 0x1f_f000)]
+    before = [processor_access(vcpu, at, WRITE, mark=False).hpa for at in where]
+    split_huge_pages(vm, 0)
+    leaves = list(entries_of(vm, 0x200, 0x400))
+    assert len(leaves) == 512 and {index for _, index in leaves} == set(range(512))
+    child, = {sp.spt: sp for sp, _ in leaves}.values()
+    assert (child.role.level, child.role.direct, child.role.guest_mode, child.gfn, len(child.parents)) == (1, 1, 1, 0x200, 2)
+    assert [processor_access(vcpu, at, WRITE, mark=False).hpa for at in where] == before
+
+
+def test_the_log_counts_writes_of_l2_in_small_pages_after_a_split():
+    vcpu = l2_guest()
+    vm = vcpu.vm
+    split_huge_pages(vm, 0)
+    start_dirty_log(vm, 0)
+    assert not [gfn for gfn in get_dirty_log(vm, 0) if gfn >= 0x200]
+    assert access(vcpu, LARGE + 0x3000, WRITE, 9).what == 'done' and access(vcpu, 2 * LARGE + 0x5000, WRITE, 9).what == 'done'
+    assert access(vcpu, LARGE + 0x4000, 0).what == 'done'
+    assert {gfn for gfn in get_dirty_log(vm, 0) if gfn >= 0x200} == {0x203, 0x205}
+    stop_dirty_log(vm, 0)
+    assert access(vcpu, LARGE, WRITE, 9).what == 'done'
+    assert 2 in {sp.role.level for sp, _ in entries_of(vm, 0x200, 0x400)}
+
+
+def test_without_room_for_tables_nothing_of_l2_is_split():
+    vcpu, told = l2_guest(), []
+    vm = vcpu.vm
+    vm.n_max, vm.watch = vm.n_used + 5, lambda did: told.append(did)
+    split_huge_pages(vm, 0)
+    assert [sp.role.level for sp, _ in entries_of(vm, 0x200, 0x400)] == [2, 2]
+    assert -28 in [did['errno'] for did in told if did.what == 'kvm_mmu_split_huge_page']
