@@ -1,9 +1,13 @@
 """What every test shares: a failed claim names its notebook, its cell and its sentence; a measured number is printed at the end."""
-import pytest
-from hypothesis import settings
+import os
 
-settings.register_profile('book', deadline=None)   # how long an example takes says more about the machine than about the book
-settings.load_profile('book')
+import pytest
+from hypothesis import HealthCheck, settings
+
+# How long an example takes says more about the machine than about the book. The same examples every time, unless EXAMPLES=fresh asks for others.
+settings.register_profile('same', deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+settings.register_profile('fresh', deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+settings.load_profile(os.environ.get('EXAMPLES', 'same'))
 
 
 def pytest_configure(config):
