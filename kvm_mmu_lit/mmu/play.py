@@ -127,7 +127,7 @@ def _put(memory, one, where):
     try: write_gpa(memory, _need(one.get('gpa'), int, f'{where}.gpa'), value.to_bytes(size, 'little'))
     except ValueError as why: raise ValueError(f"{where}: {why}") from None
 
-# %% ../../nbs/mmu/26_play.ipynb #2b65d677
+# %% ../../nbs/mmu/26_play.ipynb #ab86e9f9
 @dataclass(frozen=True)
 class Played:
     "One event, what became of it, and what KVM did."
@@ -175,11 +175,12 @@ def event_text(event: dict) -> str:
 def answer_text(answer) -> str:
     "What became of it, in a few words."
     if answer is None: return 'done'
+    if isinstance(answer, frozenset): return f"frames {', '.join(f'{gfn:#x}' for gfn in sorted(answer))}" if answer else 'no frames'
     what = getattr(answer, 'what', None)
     if what is None: return str(answer)
     fault = getattr(answer, 'fault', None)
     told = f"{fault.what} at {fault.addr:#x}, code {fault.error_code:#x}" if fault is not None else what
-    return told + (f", {answer.exits} exits" if answer.exits else '') + (', emulated' if answer.emulated else '')
+    return told + (f", {answer.exits} exit{'s' * (answer.exits > 1)}" if answer.exits else '') + (', emulated' if answer.emulated else '')
 
 def draw_play(
     steps: list,           # Of `Played`

@@ -31,11 +31,11 @@ def setup_cells():
         return code, said.getvalue()
 
 
-@pytest.mark.claim('nbs/cli_run.ipynb', 'a28459c5', 'The command says for each event what became of it, and 0 when all happened')
+@pytest.mark.claim('nbs/cli_run.ipynb', 'fd96481e', 'The command says for each event what became of it, and 0 when all happened')
 def test_the_command_says_for_each_event_what_became_of_it_and_0_when_all_happened():
     code, said = kvm_mmu(STORY, '--quiet', '--until-violation')
     assert code == 0 and said.count('\n') == 6 and said.endswith('5 events, none left\n')
-    assert '-> done, 1 exits' in said.splitlines()[0] and said.splitlines()[4].endswith('-> done')      # The second time the root is cached, and so is the page
+    assert '-> done, 1 exit' in said.splitlines()[0] and said.splitlines()[4].endswith('-> done')      # The second time the root is cached, and so is the page
 
 
 @pytest.mark.claim('nbs/cli_run.ipynb', '7d3db6a3', 'JSON holds the same steps')
