@@ -11,11 +11,12 @@ one entry at a time.
 __all__ = ['MemSlot', 'TableWords', 'GuestMemory', 'add_ram', 'remove_slot', 'ram', 'draw_memory', 'show_pc', 'read_gpa',
            'write_gpa', 'copy_memory', 'read_entry', 'write_entry', 'cmpxchg_entry']
 
-# %% ../../nbs/guest/02_memory.ipynb #f664a153
+# %% ../../nbs/guest/02_memory.ipynb #b8f5d7fe
 import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from mmap import ACCESS_COPY, mmap
 
 from ..draw.ranges import Range, RangeMap
 from .addresses import PAGE_SHIFT, PAGE_SIZE, Gfn, Gpa
@@ -95,7 +96,7 @@ class GuestMemory:
 
     def __repr__(self): return f"GuestMemory({', '.join(map(repr, self.slots))})"
 
-# %% ../../nbs/guest/02_memory.ipynb #f11fcfe6
+# %% ../../nbs/guest/02_memory.ipynb #d845c6a2
 def add_ram(
     memory: GuestMemory,      # Changed in place
     base: Gpa,                # First byte, on a page boundary
@@ -105,7 +106,8 @@ def add_ram(
     "Give the guest a range of zeroed memory. KVM: `KVM_SET_USER_MEMORY_REGION`."
     if base % PAGE_SIZE or size % PAGE_SIZE or size <= 0:
         raise ValueError(f"slot {base:#x}+{size:#x}: base and size must be whole {PAGE_SIZE}-byte pages, and at least one")
-    slot = MemSlot(base >> PAGE_SHIFT, size >> PAGE_SHIFT, memoryview(bytearray(size)), readonly)
+    buffer = mmap(-1, size, access=ACCESS_COPY)        # The host, too, spends a page only when it is written
+    slot = MemSlot(base >> PAGE_SHIFT, size >> PAGE_SHIFT, memoryview(buffer), readonly)
     memory._insert(slot)
     for views in memory._words.values(): views.clear()   # a cached hole may be memory now
     return slot

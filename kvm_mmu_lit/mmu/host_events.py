@@ -12,13 +12,13 @@ __all__ = ['fresh_frame', 'entries_of', 'unmap_range', 'change_pte', 'age', 'tes
            'get_dirty_log', 'stop_dirty_log', 'entry_state', 'clear_dirty_range', 'split_huge_pages', 'bump_generation',
            'delete_slot', 'add_slot', 'set_nx_huge_pages', 'set_limit']
 
-# %% ../../nbs/mmu/22_host_events.ipynb #793f4d8e
+# %% ../../nbs/mmu/22_host_events.ipynb #48afc6a2
 from ..guest.memory import add_ram, remove_slot
 from .contexts import kvm_bug_on
 from .page_fault import link
 from .rmap import (drop_spte, entry_at, host_frame, page_access, page_gfn, rmap_add, rmap_entries, spte_set,
                                   spte_update, write_protect_spte)
-from .shadow_page import Vm, child_role
+from .shadow_page import Moved, Vm, child_role
 from .spte import (GEN_BITS, SPTE_WRITABLE, ad_enabled, ad_need_write_protect, changed_pfn_spte, is_accessed,
                                   is_present, is_writable, mark_access_track, split_spte, spte_pfn)
 from .sync import get_shadow_page
@@ -27,11 +27,10 @@ from .tdp_mmu import (max_mapping_level, remote_flush, tdp_age_gfn_range, tdp_cl
                                      tdp_zap_collapsible)
 from .zap import MIN_FREE, available_pages, change_limit, zap_all_fast
 
-# %% ../../nbs/mmu/22_host_events.ipynb #eef7e1d8
+# %% ../../nbs/mmu/22_host_events.ipynb #19d2f62e
 def fresh_frame(vm: Vm) -> int:
     "A host frame nobody has."
-    used = [pfn for pfn, _ in vm.moved.values()]
-    return max(used, default=(1 << 26) - 1) + 1
+    return max(vm.moved.newest + 1, 1 << 26)
 
 def entries_of(
     vm: Vm,
@@ -236,7 +235,7 @@ def _split_for_l2(vm, sp, index):
     vm.did('kvm_mmu_split_huge_page', gfn=gfn, spte=huge, level=sp.role.level, errno=0 if enough else -28)
     return enough
 
-# %% ../../nbs/mmu/22_host_events.ipynb #2b6fa60a
+# %% ../../nbs/mmu/22_host_events.ipynb #34f25f71
 def bump_generation(vm: Vm):
     """The slots changed: MMIO that is remembered may be memory now.
 
@@ -253,7 +252,7 @@ def delete_slot(
     KVM: `kvm_arch_flush_shadow_memslot`, `kvm_mmu_invalidate_zap_pages_in_memslot`."""
     slot = remove_slot(vm.memory, base_gfn)
     gone = range(slot.base_gfn, slot.end_gfn)
-    vm.moved = {gfn: frame for gfn, frame in vm.moved.items() if gfn not in gone}
+    vm.moved = Moved({gfn: frame for gfn, frame in vm.moved.items() if gfn not in gone})
     vm.dirty = {gfn for gfn in vm.dirty if gfn not in gone}
     vm.logged.discard(base_gfn)
     for table in (vm.slot_pfns, vm.host_levels): table.pop(base_gfn, None)

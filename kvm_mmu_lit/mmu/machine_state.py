@@ -9,7 +9,7 @@ remember. All of it is numbers in lists. Two machines are equal if these are.
 # %% auto #0
 __all__ = ['freeze', 'thaw', 'copy_machine', 'draw_state']
 
-# %% ../../nbs/mmu/25_machine_state.ipynb #18c9b4a4
+# %% ../../nbs/mmu/25_machine_state.ipynb #a0a11a60
 from dataclasses import fields
 
 from ..draw.table import Table
@@ -19,7 +19,7 @@ from .contexts import Mmu, Root, Vcpu
 from .cpu_role import CpuRole, cpu_role, page_role
 from .machine import Machine
 from .root_role import Host
-from .shadow_page import ShadowPage, Vm
+from .shadow_page import Moved, ShadowPage, Vm
 from .tlb import Tlb
 
 # %% ../../nbs/mmu/25_machine_state.ipynb #ce3e1dee
@@ -58,7 +58,7 @@ def _freeze_mmu(mmu):
     return dict(cpu_role=mmu.cpu_role.word, root_role=mmu.root_role.word, roots=[[root.pgd, root.hpa] for root in (mmu.root, *mmu.prev_roots)],
                 pae_words=list(mmu.pae_words), pdptrs=list(mmu.pdptrs), **{name: getattr(mmu, name) for name in _MMU})
 
-# %% ../../nbs/mmu/25_machine_state.ipynb #62507b62
+# %% ../../nbs/mmu/25_machine_state.ipynb #6a3c180b
 def _keyed(pairs): return {tuple(key) if isinstance(key, list) else key: tuple(value) if isinstance(value, list) else value for key, value in pairs}
 
 def thaw(
@@ -70,10 +70,12 @@ def thaw(
         slot = add_ram(memory, one['base_gfn'] << PAGE_SHIFT, one['npages'] << PAGE_SHIFT, one['readonly'])
         for gfn, data in one['pages'].items(): slot.page(int(gfn))[:] = bytes.fromhex(data)
     vm = Vm(Host(**state['host']), memory, **{name: state[name] for name in _PLAIN})
-    for name in ('slot_pfns', 'host_levels', 'moved', 'tracked', 'no_large'): setattr(vm, name, _keyed(state[name]))
+    for name in ('slot_pfns', 'host_levels', 'tracked', 'no_large'): setattr(vm, name, _keyed(state[name]))
+    vm.moved = Moved(_keyed(state['moved']))
     vm.logged, vm.dirty = set(state['logged']), set(state['dirty'])
     vm.rmaps = {level: {key: value if type(value) is int else list(value) for key, value in heads} for level, heads in state['rmaps']}
     for one in state['pages']: vm.pages[one['spt']] = _thaw_page(one)
+    vm.tdp_roots = [sp for sp in vm.pages.values() if sp.tdp and not sp.ptep]
     vm.buckets = {gfn: [vm.pages[spt] for spt in found] for gfn, found in state['buckets']}
     for one in state['vcpus']: vm.vcpus.append(_thaw_vcpu(vm, one))
     return Machine(vm, state['steps'])

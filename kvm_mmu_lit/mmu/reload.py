@@ -153,11 +153,12 @@ def flush_local(
             sync_prev_roots(vcpu)
         vcpu.did('flush_guest')
 
-# %% ../../nbs/mmu/14_reload.ipynb #a7337beb
+# %% ../../nbs/mmu/14_reload.ipynb #e3bf241d
 def serve_requests(
     vcpu: Vcpu,
 ):
     "What was asked for since the guest last ran, in KVM's order. KVM: `vcpu_enter_guest` (its first part), `kvm_vcpu_flush_tlb_all` (x86.c)."
+    if not vcpu.requests: return
     if take(vcpu, 'MMU_FREE_OBSOLETE_ROOTS'): free_obsolete_roots(vcpu)
     if take(vcpu, 'MMU_SYNC'): sync_roots(vcpu)
     if take(vcpu, 'LOAD_MMU_PGD'): load_pgd(vcpu)

@@ -58,14 +58,13 @@ def child_of(
     if not is_present(spte) or is_last(spte, level): return None
     return vm.pages.get(spte & SPTE_ADDRESS & ~vm.masks.me_mask)
 
-# %% ../../nbs/mmu/06_tdp_mmu.ipynb #fe5d5176
+# %% ../../nbs/mmu/06_tdp_mmu.ipynb #8c8b91c6
 def tdp_roots(
     vm: Vm,
     valid_only: bool = False,
 ) -> list:                     # Of `ShadowPage`, the newest first
     "The roots that still exist. KVM: `tdp_mmu_next_root` (mmu/tdp_mmu.c)."
-    roots = [sp for sp in vm.pages.values() if sp.tdp and not sp.ptep]
-    return [sp for sp in reversed(roots) if not valid_only or not sp.role.invalid]
+    return [sp for sp in reversed(vm.tdp_roots) if not valid_only or not sp.role.invalid]
 
 def _new_table(vm, gfn, role, ptep=0):
     "KVM: `tdp_mmu_alloc_sp`, `tdp_mmu_init_sp` (mmu/tdp_mmu.c)."
@@ -82,7 +81,7 @@ def tdp_get_root(
     root.root_count += 1
     return root
 
-# %% ../../nbs/mmu/06_tdp_mmu.ipynb #e9224a85
+# %% ../../nbs/mmu/06_tdp_mmu.ipynb #5fd5d1fd
 def tdp_put_root(
     vm: Vm,
     sp: ShadowPage,
@@ -99,6 +98,7 @@ def _free_root(vm, sp):
     if sp.root_count or not sp.role.invalid or sp.scheduled: return
     full = any(map(is_present, sp.sptes.values()))
     kvm_bug_on(full, f"57: root {sp.spt:#x} is freed and still maps something", "TDP root not empty")
+    vm.tdp_roots.remove(sp)
     del vm.pages[sp.spt]
 
 # %% ../../nbs/mmu/06_tdp_mmu.ipynb #9ebe31f4
@@ -419,7 +419,7 @@ def _split(vm, it, shared):
     vm.did('kvm_mmu_split_huge_page', gfn=it.gfn, spte=huge, level=it.level, errno=0 if done else -16)
     return done
 
-# %% ../../nbs/mmu/06_tdp_mmu.ipynb #e87fc1f4
+# %% ../../nbs/mmu/06_tdp_mmu.ipynb #421ff560
 def max_mapping_level(
     vm: Vm,
     gfn: int,
@@ -430,7 +430,7 @@ def max_mapping_level(
     level = min(most, vm.host_levels.get(slot.base_gfn, 1))
     while level > 1:
         first, size = gfn & -pages_of(level), pages_of(level)
-        moved = any(one // size == gfn // size for one in vm.moved)      # Then the host maps small pages here
+        moved = (level, gfn // size) in vm.moved.within        # Then the host maps small pages here
         if (level, gfn // size) not in vm.no_large and not moved and slot.base_gfn <= first and first + size <= slot.end_gfn: break
         level -= 1
     return level

@@ -138,14 +138,14 @@ def zap_all(vm: Vm):
     tdp_invalidate_all_roots(vm)
     tdp_zap_invalidated_roots(vm)
 
-# %% ../../nbs/mmu/09_zap.ipynb #edac5869
+# %% ../../nbs/mmu/09_zap.ipynb #02b9a941
 def zap_oldest(
     vm: Vm,
     wanted: int,
 ) -> int:              # How many went
     "Make room: the oldest tables that no root holds. KVM: `kvm_mmu_zap_oldest_mmu_pages` (mmu/mmu.c)."
     zapped, count = [], 0
-    for sp in list(vm.pages.values()):
+    for sp in vm.pages.values():       # Nothing leaves it before `commit_zap`
         if count >= wanted: break
         if sp.hashed and not sp.tdp and not sp.root_count: count += prepare_zap(vm, sp, zapped)
     commit_zap(vm, zapped)

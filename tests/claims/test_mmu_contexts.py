@@ -33,6 +33,15 @@ def setup_cells():
         return [name for name in ('root_mmu', 'guest_mmu', 'nested_mmu') if getattr(vcpu, name) != getattr(before, name)]
 
 
+@pytest.mark.claim('nbs/mmu/03_contexts.ipynb', '5702151b', "A vCPU's log ends with what happened last, however long it runs, and it does not grow for ever")
+def test_a_vcpu_s_log_ends_with_what_happened_last_however_long_it_runs_and_it_does_not_grow_for_ever():
+    vcpu = Vcpu(None)
+    for n in range(5 * LOG_KEEPS):
+        vcpu.did('step', n=n)
+        if n % 1000 == 0: assert [did['n'] for did in vcpu.log[-LOG_KEEPS:]] == list(range(max(0, n + 1 - LOG_KEEPS), n + 1))
+    assert LOG_KEEPS <= len(vcpu.log) <= 2 * LOG_KEEPS
+
+
 @pytest.mark.claim('nbs/mmu/03_contexts.ipynb', 'b9736fe7', 'PDPTE registers count exactly where the CPU role has three levels')
 def test_pdpte_registers_count_exactly_where_the_cpu_role_has_three_levels():
     for on, asked in all_inputs():

@@ -9,7 +9,7 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global FORMATS, FRAME, HOSTS, MODES, PAGE, Reached, Timeline, Tlb, WRITE, enter_guest, entry, expect_fail, guest, is_access_track, map_page, migration, new_vcpu, page_fault, predict, processor_access, ram, random, read_gpa, svm_host, tdp_leaf, use, vmx_host
+    global FORMATS, FRAME, HOSTS, MODES, PAGE, Reached, Timeline, Tlb, WRITE, enter_guest, entry, expect_fail, frame_of, guest, is_access_track, map_page, migration, new_vcpu, page_fault, predict, processor_access, ram, random, read_gpa, svm_host, tdp_leaf, use, vmx_host
     from fastcore.test import expect_fail
     from kvm_mmu_lit.draw.exercise import predict
     from kvm_mmu_lit.draw.timeline import Timeline
@@ -17,7 +17,7 @@ def setup_cells():
     from kvm_mmu_lit.guest.gpte import map_page
     from kvm_mmu_lit.guest.memory import ram, read_gpa
     from kvm_mmu_lit.mmu.cpu_role import MODES
-    from kvm_mmu_lit.mmu.hardware import WRITE, Reached
+    from kvm_mmu_lit.mmu.hardware import WRITE, Reached, frame_of
     from kvm_mmu_lit.mmu.reload import enter_guest
     from kvm_mmu_lit.mmu.root_role import svm_host, vmx_host
     from kvm_mmu_lit.mmu.roots import new_vcpu
@@ -79,6 +79,18 @@ def setup_cells():
         step('guest', 'writes: a fault', write)
         step('host', 'ends the log', lambda: stop_dirty_log(vm, 0))
         return Timeline(('entry', 'noted', 'told'), rows, f'frame {FRAME:#x} during a migration')
+
+
+@pytest.mark.claim('nbs/mmu/22_host_events.ipynb', 'd8337068', "However often the host moves frames, each page it uses is one frame's, and the processor's way back names that frame")
+def test_however_often_the_host_moves_frames_each_page_it_uses_is_one_frame_s_and_the_processor_s_way_back_names_that_frame():
+    rng, vm = random.Random(4), guest().vm
+    for _ in range(300):
+        start = rng.randrange(200)
+        if rng.random() < .5: unmap_range(vm, start, start + rng.randrange(1, 5))
+        else: change_pte(vm, start)
+    here = {gfn: host_frame(vm, gfn)[0] for gfn in range(256)}
+    assert len(set(here.values())) == 256 and all(frame_of(vm, pfn) == gfn for gfn, pfn in here.items())
+    assert len(vm.moved) > 100 and vm.moved.gfns == {pfn: gfn for gfn, (pfn, _) in vm.moved.items()}
 
 
 @pytest.mark.claim('nbs/mmu/22_host_events.ipynb', 'd9e14513', 'After the host took a page away no processor reaches the old one, on any host, and the next access finds the new one')
