@@ -30,7 +30,7 @@ from .shadow_page import Vm
 from .sync import pte_write
 from .tlb import processor_access
 
-# %% ../../nbs/mmu/23_vcpu.ipynb #6400684f
+# %% ../../nbs/mmu/23_vcpu.ipynb #cabc6e3a
 @dataclass(frozen=True)
 class Outcome:
     "How an access ended."
@@ -47,7 +47,7 @@ def access(
     vcpu: Vcpu,
     gva: int,
     kind: int,             # WRITE, USER, FETCH bits; 0 reads
-    value: 'int | None' = None,    # To write
+    value: 'int | None' = None,    # To write; without one, a write stores what is there
     size: int = 8,         # Bytes; the access stays in one page
 ) -> Outcome:
     "One access of the guest's, to its end. KVM: `vcpu_enter_guest` (x86.c) and what it calls."
@@ -76,7 +76,7 @@ def _told_by_processor(vcpu, found):
     code = int(getattr(fault, 'error_code', 0))
     return Injected('guest', '#PF' if hasattr(fault, 'error_code') else '#GP', getattr(fault, 'gva', 0), code)
 
-# %% ../../nbs/mmu/23_vcpu.ipynb #8b9bf566
+# %% ../../nbs/mmu/23_vcpu.ipynb #c7136afb
 def handle_exit(vcpu: Vcpu, found: Exit, gva: int, kind: int, value: 'int | None', size: int) -> tuple:
     "() when the guest may try again, else the beginning of an `Outcome`. KVM: `kvm_handle_page_fault` (mmu/mmu.c), `npf_interception` (svm/svm.c), `handle_ept_violation` (vmx/vmx.c)."
     vcpu.injected, vcpu.npf_info = None, found.error_code if vcpu.host.has_tdp else None
@@ -100,9 +100,10 @@ def emulate(vcpu: Vcpu, gva: int, kind: int, value: 'int | None', size: int) -> 
         return _injected(vcpu)
     slot = vm.memory.slot(gpa >> PAGE_SHIFT)
     if slot is None or kind & WRITE and slot.readonly: return 'mmio', gpa
-    if kind & WRITE and value is not None:
-        store(vcpu, gpa, value.to_bytes(size, 'little'))
     data = read_gpa(vm.memory, gpa, min(size, 0x1000 - (gpa & 0xfff)))
+    if kind & WRITE:
+        data = data if value is None else value.to_bytes(size, 'little')
+        store(vcpu, gpa, data)
     return 'done', gpa, int.from_bytes(data, 'little')
 
 def store(vcpu: Vcpu, gpa: int, data: bytes):

@@ -211,7 +211,7 @@ def _broken(number: 'int | str', why: str):
     "Stop the story: an invariant does not hold."
     kvm_bug_on(True, f"{number}: {why}", f'invariant {number}')
 
-# %% ../../nbs/review/16_theorem.ipynb #6e4c8b6d
+# %% ../../nbs/review/16_theorem.ipynb #a4c33cf6
 KINDS = (0, WRITE, USER, USER | WRITE, FETCH, USER | FETCH)
 SAMPLE = [(page, kind) for page in (*PAGES, LARGE + 0x1000, LARGE + 0x18_000, 0x18_000, 0x20_000) for kind in KINDS]      # What is looked at
 
@@ -224,8 +224,9 @@ class Story:
         self.world = World(setting, self.rng)
         self.machine = new_machine(HOSTS[setting.host], self.world.memory, setting.mode, ROOTS['A'], setting.vcpus,
                                    host_levels={0: self.rng.choice((1, 2))}, n_max=self.rng.choice((None, None, 40)))
-        self.nested_changed, self.nested_frames = False, {gpa >> PAGE_SHIFT for name in 'NM' for gpa, _, _ in self.world.entries[name]}
-        self.unjudged = set()                                  # Worlds first seen after an EPT entry had changed: what it said before is not known
+        self.nested_frames = {gpa >> PAGE_SHIFT for name in 'NM' for gpa, _, _ in self.world.entries[name]}
+        self.stale = set()                                     # vCPUs that may remember what the tables between L2 and L1 said before
+        self.unjudged = set()                                  # Worlds first seen by such a vCPU: what those tables said before is not known
         self.written = set()                                   # Frames written since migration asked last
         self.allowed = [{} for _ in range(setting.vcpus)]      # vCPU -> context -> (page, kind) -> frames it may still reach
         self.known = [{} for _ in range(setting.vcpus)]        # vCPU -> context -> (page, kind) -> frame, as last seen
@@ -244,7 +245,7 @@ class Story:
         if event['do'] == 'write': self._used(event['vcpu'], event['at'])
         self._flushed(event, answer, before)
         self._logged(event, answer)
-        if event['do'] == 'write' and answer.gpa >> PAGE_SHIFT in self.nested_frames: self.nested_changed = True
+        if event.get('meanwhile', {}).get('event', {}).get('do') == 'write' or event['do'] == 'write' and answer.gpa >> PAGE_SHIFT in self.nested_frames: self.stale |= set(range(self.setting.vcpus))
         self.check(event['do'] not in ('read', 'fetch', 'age') or 'meanwhile' in event or bool(getattr(answer, 'exits', 0)))
         return answer
 
@@ -254,7 +255,11 @@ class Story:
         n, do = event['vcpu'], event['do']
         fault = getattr(answer, 'fault', None)
         if do == 'invlpg' or fault is not None and fault.to == 'guest' and fault.error_code & 9 == 1: self._forget(n, event['at'])
-        elif answer is None and flushes(do, before[n], context(self.machine.vcpus[n])) or self.setting.svm and before[n][4:] != context(self.machine.vcpus[n])[4:]: self._forget_all(n)
+        if self.setting.svm and before[n][4:] != context(self.machine.vcpus[n])[4:]:
+            self.stale.discard(n)
+            self.unjudged = {key for key in self.unjudged if key[0] != n}
+            self._forget_all(n)
+        elif answer is None and flushes(do, before[n], context(self.machine.vcpus[n])): self._forget_all(n)
 
     def _used(self, n, gva):
         "A store may clear the marks of its own page: until then the page was in use."
@@ -275,16 +280,16 @@ class Story:
     def _forget_all(self, n):
         "A flush: everything of the world that runs. With VPIDs L1 and L2 do not forget for each other."
         here = context(self.machine.vcpus[n])[4:]
-        for key in [key for key in self.allowed[n] if (self.setting.svm or key[1:] == here) and not self._keeps_ept(key)]: del self.allowed[n][key]
-        for key in [key for key in self.known[n] if self.setting.svm or key[0][4:] == here and not (self.setting.levels and key[0][4])]: del self.known[n][key]
+        for key in [key for key in self.allowed[n] if (self.setting.svm or key[1:] == here) and not self._keeps_nested(n, key)]: del self.allowed[n][key]
+        for key in [key for key in self.known[n] if (self.setting.svm or key[0][4:] == here) and not (self.setting.levels and key[0][4] or self._keeps_nested(n, key[0][3:]))]: del self.known[n][key]
 
-    def _keeps_ept(self, key):
-        "What EPT maps is flushed by INVEPT alone."
-        return bool(self.setting.levels and key[1] and self.nested_changed)
+    def _keeps_nested(self, n, key):
+        "What the tables between L2 and L1 map is flushed by INVEPT, or by VMRUN and its end: nothing L2 does."
+        return bool(key[1] and n in self.stale)
 
     def _forget(self, n, gva):
         "INVLPG, or a fault: the page. What else of a large page must go is not counted on."
-        for allowed in [allowed for key, allowed in self.allowed[n].items() if not self._keeps_ept(key)]:
+        for allowed in [allowed for key, allowed in self.allowed[n].items() if not self._keeps_nested(n, key)]:
             for key in [key for key in allowed if key[0] >> 12 == gva >> 12]: del allowed[key]
 
     def check(self, changed: bool = True):
@@ -296,7 +301,7 @@ class Story:
         if 'TRIPLE_FAULT' in vcpu.requests: return
         here = context(vcpu), vcpu.rflags
         allowed, known = self.allowed[n].setdefault((vcpu.cr3, *here[0][4:]), {}), self.known[n].setdefault(here, {})
-        if not known and self._keeps_ept(here[0][3:]): self.unjudged.add((n, here))
+        if not known and self._keeps_nested(n, here[0][3:]): self.unjudged.add((n, here))
         if changed or not known: self._learn(vcpu, known, allowed)
         if (n, here) in self.unjudged: return
         if not self.everything and self.rng.random() < 0.2 or not enter_guest(vcpu): return        # It may stay out for a while

@@ -9,12 +9,13 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global FORMATS, KvmBug, MODES, guest, map_page, ram, svm_host, vmx_host
+    global FORMATS, KvmBug, MODES, get_dirty_log, guest, map_page, ram, start_dirty_log, svm_host, vmx_host
     from kvm_mmu_lit.guest.addresses import FORMATS
     from kvm_mmu_lit.guest.gpte import map_page
     from kvm_mmu_lit.guest.memory import ram
     from kvm_mmu_lit.mmu.contexts import KvmBug
     from kvm_mmu_lit.mmu.cpu_role import MODES
+    from kvm_mmu_lit.mmu.host_events import get_dirty_log, start_dirty_log
     from kvm_mmu_lit.mmu.root_role import svm_host, vmx_host
 
     def guest(host=svm_host(4, npt=False), vcpus=1, **vm):
@@ -42,6 +43,16 @@ def test_a_fault_of_the_guest_s_is_a_value_with_the_code_its_own_tables_give_who
         vcpu, = guest(host)
         told = access(vcpu, 0x50_0000, WRITE | USER)
         assert told.what == 'fault' and (told.fault.what, told.fault.addr, told.fault.error_code) == ('#PF', 0x50_0000, WRITE | USER)
+
+
+@pytest.mark.claim('nbs/mmu/23_vcpu.ipynb', 'ff7589ab', 'A store that KVM makes for the guest dirties its page, also when it stores what was there')
+def test_a_store_that_kvm_makes_for_the_guest_dirties_its_page_also_when_it_stores_what_was_there():
+    for value in (None, 7):
+        vcpu, = guest()
+        before = access(vcpu, 0x2010, 0).value                      # Frame 2 holds a table of level 3: KVM keeps it write-protected
+        start_dirty_log(vcpu.vm, 0)
+        stored = access(vcpu, 0x2010, WRITE, value)
+        assert stored.emulated and stored.value == (before if value is None else value) and 2 in get_dirty_log(vcpu.vm, 0)
 
 
 @pytest.mark.claim('nbs/mmu/23_vcpu.ipynb', '7c2f83b1', "A root in a hole of the guest's memory kills it; an access that never ends is a broken invariant")
