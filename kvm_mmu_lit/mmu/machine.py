@@ -93,7 +93,7 @@ def _with_interruption(machine, event, meanwhile):
     try: return EVENTS[event['do']].act(machine, event)
     finally: machine.vm.interleave = before
 
-# %% ../../nbs/mmu/24_machine.ipynb #af2a2827
+# %% ../../nbs/mmu/24_machine.ipynb #2fbab9f6
 @dataclass(frozen=True)
 class Event:
     "A kind of event: what it needs, and what it does."
@@ -121,7 +121,11 @@ def _on_vm(function, *names):
 def _enter_l2(machine, event):
     vcpu = machine.vcpus[event['vcpu']]
     names = ('cr0', 'cr3', 'cr4', 'efer')
-    return enter_l2(vcpu, L2State(*(event[name] for name in names), event.get('nested_pgd')))
+    entered = enter_l2(vcpu, L2State(*(event[name] for name in names), event.get('nested_pgd'),
+                                     pml_address=event.get('pml'), pml_index=event.get('pml_index', 511)))
+    # SVM reads the four entries of a PAE L2 when it needs them; on VMX L1 has read them into the VMCS.
+    if entered and vcpu.is_nested and vcpu.is_pae_paging: load_pdptrs(vcpu, vcpu.cr3)
+    return entered
 
 def _store(machine, event):
     return store(machine.vcpus[event['vcpu']], event['gpa'], event['value'].to_bytes(event.get('size', 8), 'little'))
@@ -130,7 +134,7 @@ def _set_flags(machine, event):
     vcpu = machine.vcpus[event['vcpu']]
     vcpu.rflags, vcpu.cpl = event['ac'] << 18, 0
 
-# %% ../../nbs/mmu/24_machine.ipynb #f33270ca
+# %% ../../nbs/mmu/24_machine.ipynb #60af8854
 _WHERE, _REG = dict(at=MAX64), MAX64
 EVENTS = {
     'read': Event(_access(0), _WHERE, dict(user=bool, size=(1, 2, 4, 8)), "the guest reads"),
@@ -143,7 +147,7 @@ EVENTS = {
     'set_ac': Event(_set_flags, dict(ac=bool), says="STAC or CLAC"),
     'invlpg': Event(_on_vcpu(invlpg, 'at'), _WHERE, says="INVLPG"),
     'invpcid': Event(_on_vcpu(invpcid, 'kind', 'pcid', 'at'), dict(kind=3, pcid=4095, at=MAX64), says="INVPCID"),
-    'enter_l2': Event(_enter_l2, dict(cr0=_REG, cr3=_REG, cr4=_REG, efer=_REG), dict(nested_pgd=MAX64), "VMRUN or VMLAUNCH"),
+    'enter_l2': Event(_enter_l2, dict(cr0=_REG, cr3=_REG, cr4=_REG, efer=_REG), dict(nested_pgd=MAX64, pml=MAX64, pml_index=0xffff), "VMRUN or VMLAUNCH"),
     'leave_l2': Event(_on_vcpu(leave_l2), {}, says="L2 exits to L1"),
     'smi': Event(_on_vcpu(enter_smm), {}, says="system-management interrupt"),
     'store': Event(_store, dict(gpa=(1 << 52) - 1, value=MAX64), dict(size=(1, 2, 4, 8)), "KVM stores for the guest, and sees it"),
@@ -166,7 +170,7 @@ def draw_events() -> Table:
     rows = [('host' if name in HOST_EVENTS else 'a vCPU', name, ', '.join(event.needs), ', '.join(event.may), event.says) for name, event in EVENTS.items()]
     return Table(('who', 'do', 'needs', 'may have', 'what it is'), rows)
 
-# %% ../../nbs/mmu/24_machine.ipynb #c58d8ef2
+# %% ../../nbs/mmu/24_machine.ipynb #3041e871
 def check_event(
     machine: Machine,
     event: dict,
@@ -197,6 +201,7 @@ def _check_sense(machine, event):
     name, vm = event['do'], machine.vm
     vcpu = machine.vcpus[event['vcpu']] if 'vcpu' in event else None
     if name == 'enter_l2' and vcpu.guest_mode: raise ValueError("enter_l2 while L2 runs: L2 is no hypervisor here")
+    if name == 'enter_l2' and 'pml' in event and vm.host.vendor == 'svm': raise ValueError(f"enter_l2: pml={event['pml']:#x}, and a VMCB has no log of dirtied pages")
     if name == 'leave_l2' and not vcpu.guest_mode: raise ValueError("leave_l2 while L1 runs")
     if name == 'store' and vm.memory.slot(event['gpa'] >> PAGE_SHIFT) is None: raise ValueError(f"store: {event['gpa']:#x} lies in no memory slot")
     if 'at' in event and 'size' in event and (event['at'] & 0xfff) + event['size'] > PAGE_SIZE: raise ValueError(f"{name} of {event['size']} bytes at {event['at']:#x} crosses a page")

@@ -13,14 +13,16 @@ __all__ = ['INVPCID_ADDRESS', 'INVPCID_CONTEXT', 'INVPCID_ALL', 'INVPCID_ALL_BUT
            'invalidate_pcid', 'invpcid', 'invpcid_gva', 'invlpg', 'set_cr0', 'post_set_cr0', 'set_cr4', 'post_set_cr4',
            'set_efer', 'smm_changed', 'enter_smm', 'set_sregs', 'Cost', 'bit_costs', 'show_costs']
 
-# %% ../../nbs/mmu/18_register_writes.ipynb #9645e047
+# %% ../../nbs/mmu/18_register_writes.ipynb #c20344d5
 from dataclasses import dataclass
 
 from ..draw.table import Table
 from ..guest.addresses import LONG4, LONG5, is_canonical
+from ..guest.permissions import Pferr
 from ..guest.registers import CR3_NOFLUSH, CR3_PCID_MASK, Cr0, Cr4, Efer, GeneralProtection
 from .contexts import Vcpu, init_mmu
 from .cpu_role import MODES, diff_roles
+from .guest_tables import Walked, translate_gpa
 from .invlpg import invalidate_gva, invlpg_root
 from .reload import enter_guest, reset_context, unload
 from .root_cache import new_pgd, pointer
@@ -28,7 +30,7 @@ from .root_role import svm_host
 from .roots import ROOT_CURRENT, ROOT_PREVIOUS, free_roots, new_vcpu, small_memory
 from .shadow_page import Vm
 
-# %% ../../nbs/mmu/18_register_writes.ipynb #35271cd1
+# %% ../../nbs/mmu/18_register_writes.ipynb #d9aff11f
 def load_pdptrs(
     vcpu: Vcpu,
     cr3: int,
@@ -36,7 +38,8 @@ def load_pdptrs(
     "Read the four PDPTE registers again. Without TDP a change costs the current root. KVM: `load_pdptrs` (x86.c)."
     vcpu.did('load_pdptrs', cr3=cr3)
     mmu = vcpu.walk_mmu
-    pdptes = vcpu.vm.read_pdptes(cr3)
+    at = translate_gpa(vcpu, mmu, cr3, int(Pferr.USER | Pferr.WRITE), Walked(cr3, 0))     # Of an L2 with nested paging: behind L1's tables
+    pdptes = None if at is None else vcpu.vm.read_pdptes(at)
     rsvd = (1 << 64) - (1 << vcpu.host.maxphyaddr) | 0x1e6      # And bits 8:5 and 2:1
     ok = pdptes is not None and not any(pdpte & 1 and pdpte & rsvd for pdpte in pdptes)
     if ok:

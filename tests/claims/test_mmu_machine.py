@@ -9,7 +9,7 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global FORMATS, draw_host_walk, map_page, predict, small_machine, svm_host, vmx_host
+    global FORMATS, draw_host_walk, eptp_of, map_page, predict, small_machine, svm_host, vmx_host, write_entry
     from kvm_mmu_lit.guest.addresses import FORMATS
     from kvm_mmu_lit.guest.gpte import map_page
     from kvm_mmu_lit.mmu.hardware import draw_host_walk
@@ -21,6 +21,9 @@ def setup_cells():
         for page in range(16): map_page(memory, 0x1000, FORMATS['4level'], page << 12, page << 12, free, 0x3, 0x7)
         for page in range(4): map_page(memory, 0x1000, FORMATS['4level'], 0x40_0000 + (page << 12), 0x10_0000 + (page << 12), free, 0x7, 0x7)
         return new_machine(host, memory, vcpus=vcpus)
+
+    from kvm_mmu_lit.guest.memory import write_entry
+    from kvm_mmu_lit.mmu.nested_switch import eptp_of
 
     from kvm_mmu_lit.draw.exercise import predict
 
@@ -52,3 +55,17 @@ def test_an_entry_that_changes_between_walk_and_fetch_is_never_built_from_at_whi
         for page in (0x5000, 0x6000): machine.happen(dict(do='write', vcpu=1, at=0x5ff8, value=0))
         told = machine.happen(dict(do='read', vcpu=0, at=0x40_0000, meanwhile=dict(at=at, event=dict(do='write', vcpu=1, at=0x5000, value=0))))
         assert told.what == 'fault' and told.fault.error_code == 0, (at, told)
+
+
+@pytest.mark.claim('nbs/mmu/24_machine.ipynb', '93511492', "An L2 in PAE mode starts with the four entries at its CR3, as L1's nested tables place it, and a MOV to CR3 of its own reads there too")
+def test_an_l2_in_pae_mode_starts_with_the_four_entries_at_its_cr3_as_l1_s_nested_tables_place_it_and_a_mov_to_cr3_of_its_own_reads_there_too():
+    for host, fmt, pgd in ((svm_host(4), '4level', 0x2_0000), (vmx_host(4), 'ept4', eptp_of(0x2_0000))):
+        machine, free = small_machine(host), list(range(0x21, 0x40))
+        memory = machine.vm.memory
+        for gpa in (0x5000, 0x6000): map_page(memory, 0x2_0000, FORMATS[fmt], gpa, 0x30_0000 + gpa, free, 0x6 if 'ept' in fmt else 0x7, 0x6 if 'ept' in fmt else 0x7)
+        for gpa in (0x5000, 0x6000): write_entry(memory, 0x30_0000 + gpa, 8, gpa + 0x1001)
+        cr0, cr4, efer = map(int, MODES['PAE'])
+        machine.happen(dict(do='enter_l2', vcpu=0, cr0=cr0, cr3=0x5000, cr4=cr4, efer=efer, nested_pgd=pgd))
+        assert machine.vcpus[0].nested_mmu.pdptrs == [0x6001, 0, 0, 0]
+        machine.happen(dict(do='set_cr3', vcpu=0, value=0x6000))
+        assert machine.vcpus[0].nested_mmu.pdptrs == [0x7001, 0, 0, 0]
