@@ -211,7 +211,7 @@ def _broken(number: 'int | str', why: str):
     "Stop the story: an invariant does not hold."
     kvm_bug_on(True, f"{number}: {why}", f'invariant {number}')
 
-# %% ../../nbs/review/16_theorem.ipynb #a4c33cf6
+# %% ../../nbs/review/16_theorem.ipynb #b2b93e5b
 KINDS = (0, WRITE, USER, USER | WRITE, FETCH, USER | FETCH)
 SAMPLE = [(page, kind) for page in (*PAGES, LARGE + 0x1000, LARGE + 0x18_000, 0x18_000, 0x20_000) for kind in KINDS]      # What is looked at
 
@@ -231,6 +231,8 @@ class Story:
         self.allowed = [{} for _ in range(setting.vcpus)]      # vCPU -> context -> (page, kind) -> frames it may still reach
         self.known = [{} for _ in range(setting.vcpus)]        # vCPU -> context -> (page, kind) -> frame, as last seen
 
+        for n, vcpu in enumerate(self.machine.vcpus): self._learn(vcpu, self.known[n].setdefault((context(vcpu), vcpu.rflags), {}), {})
+
     @property
     def vm(self): return self.machine.vm
 
@@ -242,10 +244,12 @@ class Story:
         if self.machine.steps > steps + 1:       # It was interrupted; every point comes before the access itself
             self._flushed(event['meanwhile']['event'], None, before)
             if event['meanwhile']['event']['do'].endswith(('_log', '_slot')): self.written.clear()
-        if event['do'] == 'write': self._used(event['vcpu'], event['at'])
+        inside = event.get('meanwhile', {}).get('event', {})
+        for one in (event, inside):
+            if one.get('do') == 'write' or 'at' in one and one is inside: self._used(one['vcpu'], one['at'])
         self._flushed(event, answer, before)
         self._logged(event, answer)
-        if event.get('meanwhile', {}).get('event', {}).get('do') == 'write' or event['do'] == 'write' and answer.gpa >> PAGE_SHIFT in self.nested_frames: self.stale |= set(range(self.setting.vcpus))
+        if inside.get('do') == 'write' or event['do'] == 'write' and answer.gpa >> PAGE_SHIFT in self.nested_frames: self.stale |= set(range(self.setting.vcpus))
         self.check(event['do'] not in ('read', 'fetch', 'age') or 'meanwhile' in event or bool(getattr(answer, 'exits', 0)))
         return answer
 
@@ -262,7 +266,7 @@ class Story:
         elif answer is None and flushes(do, before[n], context(self.machine.vcpus[n])): self._forget_all(n)
 
     def _used(self, n, gva):
-        "A store may clear the marks of its own page: until then the page was in use."
+        "A store may clear the marks of its own page, or of one used in the middle of it: until then the page was in use."
         for (here, _), known in self.known[n].items():
             allowed = self.allowed[n].setdefault((here[1], *here[4:]), {})
             for key, frame in known.items():
