@@ -55,7 +55,7 @@ class ShadowPage:
         "A guest table stands behind it. KVM: `sp_has_gptes` (mmu/mmu.c)."
         return not self.role.direct and not self.role.passthrough
 
-# %% ../../nbs/mmu/05_shadow_page.ipynb #02ef0482
+# %% ../../nbs/mmu/05_shadow_page.ipynb #32b42364
 class Moved(dict):
     "Frame -> (host frame, may it be written) where the host put another page behind it; knows the way back."
 
@@ -89,6 +89,7 @@ class Vm:
     n_used: int = 0                # Tables in use, roots that wait for their last reference among them
     n_max: 'int | None' = None     # Most there may be; None: no limit
     indirect: int = 0              # Tables that shadow a guest's
+    shadow_root_allocated: bool = False    # A guest's tables were shadowed once: beside the TDP MMU the slots got their lists then
     slot_pfns: dict = field(default_factory=dict)  # First frame of a slot -> host frame behind it
     host_levels: dict = field(default_factory=dict)    # First frame of a slot -> largest page of the host's own mapping
     moved: Moved = field(default_factory=Moved)    # Frames whose page the host exchanged

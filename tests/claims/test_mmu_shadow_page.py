@@ -9,7 +9,7 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global INVALID_PAGE, KvmBug, MODES, MiB, ROLE_FIELDS, all_mmus, expect_fail, explore, init_mmu, itertools, machine, page_role, predict, ram, root, svm_host
+    global INVALID_PAGE, KvmBug, MODES, MiB, ROLE_FIELDS, all_mmus, expect_fail, explore, find, get, init_mmu, itertools, machine, page_role, predict, ram, root, svm_host
     import itertools
     from fastcore.test import expect_fail
     from kvm_mmu_lit.draw.exercise import predict
@@ -31,6 +31,14 @@ def setup_cells():
 
     def root(vcpu, quadrant=0, level=2): return replace(vcpu.root_mmu.root_role, level=level, quadrant=quadrant)
 
+    def find(vm, gfn, role):
+        "The lookup as long as nothing is stale: the table of this frame and role that is not obsolete."
+        return next((sp for sp in vm.buckets.get(gfn, ()) if sp.role == role and not is_obsolete_sp(vm, sp)), None)
+
+    def get(vm, gfn, role):
+        "Find it, or make it."
+        return find(vm, gfn, role) or add_shadow_page(vm, ShadowPage(gfn, role, vm.alloc_page(), vm.gen))
+
 
 @pytest.mark.claim('nbs/mmu/05_shadow_page.ipynb', 'c7ff1f0b', "the buckets are those KVM's function chose for the same frames")
 def test_the_buckets_are_those_kvm_s_function_chose_for_the_same_frames():
@@ -44,51 +52,42 @@ def test_frames_of_any_stride_up_to_a_gigabyte_spread_well_1000_tables_never_put
         assert max(map(buckets.count, set(buckets))) <= 4 and set(buckets) <= set(range(4096))
 
 
-@pytest.mark.claim('nbs/mmu/05_shadow_page.ipynb', '125b5822', 'whichever field of the role is different, the lookup misses, and the first table is still found afterwards')
+@pytest.mark.claim('nbs/mmu/05_shadow_page.ipynb', 'b0a446b9', 'whichever field of the role is different, the lookup misses, and the first table is still found afterwards')
 def test_whichever_field_of_the_role_is_different_the_lookup_misses_and_the_first_table_is_still_found_afterwards():
     for name, low, width in ROLE_FIELDS:
         if name == 'invalid': continue                      # nobody looks for a zapped table
         vm, vcpu = machine('PAE')
         role = root(vcpu)
-        sp = get_shadow_page(vcpu, 0x123, role)
+        sp = get(vm, 0x123, role)
         other = replace(role, **{name: getattr(role, name) ^ 1})
-        assert find_shadow_page(vm, 0x123, other) is None
-        assert get_shadow_page(vcpu, 0x123, other) is not sp and find_shadow_page(vm, 0x123, role) is sp
+        assert find(vm, 0x123, other) is None
+        assert get(vm, 0x123, other) is not sp and find(vm, 0x123, role) is sp
 
 
-@pytest.mark.claim('nbs/mmu/05_shadow_page.ipynb', 'cfa89465', 'a PAE guest and a 4-level guest with equal control bits share their lower tables')
+@pytest.mark.claim('nbs/mmu/05_shadow_page.ipynb', '7f4f0ec9', 'a PAE guest and a 4-level guest with equal control bits share their lower tables')
 def test_a_pae_guest_and_a_4_level_guest_with_equal_control_bits_share_their_lower_tables():
     vm, pae, four = machine('PAE', vcpus=2)
     four.cr0, four.cr4, four.efer = MODES['4-level']
     init_mmu(four)
-    assert root(pae).level == 2 and get_shadow_page(pae, 0x123, root(pae)) is get_shadow_page(four, 0x123, root(four))
-    assert get_shadow_page(pae, 0x123, root(pae, level=3)) is not get_shadow_page(four, 0x123, root(four, level=4))
+    assert root(pae).level == 2 and get(vm, 0x123, root(pae)) is get(vm, 0x123, root(four))
+    assert get(vm, 0x123, root(pae, level=3)) is not get(vm, 0x123, root(four, level=4))
 
 
-@pytest.mark.claim('nbs/mmu/05_shadow_page.ipynb', 'f31e890e', "a hit forgets the guest's writes, a miss does not")
-def test_a_hit_forgets_the_guest_s_writes_a_miss_does_not():
-    vm, vcpu = machine('4-level')
-    sp = get_shadow_page(vcpu, 0x123, root(vcpu))
-    sp.write_flooding = 2
-    assert find_shadow_page(vm, 0x123, replace(sp.role, access=5)) is None and sp.write_flooding == 2
-    assert find_shadow_page(vm, 0x123, sp.role) is sp and sp.write_flooding == 0
-
-
-@pytest.mark.claim('nbs/mmu/05_shadow_page.ipynb', 'ae329930', 'flag bits do not matter, and a page that was allocated for other ends has no shadow page')
+@pytest.mark.claim('nbs/mmu/05_shadow_page.ipynb', '7f709b6e', 'flag bits do not matter, and a page that was allocated for other ends has no shadow page')
 def test_flag_bits_do_not_matter_and_a_page_that_was_allocated_for_other_ends_has_no_shadow_page():
     vm, vcpu = machine()
-    sp, pae_root = get_shadow_page(vcpu, 0x123, root(vcpu)), vm.alloc_page()
+    sp, pae_root = get(vm, 0x123, root(vcpu)), vm.alloc_page()
     assert to_shadow_page(vm, sp.spt | 0x27) is sp and to_shadow_page(vm, pae_root) is None and to_shadow_page(vm, INVALID_PAGE) is None
 
 
-@pytest.mark.claim('nbs/mmu/05_shadow_page.ipynb', 'fd467963', 'why_missed names a field for every candidate exactly if the lookup misses')
+@pytest.mark.claim('nbs/mmu/05_shadow_page.ipynb', 'e0304f1d', 'why_missed names a field for every candidate exactly if the lookup misses')
 def test_why_missed_names_a_field_for_every_candidate_exactly_if_the_lookup_misses():
     roles = [page_role(word) for word in (0x3702, 0x3701, 0x1702, 0x3502, 0x2712, 0x2732, 0x2_3702, 0x1782)]
     for one, other in itertools.product(roles, repeat=2):
         vm, vcpu = machine()
-        sp = get_shadow_page(vcpu, 0x123, one)
+        sp = get(vm, 0x123, one)
         reasons = why_missed(vm, 0x123, other)
-        assert len(reasons) == 1 and (find_shadow_page(vm, 0x123, other) is sp) == reasons[0].endswith(': found')
+        assert len(reasons) == 1 and (find(vm, 0x123, other) is sp) == reasons[0].endswith(': found')
         assert all(change.field in reasons[0] for change in diff_roles(one, other))
 
 
@@ -112,6 +111,23 @@ def test_every_table_below_any_root_has_a_role_that_page_role_accepts_with_a_qua
             for role in tables:
                 assert page_role(role.word) == role and (role.has_4_byte_gpte or not role.quadrant) and (role.level == 2 or role.quadrant < 2)
             tables = {child_role(role, index, direct, 7) for role in tables if role.level > 1 for index in (0, 1) for direct in (False, True)}
+
+
+@pytest.mark.claim('nbs/mmu/05_shadow_page.ipynb', '50888681', "a direct table's key names what it maps: for every level, no two slots of two direct tables with different frames map the same page")
+def test_a_direct_table_s_key_names_what_it_maps_for_every_level_no_two_slots_of_two_direct_tables_with_different_frames_map_the_same_page():
+    for level in (1, 2, 3):
+        span = 1 << 9 * level                   # Frames a whole table of that level maps
+        firsts = [[gfn + (index << 9 * (level - 1)) for index in range(512)] for gfn in range(0, 8 * span, span)]
+        assert len({first for table in firsts for first in table}) == 8 * 512 and all(table[-1] + (span >> 9) == table[0] + span for table in firsts)
+
+
+@pytest.mark.claim('nbs/mmu/05_shadow_page.ipynb', '5f3f503f', "the table below a passthrough root has the root's frame and is another table, by its level and by that bit")
+def test_the_table_below_a_passthrough_root_has_the_root_s_frame_and_is_another_table_by_its_level_and_by_that_bit():
+    vm, vcpu = machine('4-level')
+    top = get(vm, 0x123, replace(root(vcpu, level=5), passthrough=1))
+    below = get(vm, top.gfn, child_role(top.role, 0, False, 7))
+    assert below is not top and {change.field for change in diff_roles(top.role, below.role)} == {'level', 'passthrough'}
+    assert below.has_gptes and not top.has_gptes and vm.buckets[0x123] == [below, top]
 
 
 @pytest.mark.claim('nbs/mmu/05_shadow_page.ipynb', 'fd4547c5', "the two cuts are of the same address: the guest's indices and KVM's say the same bits")
@@ -145,45 +161,43 @@ def test_the_slot_an_address_uses_is_among_those_that_shadow_the_entry_it_uses_a
         assert (path.directory, path.pd_slot) in shadow_slots(2, path.pde) and (path.half, path.pt_slot) in shadow_slots(1, path.pte)
 
 
-@pytest.mark.claim('nbs/mmu/05_shadow_page.ipynb', '2c27b808', 'a full 2-level guest of 1 + 1024 tables takes 4 + 2048 shadow tables')
+@pytest.mark.claim('nbs/mmu/05_shadow_page.ipynb', '7884f60d', 'a full 2-level guest of 1 + 1024 tables takes 4 + 2048 shadow tables')
 def test_a_full_2_level_guest_of_1_1024_tables_takes_4_2048_shadow_tables():
     vm, vcpu = machine('2-level')
     for quadrant in range(4):
-        directory = get_shadow_page(vcpu, 0x10, root(vcpu, quadrant))
+        directory = get(vm, 0x10, root(vcpu, quadrant))
         for slot in range(512):
-            get_shadow_page(vcpu, 0x100 + 256 * quadrant + slot // 2, child_role(directory.role, slot, False, 7))
+            get(vm, 0x100 + 256 * quadrant + slot // 2, child_role(directory.role, slot, False, 7))
     assert len(vm.pages) == 4 + 2048 and all(len(vm.buckets[gfn]) == 2 for gfn in range(0x100, 0x500)) and len(vm.buckets[0x10]) == 4
 
 
-@pytest.mark.claim('nbs/mmu/05_shadow_page.ipynb', '7f541a20', 'a zapped table that nobody holds is gone; one that a root holds stays, is never found, and every vCPU is told')
-def test_a_zapped_table_that_nobody_holds_is_gone_one_that_a_root_holds_stays_is_never_found_and_every_vcpu_is_told():
-    for held in (0, 1):
-        vm, *vcpus = machine('4-level', vcpus=3)
-        sp = get_shadow_page(vcpus[0], 0x123, root(vcpus[0], level=4))
-        role, sp.root_count = sp.role, held
-        assert prepare_zap(vm, sp) == (not held) == (sp.spt not in vm.pages)
-        assert sp.role == replace(role, invalid=1) and find_shadow_page(vm, 0x123, role) is None and find_shadow_page(vm, 0x123, sp.role) is None
-        assert all(vcpu.requests == ({'MMU_FREE_OBSOLETE_ROOTS'} if held else set()) for vcpu in vcpus)
+@pytest.mark.claim('nbs/mmu/05_shadow_page.ipynb', '114dd3c2', 'a request is one bit a vCPU: whoever asks and however often, each vCPU is asked once')
+def test_a_request_is_one_bit_a_vcpu_whoever_asks_and_however_often_each_vcpu_is_asked_once():
+    vm, *vcpus = machine('4-level', vcpus=3)
+    for _ in range(2): request_all(vm, 'MMU_FREE_OBSOLETE_ROOTS')
+    assert [vcpu.requests for vcpu in vcpus] == [{'MMU_FREE_OBSOLETE_ROOTS'}] * 3
 
 
-@pytest.mark.claim('nbs/mmu/05_shadow_page.ipynb', 'b1c888b7', 'a lookup for an upper table zaps the unsync tables of its frame, a lookup for a last-level table does not')
-def test_a_lookup_for_an_upper_table_zaps_the_unsync_tables_of_its_frame_a_lookup_for_a_last_level_table_does_not():
-    for level, survives in ((1, True), (2, False), (3, False)):
-        vm, vcpu = machine('4-level')
-        leaf = get_shadow_page(vcpu, 0x123, root(vcpu, level=1))
-        leaf.unsync = True
-        assert find_shadow_page(vm, 0x123, replace(root(vcpu, level=level), access=5)) is None
-        assert (leaf.spt in vm.pages) == survives == (find_shadow_page(vm, 0x123, leaf.role) is leaf)
+@pytest.mark.claim('nbs/mmu/05_shadow_page.ipynb', 'e4f543bf', 'for every role, a table whose role is made invalid is found neither by its old role nor by its new one')
+def test_for_every_role_a_table_whose_role_is_made_invalid_is_found_neither_by_its_old_role_nor_by_its_new_one():
+    for m in all_mmus():
+        vm, vcpu = machine()
+        sp = get(vm, 0x123, m.root_role)
+        sp.role = replace(sp.role, invalid=1)
+        assert find(vm, 0x123, m.root_role) is None and find(vm, 0x123, sp.role) is None and is_obsolete_sp(vm, sp)
 
 
-@pytest.mark.claim('nbs/mmu/05_shadow_page.ipynb', 'aadb7842', 'after a zap of everything no lookup finds an old table, not even after a second one that restores the generation')
-def test_after_a_zap_of_everything_no_lookup_finds_an_old_table_not_even_after_a_second_one_that_restores_the_generation():
+@pytest.mark.claim('nbs/mmu/05_shadow_page.ipynb', '4f56335f', 'after one flip no lookup finds an old table, whatever its frame and level')
+def test_after_one_flip_no_lookup_finds_an_old_table_whatever_its_frame_and_level():
     vm, vcpu = machine('4-level')
-    old = [get_shadow_page(vcpu, gfn, root(vcpu, level=level)) for gfn, level in itertools.product(range(8), range(1, 5))]
-    keys = [(sp.gfn, sp.role) for sp in old]
-    for sp in old[::3]: sp.root_count = 1
-    for generation in (1, 0):
-        zap_all_fast(vm)
-        assert vm.gen == generation and all(is_obsolete_sp(vm, sp) for sp in old)
-        assert not any(find_shadow_page(vm, *key) in old for key in keys)
-    assert {sp.spt for sp in vm.pages.values()} == {sp.spt for sp in old[::3]} and not vm.buckets
+    old = [get(vm, gfn, root(vcpu, level=level)) for gfn, level in itertools.product(range(8), range(1, 5))]
+    vm.gen ^= 1
+    assert not any(find(vm, sp.gfn, sp.role) for sp in old) and all(is_obsolete_sp(vm, sp) for sp in old)
+
+
+@pytest.mark.claim('nbs/mmu/05_shadow_page.ipynb', '11c41a93', 'two flips without a zap between bring every old table back: the bit alone is not enough')
+def test_two_flips_without_a_zap_between_bring_every_old_table_back_the_bit_alone_is_not_enough():
+    vm, vcpu = machine('4-level')
+    old = [get(vm, gfn, root(vcpu, level=4)) for gfn in range(8)]
+    for _ in range(2): vm.gen ^= 1
+    assert [find(vm, sp.gfn, sp.role) for sp in old] == old
