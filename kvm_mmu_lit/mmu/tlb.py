@@ -19,12 +19,16 @@ from ..guest.registers import Cr0, Efer, Rflags
 from .contexts import Did, Vcpu
 from .hardware import FETCH, PG, SMAP, SMEP, USER, WRITE, Reached, shadow_access, tdp_access
 
-# %% ../../nbs/mmu/21_tlb.ipynb #e6da69c0
+# %% ../../nbs/mmu/21_tlb.ipynb #57cb367a
 @dataclass
 class Tlb:
     "What one vCPU's processor remembers: (root, guest's CR3, page) -> what each kind of access reached."
     entries: dict = field(default_factory=dict)
     limit: int = 4096          # Then the oldest is forgotten
+    where: dict = field(default_factory=dict, compare=False, repr=False)     # A root, or a page of some size -> keys of its entries
+
+    def __post_init__(self):
+        for key, (level, _) in self.entries.items(): self._note(key, level)
 
     def saw(self, did: Did, vcpu: Vcpu):
         """Forget what a flush names.
@@ -32,16 +36,36 @@ class Tlb:
         KVM: `vmx_flush_tlb_all`, `vmx_flush_tlb_current`, `vmx_flush_tlb_guest` (vmx/vmx.c), `svm_flush_tlb_all`,
         `svm_flush_tlb_current`, `svm_flush_tlb_asid` (svm/svm.c)."""
         if did.what == 'flush_gva': self.forget(did['gva'])
-        elif did.what == 'flush_current' or did.what == 'flush_guest':
-            here = context_of(vcpu)[:1]
-            self.entries = {key: value for key, value in self.entries.items() if key[:1] != here and did.what != 'flush_guest'}
-        elif did.what == 'flush_all': self.entries.clear()
+        elif did.what == 'flush_current': self._drop(('root', vcpu.mmu.root.hpa))
+        elif did.what in ('flush_guest', 'flush_all'):
+            self.entries.clear()
+            self.where.clear()
 
     def forget(self, gva: int):
         "One address, and the large page around it. KVM: `vmx_flush_tlb_gva` (vmx/vmx.c), `svm_flush_tlb_gva` (svm/svm.c)."
-        for key, (level, _) in list(self.entries.items()):
-            shift = 9 * (level - 1)
-            if key[2] >> shift == gva >> PAGE_SHIFT + shift: del self.entries[key]
+        for level in range(1, 6): self._drop((level, gva >> PAGE_SHIFT + 9 * (level - 1)))
+
+    def remember(self, key: tuple, level: int) -> dict:
+        "What is known of a page: how it is accessed -> where that leads."
+        if key not in self.entries:
+            self.entries[key] = level, {}
+            self._note(key, level)
+            if len(self.entries) > self.limit: self._drop_one(next(iter(self.entries)))
+        return self.entries[key][1]
+
+    def _note(self, key, level):
+        for name in _names(key, level): self.where.setdefault(name, set()).add(key)
+
+    def _drop(self, name):
+        for key in self.where.pop(name, ()): self._drop_one(key)
+
+    def _drop_one(self, key):
+        level, _ = self.entries.pop(key, (1, None))
+        for name in _names(key, level):
+            self.where.get(name, set()).discard(key)
+            if not self.where.get(name, True): del self.where[name]
+
+def _names(key, level): return ('root', key[0]), (level, key[2] >> 9 * (level - 1))
 
 WP, NX, AC = int(Cr0.WP), int(Efer.NX), int(Rflags.AC)
 
@@ -54,7 +78,7 @@ def access_kind(vcpu: Vcpu, access: int) -> tuple:
     bits = vcpu.cr4 & (SMEP | SMAP) if vcpu.cr0 & PG else 0
     return access & (WRITE | USER | FETCH), int(bits), bool(vcpu.rflags & AC), bool(vcpu.cr0 & WP) or not vcpu.host.has_tdp, bool(vcpu.efer & NX)
 
-# %% ../../nbs/mmu/21_tlb.ipynb #3c691073
+# %% ../../nbs/mmu/21_tlb.ipynb #a8ed3d71
 def processor_access(
     vcpu: Vcpu,
     gva: int,
@@ -70,10 +94,9 @@ def processor_access(
     return found
 
 def _remember(tlb, key, kind, found):
-    level, kinds = tlb.entries.setdefault(key, (found.level, {}))
+    kinds = tlb.remember(key, found.level)
     kinds[kind] = found.hpa & ~0xfff
     if kind[0] & WRITE: kinds.setdefault((kind[0] & ~WRITE, *kind[1:]), found.hpa & ~0xfff)
-    if len(tlb.entries) > tlb.limit: del tlb.entries[next(iter(tlb.entries))]
 
 # %% ../../nbs/mmu/21_tlb.ipynb #d62ce6f7
 def draw_order(

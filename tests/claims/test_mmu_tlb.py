@@ -9,7 +9,8 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global FORMATS, MODES, REQUESTS, Vm, draw_host_walk, enter_guest, guest, invlpg, map_page, mark_parents_unsync, new_vcpu, page_fault, predict, ram, remote_flush, rmap_entries, svm_host, use, write_entry, zap_rmap
+    global FORMATS, MODES, REQUESTS, Vm, draw_host_walk, enter_guest, guest, invlpg, map_page, mark_parents_unsync, new_vcpu, page_fault, predict, ram, random, remote_flush, rmap_entries, svm_host, use, write_entry, zap_rmap
+    import random
     from kvm_mmu_lit.guest.addresses import FORMATS
     from kvm_mmu_lit.guest.gpte import map_page
     from kvm_mmu_lit.guest.memory import ram, write_entry
@@ -64,6 +65,30 @@ def test_after_the_guest_cleared_its_entry_the_old_translation_may_live_on_until
     assert isinstance(processor_access(vcpu, 0x40_0000, 0), Reached)
     invlpg(vcpu, 0x40_0000)
     assert not isinstance(processor_access(vcpu, 0x40_0000, 0), Reached)
+
+
+@pytest.mark.claim('nbs/mmu/21_tlb.ipynb', 'eac6bb41', 'A flush names what it forgets, a page, a root or everything, and a TLB that forgets forgets just that')
+def test_a_flush_names_what_it_forgets_a_page_a_root_or_everything_and_a_tlb_that_forgets_forgets_just_that():
+    rng = random.Random(2)
+    for size in (5, 50, 500):
+        tlb, vcpu, known = Tlb(limit=300), Vcpu(None), {}
+        for _ in range(size):
+            level = rng.choice((1, 1, 2))
+            page = rng.randrange(4 << 9) if level == 1 else rng.randrange(4, 8) << 9 | rng.randrange(512)
+            key = rng.randrange(8) << 12, rng.randrange(2) << 12, page
+            tlb.remember(key, level)
+            known.setdefault(key, level)
+            if len(known) > 300: del known[next(iter(known))]
+            assert tlb.entries == {key: (level, {}) for key, level in known.items()}
+            if rng.random() < .9: continue
+            gva = rng.randrange(8 << 21)
+            tlb.forget(gva)
+            known = {key: level for key, level in known.items() if key[2] >> 9 * (level - 1) != gva >> 12 + 9 * (level - 1)}
+        vcpu.root_mmu.root.hpa = 1 << 12
+        tlb.saw(Did('flush_current'), vcpu)
+        assert list(tlb.entries) == [key for key in known if key[0] != 1 << 12]
+        tlb.saw(Did('flush_all'), vcpu)
+        assert not tlb.entries and not tlb.where
 
 
 @pytest.mark.claim('nbs/mmu/21_tlb.ipynb', '9e571d24', 'A flush of one address leaves every other')
