@@ -91,7 +91,7 @@ class Did:
         def text(value): return f"{value:#x}" if type(value) is int else str(value)
         return f"{self.what}({', '.join(f'{name}={text(value)}' for name, value in self.facts)})"
 
-# %% ../../nbs/mmu/03_contexts.ipynb #d90be523
+# %% ../../nbs/mmu/03_contexts.ipynb #e9124c19
 LOG_KEEPS = 1 << 14        # At least so many of the latest; older ones go
 
 @dataclass
@@ -122,6 +122,8 @@ class Vcpu:
     cpl: int = 0               # 3: the guest's user code runs
     gbpages: bool = True       # CPUID offers 1 GiB pages
     mmio: 'tuple | None' = None    # The last MMIO access: (gva's page or 0, gfn, rights, generation)
+    pml_address: 'int | None' = None   # Where L1 wants the pages logged that its L2 dirties
+    pml_index: int = 511       # The slot of that log that is filled next; it runs down
     tlb: object = None         # What the processor remembers: a `Tlb`
     injected: object = None    # A fault on its way to the guest
     npf_info: 'int | None' = None      # EXITINFO1 of the nested page fault being handled

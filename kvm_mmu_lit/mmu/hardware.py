@@ -13,8 +13,8 @@ __all__ = ['WRITE', 'USER', 'RSVD', 'FETCH', 'PRESENT', 'PG', 'SMEP', 'SMAP', 'L
            'Exit', 'Refused', 'root_entry', 'host_walk', 'is_reserved', 'has_ad', 'mark_leaf', 'draw_host_walk',
            'shadow_registers', 'shadow_access', 'is_denied', 'tdp_translate', 'frame_of', 'table_access', 'tdp_access']
 
-# %% ../../nbs/mmu/20_hardware.ipynb #26087d90
-from dataclasses import dataclass
+# %% ../../nbs/mmu/20_hardware.ipynb #4b5cf040
+from dataclasses import dataclass, replace
 
 from ..draw.graph import Graph
 from ..guest.addresses import LONG4, LONG5, PAE, PAGE_SHIFT, is_canonical
@@ -182,7 +182,7 @@ def frame_of(vm: Vm, pfn: int) -> int:
         if base is not None and base <= pfn < base + slot.npages: return slot.base_gfn + pfn - base
     kvm_bug_on(True, f"host frame {pfn:#x} belongs to no slot of this guest: it was given back", 'freed frame in use')
 
-# %% ../../nbs/mmu/20_hardware.ipynb #63dee3b9
+# %% ../../nbs/mmu/20_hardware.ipynb #c2c721b1
 def table_access(vcpu: Vcpu) -> int:
     "What the processor asks of KVM's tables to read an entry of the guest's: a write, too, where A and D are kept."
     ept = vcpu.vm.masks.is_ept
@@ -202,10 +202,12 @@ def tdp_access(
     try:
         found = walker.walk(gva, access)
         if not isinstance(found, GuestWalk): return Refused(found)
+        marked = _is_marked(tables, found)
+        if not marked: _reach_marks(vcpu, tables, found, mark)
         asks = access & (WRITE | FETCH) or USER
         hpa, level = tdp_translate(vcpu, found.gpa, asks if vm.masks.is_ept else access | USER, GUEST_FINAL, mark)
     except _Exits as exits: return exits.args[0]
-    if mark and not _is_marked(tables, found): _mark_guest(vcpu, found)
+    if mark and not marked: _mark_guest(vcpu, tables, found)
     return Reached(hpa, min(level, found.level or 3))
 
 def _is_marked(tables, found):
@@ -213,7 +215,20 @@ def _is_marked(tables, found):
     ptes = found.ptes[1:] if tables.fmt is PAE else found.ptes
     return all(pte & tables.accessed for pte in ptes) and (not found.access & WRITE or not ptes or bool(ptes[-1] & tables.dirty))
 
-def _mark_guest(vcpu, found):
-    "A and D of the guest's entries, written by the processor itself; KVM does not see it."
-    for update in pending_updates(found):
-        if not vcpu.vm.memory.slot(update.gpa >> PAGE_SHIFT).readonly: cmpxchg_entry(vcpu.vm.memory, update.gpa, update.size, update.old, update.new)
+def _marks(tables, found):
+    "The marks to be made. Registers that are kept for reading tables hold no CR3; the walker has the root."
+    regs = replace(found.regs, cr3=tables.walker.root)
+    return pending_updates(GuestWalk(regs, found.fmt, found.gva, found.access, found.gpa, found.level, found.rights, found.ptes))
+
+def _reach_marks(vcpu, tables, found, mark):
+    "EPT without A and D lets the processor read a table that KVM keeps read-only. Its marks are writes all the same, and exit."
+    if table_access(vcpu) & WRITE: return
+    for update in _marks(tables, found): tdp_translate(vcpu, update.gpa, WRITE, GUEST_PAGE, mark)
+
+def _mark_guest(vcpu, tables, found):
+    "A and D of the guest's entries, written by the processor itself; where the tables are writable, KVM does not see it."
+    vm = vcpu.vm
+    for update in _marks(tables, found):
+        hpa, _ = tdp_translate(vcpu, update.gpa, USER, GUEST_PAGE, False)      # An L2's entry lies where L1's nested tables put it
+        gpa = frame_of(vm, hpa >> PAGE_SHIFT) << PAGE_SHIFT | update.gpa & 0xfff
+        if not vm.memory.slot(gpa >> PAGE_SHIFT).readonly: cmpxchg_entry(vm.memory, gpa, update.size, update.old, update.new)

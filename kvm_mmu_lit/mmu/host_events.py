@@ -12,12 +12,12 @@ __all__ = ['fresh_frame', 'entries_of', 'unmap_range', 'change_pte', 'age', 'tes
            'get_dirty_log', 'stop_dirty_log', 'entry_state', 'clear_dirty_range', 'split_huge_pages', 'bump_generation',
            'delete_slot', 'add_slot', 'set_nx_huge_pages', 'set_limit']
 
-# %% ../../nbs/mmu/22_host_events.ipynb #48afc6a2
+# %% ../../nbs/mmu/22_host_events.ipynb #973f27a8
 from ..guest.memory import add_ram, remove_slot
 from .contexts import kvm_bug_on
 from .page_fault import link
-from .rmap import (drop_spte, entry_at, host_frame, page_access, page_gfn, rmap_add, rmap_entries, spte_set,
-                                  spte_update, write_protect_spte)
+from .rmap import (drop_spte, entry_at, has_rmaps, host_frame, page_access, page_gfn, rmap_add, rmap_entries,
+                                  spte_set, spte_update, write_protect_spte)
 from .shadow_page import Moved, Vm, child_role
 from .spte import (GEN_BITS, SPTE_WRITABLE, ad_enabled, ad_need_write_protect, changed_pfn_spte, is_accessed,
                                   is_present, is_writable, mark_access_track, split_spte, spte_pfn)
@@ -27,7 +27,7 @@ from .tdp_mmu import (max_mapping_level, remote_flush, tdp_age_gfn_range, tdp_cl
                                      tdp_zap_collapsible)
 from .zap import MIN_FREE, available_pages, change_limit, zap_all_fast
 
-# %% ../../nbs/mmu/22_host_events.ipynb #19d2f62e
+# %% ../../nbs/mmu/22_host_events.ipynb #8dd90a4d
 def fresh_frame(vm: Vm) -> int:
     "A host frame nobody has."
     return max(vm.moved.newest + 1, 1 << 26)
@@ -41,6 +41,7 @@ def entries_of(
     """(Table, slot) of every leaf that a list knows over these frames, small pages first.
 
     KVM: `kvm_handle_gfn_range`, `slot_handle_level_range` (mmu/mmu.c)."""
+    if not has_rmaps(vm): return
     for level in range(min_level, 4):
         shift, heads = 9 * (level - 1), vm.rmaps.get(level, {})
         wanted = range(start >> shift, (end - 1 >> shift) + 1)

@@ -8,18 +8,19 @@ staleness lead, looks at one entry, and makes a fresh one at once if the guest's
 
 # %% auto #0
 __all__ = ['prefetch_gpte', 'pte_prefetch', 'invlpg_root', 'invalidate_gva', 'Injected', 'invalidate_same_ept',
-           'inject_page_fault', 'npf_code']
+           'inject_page_fault', 'npf_code', 'ept_qualification']
 
-# %% ../../nbs/mmu/16_invlpg.ipynb #a23d771e
+# %% ../../nbs/mmu/16_invlpg.ipynb #ca331cb6
 from dataclasses import dataclass
 
 from ..guest.addresses import LONG4, LONG5, PAGE_SHIFT, is_canonical
 from ..guest.permissions import Pferr
 from ..guest.registers import Cr4, GeneralProtection
 from .contexts import INVALID_PAGE, Mmu, Vcpu
-from .guest_tables import Walked, guest_tables, read_gpte
-from .page_fault import PREFETCH_GROUP, clear_mmio, direct_prefetch, set_spte, shadow_walk
+from .guest_tables import LogFull, Walked, guest_tables, read_gpte
+from .page_fault import PREFETCH_GROUP, direct_prefetch, set_spte, shadow_walk
 from .rmap import host_frame, is_logged
+from .root_cache import clear_mmio
 from .shadow_page import ShadowPage
 from .spte import ACC_WRITE, is_last, is_present
 from .sync import drop_invalid
@@ -88,12 +89,12 @@ def invalidate_gva(
     for one in [mmu.root, *mmu.prev_roots]:
         if one.valid: invlpg_root(vcpu, mmu, gva, one.hpa)
 
-# %% ../../nbs/mmu/16_invlpg.ipynb #77b2796c
+# %% ../../nbs/mmu/16_invlpg.ipynb #cc1e802e
 @dataclass(frozen=True)
 class Injected:
     "A fault that goes to the guest, or to the L1 that made the tables. KVM: `struct x86_exception` (kvm_emulate.h)."
     to: str            # 'guest': a #PF or #GP of the one that runs; 'L1': an exit out of L2
-    what: str          # '#PF', '#GP', 'NPF', 'EPT violation' or 'EPT misconfiguration'
+    what: str          # '#PF', '#GP', 'NPF', 'EPT violation', 'EPT misconfiguration' or 'log full'
     addr: int
     error_code: int    # For an EPT violation the exit qualification
 
@@ -115,11 +116,14 @@ def inject_page_fault(
     if isinstance(fault, GeneralProtection):
         vcpu.injected = Injected('guest', '#GP', walked.addr, 0)
         return
+    if isinstance(fault, LogFull):
+        vcpu.injected = Injected('L1', 'log full', 0, 0)
+        return
     mmu, code = getattr(vcpu, walked.faulting_mmu), int(fault.error_code)
     if code & int(Pferr.PRESENT) and not code & int(Pferr.RSVD): invalidate_gva(vcpu, mmu, fault.gva, mmu.root.hpa)
     if mmu.name != 'guest_mmu': what, to = '#PF', 'guest'
     elif fault.fmt.is_ept:
-        what, to, code = 'EPT misconfiguration' if fault.exit_reason == 49 else 'EPT violation', 'L1', fault.exit_qualification
+        what, to, code = 'EPT misconfiguration' if fault.exit_reason == 49 else 'EPT violation', 'L1', ept_qualification(vcpu, fault)
         invalidate_same_ept(vcpu, fault.gva)
     else: what, to, code = 'NPF', 'L1', npf_code(vcpu, code)
     vcpu.injected = Injected(to, what, fault.gva, code)
@@ -129,3 +133,9 @@ def npf_code(vcpu: Vcpu, code: int) -> int:
     "What L1 finds in EXITINFO1: of the real exit the bits that say which walk it was, or GUEST_FINAL when there was none. KVM: `nested_svm_inject_npf_exit` (svm/nested.c)."
     high = vcpu.npf_info >> 32 << 32 if vcpu.npf_info is not None else int(Pferr.GUEST_FINAL)
     return high | code
+
+def ept_qualification(vcpu: Vcpu, fault) -> int:
+    "What L1 finds as the qualification of an EPT violation: what the walk found, and of the real exit bit 7, a linear address was translated, and bit 8, it was done. KVM: `FNAME(walk_addr_generic)` (mmu/paging_tmpl.h)."
+    if fault.exit_reason == 49: return 0
+    real = vcpu.npf_info or 0
+    return fault.exit_qualification | bool(real >> 32 & 3) << 7 | (real >> 32 & 1) << 8

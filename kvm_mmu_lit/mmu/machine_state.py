@@ -22,10 +22,10 @@ from .root_role import Host
 from .shadow_page import Moved, ShadowPage, Vm
 from .tlb import Tlb
 
-# %% ../../nbs/mmu/25_machine_state.ipynb #ce3e1dee
+# %% ../../nbs/mmu/25_machine_state.ipynb #4bf81446
 _ZEROES = bytes(4096)
-_PLAIN = ('gen', 'next_page', 'n_used', 'n_max', 'indirect', 'generation', 'mmu_seq', 'nx_huge_pages', 'prefetch', 'pml', 'flushes')
-_VCPU = ('index', 'cr0', 'cr3', 'cr4', 'efer', 'smm', 'guest_mode', 'has_pcid', 'cr4_missing', 'mmu_is', 'walk_mmu_is', 'nested_pgd', 'pkru', 'rflags', 'cpl', 'gbpages')
+_PLAIN = ('gen', 'next_page', 'n_used', 'n_max', 'indirect', 'shadow_root_allocated', 'generation', 'mmu_seq', 'nx_huge_pages', 'prefetch', 'pml', 'flushes')
+_VCPU = ('index', 'cr0', 'cr3', 'cr4', 'efer', 'smm', 'guest_mode', 'has_pcid', 'cr4_missing', 'mmu_is', 'walk_mmu_is', 'nested_pgd', 'pkru', 'rflags', 'cpl', 'gbpages', 'pml_address', 'pml_index')
 _MMU = ('pae_root', 'pml4_root', 'pml5_root', 'pml4_word', 'pml5_word', 'fault', 'walker')
 _SP = ('gfn', 'spt', 'gen', 'root_count', 'unsync', 'unsync_children', 'write_flooding', 'tdp', 'scheduled', 'hashed', 'ptep', 'nx_huge')
 

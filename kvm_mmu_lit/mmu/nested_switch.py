@@ -14,7 +14,7 @@ __all__ = ['HOSTS', 'L2State', 'l2_state', 'lettered_memory', 'hypervisor', 'nes
            'svm_vmexit', 'vmx_enter', 'vmx_exit', 'init_nested_ept', 'new_eptp', 'eptp_switch', 'enter_l2', 'leave_l2',
            'eptp_of', 'show_nested', 'invept', 'invvpid', 'leave_nested']
 
-# %% ../../nbs/mmu/19_nested_switch.ipynb #315f4a56
+# %% ../../nbs/mmu/19_nested_switch.ipynb #ad08ce5f
 from dataclasses import dataclass
 
 from ..draw.timeline import Timeline
@@ -23,14 +23,14 @@ from ..guest.memory import GuestMemory, ram
 from ..guest.registers import Cr0, Cr4, Efer
 from .contexts import Vcpu, init_mmu, init_shadow_ept_roles, init_shadow_npt_roles, roles_now
 from .cpu_role import MODES
-from .register_writes import load_pdptrs
+from .register_writes import load_pdptrs, pdptr_rsvd
 from .reload import enter_guest, flush_local
 from .root_cache import LETTERS, draw_switches, new_pgd, pointer, policy_of, run_switches
 from .root_role import Host, shadow_ept_roles, shadow_npt_roles, svm_host, vmx_host
 from .roots import ROOT_CURRENT, ROOT_PREVIOUS, ROOTS_ALL, free_guest_mode_roots, free_roots, new_vcpu
 from .shadow_page import Vm
 
-# %% ../../nbs/mmu/19_nested_switch.ipynb #dc70faa2
+# %% ../../nbs/mmu/19_nested_switch.ipynb #718ac21b
 @dataclass(frozen=True)
 class L2State:
     "What L1 put into its VMCB or VMCS for L2, as far as paging goes."
@@ -39,8 +39,10 @@ class L2State:
     cr4: int
     efer: int
     nested_pgd: 'int | None' = None      # nCR3 or EPTP; None: L2 runs without nested paging
-    pdptrs: 'tuple | None' = None        # VMX with EPT: the VMCS brings PDPTEs along
+    pdptrs: 'tuple | None' = None        # VMX with EPT: the PDPTEs of a PAE L2 that L1 wrote into the VMCS; None: four zeros
     vpid: bool = True                    # VMX: L1 gives L2 a VPID
+    pml_address: 'int | None' = None     # VMX with EPT: where L1 wants the pages logged that L2 dirties; None for no log
+    pml_index: int = 511                 # The slot of that log that is filled next
 
 # %% ../../nbs/mmu/19_nested_switch.ipynb #6c44ff93
 def l2_state(
@@ -92,7 +94,7 @@ def nested_load_cr3(
     if not nested_paging and not early: new_pgd(vcpu, cr3)
     return True
 
-# %% ../../nbs/mmu/19_nested_switch.ipynb #ae139c61
+# %% ../../nbs/mmu/19_nested_switch.ipynb #bac01cb4
 def svm_vmrun(
     vcpu: Vcpu,
     l2: L2State,
@@ -101,6 +103,7 @@ def svm_vmrun(
 
     KVM: `nested_svm_vmrun`, `enter_svm_guest_mode`, `nested_svm_transition_tlb_flush` (svm/nested.c)."""
     if vcpu.guest_mode: raise ValueError("VMRUN while L2 runs: L2 is no hypervisor here")
+    if l2.pml_address is not None: raise ValueError(f"pml_address {l2.pml_address:#x}: a VMCB has no log of dirtied pages")
     vcpu.did('nested_vmrun')
     nested_npt = l2.nested_pgd is not None
     if nested_npt and not vcpu.host.has_tdp: return False       # Offered only where KVM has NPT itself
@@ -157,7 +160,7 @@ def _mixed_cr4(cr0, l2_cr4):
     host = Cr4.PAE | Cr4.MCE
     return int(l2_cr4 | host) if cr0 & Cr0.PG else int((l2_cr4 | host) & ~(Cr4.SMEP | Cr4.SMAP | Cr4.PKE))
 
-# %% ../../nbs/mmu/19_nested_switch.ipynb #68540996
+# %% ../../nbs/mmu/19_nested_switch.ipynb #e9536692
 def vmx_enter(
     vcpu: Vcpu,
     l2: L2State,
@@ -170,6 +173,7 @@ def vmx_enter(
     vcpu.did('nested_vmx_enter')
     nested_ept = l2.nested_pgd is not None
     if nested_ept and not vcpu.host.has_tdp: return False       # Offered only where KVM has EPT itself
+    if not _starts_log(vcpu, l2, nested_ept): return False
     flush_local(vcpu)
     vcpu.l1 = (vcpu.cr0, vcpu.cr3, vcpu.cr4, vcpu.efer)
     vcpu.guest_mode = True
@@ -179,7 +183,24 @@ def vmx_enter(
     if not nested_load_cr3(vcpu, l2.cr3, nested_ept):
         _back_to_l1(vcpu, l2.vpid)
         return False
-    if nested_ept and l2.pdptrs is not None and vcpu.is_pae_paging: vcpu.walk_mmu.pdptrs = list(l2.pdptrs)
+    if nested_ept and vcpu.is_pae_paging and not _takes_pdptrs(vcpu, l2):
+        _back_to_l1(vcpu, l2.vpid)
+        return False
+    return True
+
+def _takes_pdptrs(vcpu, l2):
+    "The PDPTE fields of the VMCS. The processor looks at them, not KVM: a bad one fails the entry."
+    pdptrs = l2.pdptrs or (0, 0, 0, 0)
+    if any(pdpte & 1 and pdpte & pdptr_rsvd(vcpu) for pdpte in pdptrs): return False
+    vcpu.walk_mmu.pdptrs = list(pdptrs)
+    return True
+
+def _starts_log(vcpu, l2, nested_ept):
+    "A log needs EPT, and a page to be written to. KVM: `nested_vmx_check_pml_controls` (vmx/nested.c)."
+    at, vcpu.pml_address, vcpu.pml_index = l2.pml_address, None, l2.pml_index
+    if at is None: return True
+    if not nested_ept or at & 0xfff or at >> vcpu.host.maxphyaddr: return False
+    vcpu.pml_address = at
     return True
 
 def _transition_flush(vcpu, vpid):
@@ -187,7 +208,7 @@ def _transition_flush(vcpu, vpid):
     if not vpid: vcpu.request('TLB_FLUSH_GUEST')
     elif not vcpu.host.has_tdp: vcpu.request('TLB_FLUSH_CURRENT')
 
-# %% ../../nbs/mmu/19_nested_switch.ipynb #1ef7f68b
+# %% ../../nbs/mmu/19_nested_switch.ipynb #58a8d932
 def vmx_exit(
     vcpu: Vcpu,
     vpid: bool = True,         # As the VMCS of this L2 had it
@@ -199,7 +220,7 @@ def vmx_exit(
 
 def _back_to_l1(vcpu, vpid):
     flush_local(vcpu)
-    vcpu.guest_mode, vcpu.nested_pgd = False, 0
+    vcpu.guest_mode, vcpu.nested_pgd, vcpu.pml_address = False, 0, None
     vcpu.cr0, cr3, vcpu.cr4, vcpu.efer = vcpu.l1
     vcpu.l1 = None
     vcpu.mmu_is = vcpu.walk_mmu_is = 'root_mmu'
@@ -284,7 +305,7 @@ def show_nested(
     mmus = ('root_mmu', 'guest_mmu') if nested_paging else ('root_mmu',)
     return draw_switches(run_switches(vcpu, events, names, mmus), f"{l1} L1, {l2} L2, {HOSTS[host]}")
 
-# %% ../../nbs/mmu/19_nested_switch.ipynb #8116a493
+# %% ../../nbs/mmu/19_nested_switch.ipynb #e46bfa7b
 def invept(
     vcpu: Vcpu,
     eptp: 'int | None' = None,     # None: every context
@@ -299,7 +320,8 @@ def invept(
 def invvpid(
     vcpu: Vcpu,
 ):
-    "L1's INVVPID: without EPT, drop the cached roots L2 ran on. KVM: `handle_invvpid` (vmx/nested.c)."
+    "L1's INVVPID: L2's translations go; without EPT the cached roots L2 ran on, too. KVM: `handle_invvpid`, `vpid_sync_context` (vmx)."
+    vcpu.did('flush_l2')
     if not vcpu.host.has_tdp: free_guest_mode_roots(vcpu, vcpu.root_mmu)
 
 def leave_nested(

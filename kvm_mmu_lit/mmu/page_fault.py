@@ -9,10 +9,10 @@ the part that all guests share, and the whole of it for guests whose addresses n
 
 # %% auto #0
 __all__ = ['RET_PF', 'P', 'W', 'U', 'RSVD', 'F', 'PREFETCH_GROUP', 'Fault', 'shadow_walk', 'walk_start_from', 'last_entry',
-           'get_child', 'link', 'faultin', 'cache_mmio', 'mmio_in_cache', 'clear_mmio', 'is_stale',
-           'is_guest_table_write', 'hugepage_adjust', 'tell_requested', 'base_gfn', 'set_spte', 'direct_prefetch',
-           'direct_map', 'direct_page_fault', 'tdp_fault', 'may_be_fast', 'is_access_allowed', 'fast_page_fault',
-           'handle_mmio', 'draw_way']
+           'get_child', 'link', 'faultin', 'cache_mmio', 'mmio_in_cache', 'is_stale', 'is_guest_table_write',
+           'hugepage_adjust', 'tell_requested', 'base_gfn', 'set_spte', 'direct_prefetch', 'direct_map',
+           'direct_page_fault', 'tdp_fault', 'may_be_fast', 'is_access_allowed', 'fast_page_fault', 'handle_mmio',
+           'draw_way']
 
 # %% ../../nbs/mmu/15_page_fault.ipynb #203a9925
 from dataclasses import dataclass
@@ -119,7 +119,7 @@ def link(
         sp.unsync_children += 1
         if sp.unsync_children == 1: mark_parents_unsync(vm, sp)
 
-# %% ../../nbs/mmu/15_page_fault.ipynb #4d806700
+# %% ../../nbs/mmu/15_page_fault.ipynb #072843a8
 def faultin(vcpu: Vcpu, fault: Fault, access: int) -> str:
     "Find the host's frame, or learn that there is none. KVM: `kvm_faultin_pfn`, `handle_abnormal_pfn` (mmu/mmu.c)."
     vm = vcpu.vm
@@ -143,10 +143,6 @@ def mmio_in_cache(vcpu: Vcpu, addr: int, direct: bool) -> bool:
     if vcpu.is_nested or vcpu.mmio is None or vcpu.mmio[3] != vcpu.vm.generation: return False
     gva, gfn, _, _ = vcpu.mmio
     return gfn == addr >> PAGE_SHIFT and gfn != 0 if direct else gva == addr & ~0xfff and gva != 0
-
-def clear_mmio(vcpu: Vcpu, gva: 'int | None' = None):
-    "KVM: `vcpu_clear_mmio_info` (x86.h)."
-    if vcpu.mmio is not None and (gva is None or vcpu.mmio[0] == gva & ~0xfff): vcpu.mmio = 0, *vcpu.mmio[1:]
 
 def is_stale(vcpu: Vcpu, fault: Fault) -> bool:
     "What the fault was computed from is gone. KVM: `is_page_fault_stale` (mmu/mmu.c)."

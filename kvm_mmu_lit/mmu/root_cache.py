@@ -9,8 +9,8 @@ looks, it must decide whether the current root may stay at all: a root that is t
 
 # %% auto #0
 __all__ = ['LINUX_6_1', 'LETTERS', 'is_root_usable', 'find_and_keep_current', 'find_without_current', 'RootPolicy', 'policy_of',
-           'fast_pgd_switch', 'new_pgd', 'pointer', 'switch_to', 'Switch', 'root_name', 'cached_roots', 'run_switches',
-           'draw_switches', 'show_switches']
+           'fast_pgd_switch', 'clear_mmio', 'new_pgd', 'pointer', 'switch_to', 'Switch', 'root_name', 'cached_roots',
+           'run_switches', 'draw_switches', 'show_switches']
 
 # %% ../../nbs/mmu/13_root_cache.ipynb #5f64e7c9
 from dataclasses import dataclass
@@ -112,7 +112,15 @@ def fast_pgd_switch(
     find = find_and_keep_current if keep else find_without_current
     return find(vcpu, mmu, pgd, role)
 
-# %% ../../nbs/mmu/13_root_cache.ipynb #0dce5c8e
+# %% ../../nbs/mmu/13_root_cache.ipynb #25d07b51
+def clear_mmio(
+    vcpu: Vcpu,
+    gva: 'int | None' = None,    # None: whatever its address was
+):
+    "The last MMIO access is no longer known by its address. KVM: `vcpu_clear_mmio_info` (x86.h)."
+    if vcpu.mmio is not None and (gva is None or vcpu.mmio[0] == gva & ~0xfff): vcpu.mmio = 0, *vcpu.mmio[1:]
+
+# %% ../../nbs/mmu/13_root_cache.ipynb #1d377801
 def new_pgd(
     vcpu: Vcpu,
     pgd: int,
@@ -126,6 +134,7 @@ def new_pgd(
     if hit:
         vcpu.request('LOAD_MMU_PGD')
         if flush_on_reuse or vcpu.host.flush_on_reuse: vcpu.requests |= {'MMU_SYNC', 'TLB_FLUSH_CURRENT'}
+        clear_mmio(vcpu)
         if not mmu.root_role.direct: to_shadow_page(vcpu.vm, mmu.root.hpa).write_flooding = 0
     vcpu.did('new_pgd_ret', hit=hit)
     return hit

@@ -10,9 +10,9 @@ fills a page of its own, one for each vCPU. Nobody counts such a root, and no ha
 # %% auto #0
 __all__ = ['PRESENT', 'WRITABLE', 'USER', 'ACCESSED', 'ROOT_CURRENT', 'ROOTS_ALL', 'small_memory', 'create_mmus', 'new_vcpu',
            'alloc_root', 'alloc_tdp_root', 'alloc_direct_roots', 'alloc_special_roots', 'guest_pgd', 'get_pdptrs',
-           'pdpte_gfn', 'alloc_shadow_roots', 'alloc_roots', 'vcpu_for', 'per_vcpu_pages', 'draw_roots', 'two_vcpus',
-           'show_root', 'free_root_page', 'ROOT_PREVIOUS', 'free_roots', 'free_pae_slots', 'is_obsolete_root',
-           'free_obsolete_roots', 'free_guest_mode_roots', 'walk_start']
+           'pdpte_gfn', 'first_shadow_root', 'alloc_shadow_roots', 'alloc_roots', 'vcpu_for', 'per_vcpu_pages',
+           'draw_roots', 'two_vcpus', 'show_root', 'free_root_page', 'ROOT_PREVIOUS', 'free_roots', 'free_pae_slots',
+           'is_obsolete_root', 'free_obsolete_roots', 'free_guest_mode_roots', 'walk_start']
 
 # %% ../../nbs/mmu/12_roots.ipynb #1809e446
 from dataclasses import replace
@@ -147,7 +147,15 @@ def get_pdptrs(
 
 def pdpte_gfn(pdpte): return pdpte >> PAGE_SHIFT
 
-# %% ../../nbs/mmu/12_roots.ipynb #e0886d7f
+# %% ../../nbs/mmu/12_roots.ipynb #196943cd
+def first_shadow_root(
+    vm: Vm,
+) -> bool:                 # It was the first
+    "Give the slots their lists, once and for good. KVM: `mmu_first_shadow_root_alloc` (mmu/mmu.c)."
+    first, vm.shadow_root_allocated = not vm.shadow_root_allocated, True
+    return first
+
+# %% ../../nbs/mmu/12_roots.ipynb #cfeb8d67
 def alloc_shadow_roots(
     vcpu: Vcpu,
 ) -> bool:                 # False: the root lies in no memory slot, and a triple fault was requested
@@ -158,6 +166,7 @@ def alloc_shadow_roots(
     if not all(vcpu.vm.is_visible(gfn) for gfn in frames):
         vcpu.request('TRIPLE_FAULT')
         return False
+    first_shadow_root(vcpu.vm)
     if asked.level >= PT64_ROOT_4LEVEL: mmu.root.hpa = alloc_root(vcpu, frames[0], 0, mmu.root_role.level)
     else: _alloc_per_vcpu_root(vcpu, frames[0], pdptrs)
     mmu.root.pgd = pgd

@@ -9,7 +9,7 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global FORMAT, FORMATS, MODES, draw_walk, guest, init_mmu, map_page, product, ram, svm_host, write_entry
+    global FORMAT, FORMATS, KvmBug, LOG, MODES, draw_walk, expect_fail, guest, init_mmu, init_shadow_ept_roles, l1_with_log, logged, map_page, product, ram, read_gpa, svm_host, vmx_host, write_entry
     from itertools import product
 
     from kvm_mmu_lit.guest.addresses import FORMATS
@@ -31,6 +31,25 @@ def setup_cells():
         return vcpu
 
     FORMAT = {'2-level': '2level', 'PAE': 'pae', '4-level': '4level', '5-level': '5level'}
+
+    from kvm_mmu_lit.guest.memory import read_gpa
+    from kvm_mmu_lit.mmu.contexts import KvmBug, init_shadow_ept_roles
+    from kvm_mmu_lit.mmu.root_role import vmx_host
+    from fastcore.test import expect_fail
+
+    LOG = 0x30_0000
+
+    def l1_with_log(pages=3, index=511):
+        "A vCPU whose L1 maps `pages` pages from 0x10_0000 on for its L2, clean, and wants them logged."
+        memory, free = ram((0, 1 << 22)), list(range(0x21, 0x29))
+        for page in range(pages): map_page(memory, 0x2_0000, FORMATS['ept4'], 0x10_0000 + (page << 12), 0x10_0000 + (page << 12), free, 0x6, 0x6)
+        vcpu = Vcpu(Vm(vmx_host(), memory), guest_mode=True, mmu_is='guest_mmu', walk_mmu_is='nested_mmu', nested_pgd=0x2_0000 | 0x40 | 3 << 3 | 6, pml_address=LOG, pml_index=index)
+        vcpu.cr0, vcpu.cr4, vcpu.efer = map(int, MODES['4-level'])
+        vcpu.l1 = vcpu.cr0, 0x1000, vcpu.cr4, vcpu.efer
+        init_shadow_ept_roles(vcpu, vcpu.nested_pgd)
+        return vcpu
+
+    def logged(vcpu): return [int.from_bytes(read_gpa(vcpu.vm.memory, LOG + 8 * slot, 8), 'little') for slot in range(511, (vcpu.pml_index + 1 & 0xffff) - 1, -1)]
 
 
 @pytest.mark.claim('nbs/mmu/10_guest_tables.ipynb', 'f1644f8f', "KVM's walk reaches what Part I's walk reaches, or is refused with the same code, for every mode, access and leaf")
@@ -63,3 +82,39 @@ def test_an_entry_that_changes_between_the_walk_and_its_marks_makes_kvm_walk_aga
         seen.append(name)
     vcpu.vm.interleave = interrupt
     assert walk_addr(vcpu, vcpu.mmu, 0x40_0010, 0).gfn == 0x101 and seen == ['walked', 'walked']
+
+
+@pytest.mark.claim('nbs/mmu/10_guest_tables.ipynb', '29b23cf7', "L1's log gets each page once when it becomes dirty, from the last slot down, and nothing for a read")
+def test_l1_s_log_gets_each_page_once_when_it_becomes_dirty_from_the_last_slot_down_and_nothing_for_a_read():
+    vcpu = l1_with_log()
+    for gpa, access in ((0x10_0123, int(Pferr.WRITE)), (0x10_1000, 0), (0x10_2fff, int(Pferr.WRITE)), (0x10_0456, int(Pferr.WRITE)), (0x10_1000, int(Pferr.WRITE))):
+        assert walk_addr(vcpu, vcpu.guest_mmu, gpa, access | int(Pferr.USER)).fault is None
+    assert logged(vcpu) == [0x10_0000, 0x10_2000, 0x10_1000] and vcpu.pml_index == 508
+
+
+@pytest.mark.claim('nbs/mmu/10_guest_tables.ipynb', '85d353ab', 'A full log stops the write before D is set; emptied, the same write goes through and is logged')
+def test_a_full_log_stops_the_write_before_d_is_set_emptied_the_same_write_goes_through_and_is_logged():
+    vcpu = l1_with_log(index=0)
+    def walk(gpa): return walk_addr(vcpu, vcpu.guest_mmu, gpa, int(Pferr.WRITE | Pferr.USER))
+    assert walk(0x10_0000).fault is None and vcpu.pml_index == 0xffff
+    before = bytes(read_gpa(vcpu.vm.memory, 0x2_0000, 0x8000))
+    full = walk(0x10_1000)
+    assert full.fault == LogFull() and full.faulting_mmu == 'guest_mmu' and not full.ptes[-1] & 0x200
+    assert read_gpa(vcpu.vm.memory, 0x2_0000, 0x8000) == before
+    vcpu.pml_index = 511
+    assert walk(0x10_1000).ptes[-1] & 0x200 and logged(vcpu)[:1] == [0x10_1000]
+    assert walk(0x10_0000).fault is None and vcpu.pml_index == 510, "a page that is dirty needs no slot"
+
+
+@pytest.mark.claim('nbs/mmu/10_guest_tables.ipynb', 'cd4e0a76', 'Without a log, with one in a hole, and with a clean EPT that keeps no D bits, nothing is written; a D bit while L1 runs is a bug')
+def test_without_a_log_with_one_in_a_hole_and_with_a_clean_ept_that_keeps_no_d_bits_nothing_is_written_a_d_bit_while_l1_runs_is_a_bug():
+    for changes in (dict(pml_address=None), dict(pml_address=1 << 40)):
+        vcpu = l1_with_log()
+        for name, value in changes.items(): setattr(vcpu, name, value)
+        assert walk_addr(vcpu, vcpu.guest_mmu, 0x10_0000, int(Pferr.WRITE | Pferr.USER)).ptes[-1] & 0x200 and vcpu.pml_index == 511 and not any(read_gpa(vcpu.vm.memory, LOG, 4096))
+    vcpu = l1_with_log()
+    vcpu.nested_pgd &= ~0x40
+    init_shadow_ept_roles(vcpu, vcpu.nested_pgd)
+    assert not walk_addr(vcpu, vcpu.guest_mmu, 0x10_0000, int(Pferr.WRITE | Pferr.USER)).ptes[-1] & 0x300 and vcpu.pml_index == 511
+    vcpu.guest_mode = False
+    with expect_fail(KvmBug, contains='and L1 runs'): write_l1_log(vcpu, 0x10_0000)

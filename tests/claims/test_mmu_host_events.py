@@ -9,7 +9,7 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global FORMATS, FRAME, HOSTS, MODES, PAGE, Reached, Timeline, Tlb, WRITE, enter_guest, entry, expect_fail, frame_of, guest, is_access_track, map_page, migration, new_vcpu, page_fault, predict, processor_access, ram, random, read_gpa, svm_host, tdp_leaf, use, vmx_host
+    global FORMATS, FRAME, HOSTS, MODES, PAGE, Reached, Timeline, Tlb, WRITE, enter_guest, entry, expect_fail, frame_of, guest, is_access_track, map_page, migration, new_vcpu, page_fault, predict, processor_access, product, ram, random, read_gpa, svm_host, tdp_leaf, use, vmx_host
     from fastcore.test import expect_fail
     from kvm_mmu_lit.draw.exercise import predict
     from kvm_mmu_lit.draw.timeline import Timeline
@@ -26,16 +26,17 @@ def setup_cells():
     from kvm_mmu_lit.mmu.tdp_mmu import tdp_leaf
     from kvm_mmu_lit.mmu.tlb import Tlb, processor_access
     import random
+    from itertools import product
 
     PAGE, FRAME = 0x40_0000, 0x100
     HOSTS = {'shadow': svm_host(4, npt=False), 'old MMU on EPT': vmx_host(tdp_mmu=False), 'TDP MMU on EPT': vmx_host(),
              'EPT without A and D': vmx_host(ad=False), 'old MMU, EPT without A and D': vmx_host(ad=False, tdp_mmu=False)}
 
-    def guest(host=HOSTS['shadow'], pages=4, **vm):
-        "A vCPU in 4-level paging, with a TLB; page i of `PAGE` leads to frame `FRAME + i`."
+    def guest(host=HOSTS['shadow'], pages=4, marks=True, **vm):
+        "A vCPU in 4-level paging, with a TLB; page i of `PAGE` leads to frame `FRAME + i`. Its entries have A and D, unless without marks."
         memory, (cr0, cr4, efer) = ram((0, 1 << 22)), map(int, MODES['4-level'])
         tables = list(range(2, 30))
-        for i in range(pages): map_page(memory, 0x1000, FORMATS['4level'], PAGE + 0x1000 * i, FRAME + i << 12, tables, 0x67, 0x27)
+        for i in range(pages): map_page(memory, 0x1000, FORMATS['4level'], PAGE + 0x1000 * i, FRAME + i << 12, tables, 0x67 if marks else 0x7, 0x27 if marks else 0x7)
         vm = Vm(host, memory, prefetch=False, **vm)
         vcpu = new_vcpu(vm, cr0=cr0, cr3=0x1000, cr4=cr4, efer=efer)
         vcpu.tlb = Tlb()
@@ -81,18 +82,6 @@ def setup_cells():
         return Timeline(('entry', 'noted', 'told'), rows, f'frame {FRAME:#x} during a migration')
 
 
-@pytest.mark.claim('nbs/mmu/22_host_events.ipynb', 'd8337068', "However often the host moves frames, each page it uses is one frame's, and the processor's way back names that frame")
-def test_however_often_the_host_moves_frames_each_page_it_uses_is_one_frame_s_and_the_processor_s_way_back_names_that_frame():
-    rng, vm = random.Random(4), guest().vm
-    for _ in range(300):
-        start = rng.randrange(200)
-        if rng.random() < .5: unmap_range(vm, start, start + rng.randrange(1, 5))
-        else: change_pte(vm, start)
-    here = {gfn: host_frame(vm, gfn)[0] for gfn in range(256)}
-    assert len(set(here.values())) == 256 and all(frame_of(vm, pfn) == gfn for gfn, pfn in here.items())
-    assert len(vm.moved) > 100 and vm.moved.gfns == {pfn: gfn for gfn, (pfn, _) in vm.moved.items()}
-
-
 @pytest.mark.claim('nbs/mmu/22_host_events.ipynb', 'd9e14513', 'After the host took a page away no processor reaches the old one, on any host, and the next access finds the new one')
 def test_after_the_host_took_a_page_away_no_processor_reaches_the_old_one_on_any_host_and_the_next_access_finds_the_new_one():
     for host in HOSTS.values():
@@ -130,6 +119,18 @@ def test_a_merged_page_stays_mapped_and_is_not_writable_whatever_it_was_before_t
         assert use(vcpu).hpa >> 12 == merged != old >> 12
         use(vcpu, 0, WRITE)
         assert is_writable(entry(vcpu))
+
+
+@pytest.mark.claim('nbs/mmu/22_host_events.ipynb', 'd8337068', "However often the host moves frames, each page it uses is one frame's, and the processor's way back names that frame")
+def test_however_often_the_host_moves_frames_each_page_it_uses_is_one_frame_s_and_the_processor_s_way_back_names_that_frame():
+    rng, vm = random.Random(4), guest().vm
+    for _ in range(300):
+        start = rng.randrange(200)
+        if rng.random() < .5: unmap_range(vm, start, start + rng.randrange(1, 5))
+        else: change_pte(vm, start)
+    here = {gfn: host_frame(vm, gfn)[0] for gfn in range(256)}
+    assert len(set(here.values())) == 256 and all(frame_of(vm, pfn) == gfn for gfn, pfn in here.items())
+    assert len(vm.moved) > 100 and vm.moved.gfns == {pfn: gfn for gfn, (pfn, _) in vm.moved.items()}
 
 
 @pytest.mark.claim('nbs/mmu/22_host_events.ipynb', 'b4a7252b', 'Asking does not make a page old, ageing does, and only a use that needs a walk makes it young again')
@@ -187,6 +188,20 @@ def test_copying_what_the_log_tells_round_by_round_gives_a_copy_equal_to_the_gue
         return bytes(copy) == read_gpa(vm.memory, 0, 1 << 22)
 
     assert all(migrate(host, seed) for host in HOSTS.values() for seed in range(6))
+
+
+@pytest.mark.claim('nbs/mmu/22_host_events.ipynb', '7ac889d2', 'Every frame whose bytes changed since migration asked is told, the marks of a mere read among them, whoever sets them')
+def test_every_frame_whose_bytes_changed_since_migration_asked_is_told_the_marks_of_a_mere_read_among_them_whoever_sets_them():
+    for host, kind in product(HOSTS.values(), (0, WRITE)):
+        vcpu, seen = guest(host, pages=8, marks=False), set()
+        start_dirty_log(vcpu.vm, 0)
+        for i in (0, 5, 0, 6):
+            before = read_gpa(vcpu.vm.memory, 0, 1 << 22)
+            use(vcpu, i, kind)
+            after, told = read_gpa(vcpu.vm.memory, 0, 1 << 22), get_dirty_log(vcpu.vm, 0)
+            changed = {gfn for gfn in range(1 << 10) if before[gfn << 12:gfn + 1 << 12] != after[gfn << 12:gfn + 1 << 12]}
+            assert changed <= told and bool(changed) == (i not in seen), (host, kind, i, changed, told)
+            seen.add(i)
 
 
 @pytest.mark.claim('nbs/mmu/22_host_events.ipynb', '2b3f6e45', 'Starting the log flushes although no entry changed; without the flush the TLB writes on unseen')

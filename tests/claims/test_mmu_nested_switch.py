@@ -54,6 +54,18 @@ def test_with_the_slip_l1_comes_back_with_l2_s_cr4_when_one_of_them_pages_and_th
     assert vcpu.mmu.cpu_role.base.level == 4
 
 
+@pytest.mark.claim('nbs/mmu/19_nested_switch.ipynb', 'e243402c', 'A log of dirtied pages needs EPT and a whole page below MAXPHYADDR, ends with L2, and no VMCB has one')
+def test_a_log_of_dirtied_pages_needs_ept_and_a_whole_page_below_maxphyaddr_ends_with_l2_and_no_vmcb_has_one():
+    cr0, cr4, efer = MODES['4-level']
+    state = dict(mode='4-level', cr3=pointer('X'))
+    for changes, starts in ((dict(pml_address=0x9000), True), (dict(pml_address=0x9008), False), (dict(pml_address=1 << 52), False), (dict(pml_address=0x9000, nested_pgd=None), False)):
+        vcpu = hypervisor('4-level', vmx_host(5, 5))
+        assert vmx_enter(vcpu, l2_state(**{**state, 'nested_pgd': eptp_of(pointer('N')), 'pml_index': 17, **changes})) == starts
+        assert (vcpu.pml_address, vcpu.guest_mode) == ((0x9000, True) if starts else (None, False))
+        if starts: assert vcpu.pml_index == 17 and vmx_exit(vcpu) and vcpu.pml_address is None and vcpu.pml_index == 17, "L1 reads how far the log got"
+    with expect_fail(ValueError, contains='a VMCB has no log'): svm_vmrun(hypervisor('4-level', svm_host(5)), l2_state(**state, nested_pgd=pointer('N'), pml_address=0x9000))
+
+
 @pytest.mark.claim('nbs/mmu/19_nested_switch.ipynb', '629bd452', 'with nested paging guest_mmu builds and nested_mmu walks while L2 runs; back in L1 root_mmu does both, and guest_mmu keeps its roots')
 def test_with_nested_paging_guest_mmu_builds_and_nested_mmu_walks_while_l2_runs_back_in_l1_root_mmu_does_both_and_guest_mmu_keeps_its_roots():
     for host in HOSTS.values():

@@ -39,11 +39,10 @@ def test_asked_again_about_a_page_it_has_mapped_writable_kvm_leaves_d_out_once_a
         assert not last_entry(vcpu, 0x10_0000)[2] & vcpu.vm.masks.dirty
 
 
-@pytest.mark.claim('nbs/mmu/15_page_fault.ipynb', '52630d09', 'Where no slot is, the entry remembers that, the instruction is emulated, and new slots make the memory stale')
+@pytest.mark.claim('nbs/mmu/15_page_fault.ipynb', '105ca861', 'Where no slot is, the entry remembers that, the instruction is emulated, and new slots make the memory stale')
 def test_where_no_slot_is_the_entry_remembers_that_the_instruction_is_emulated_and_new_slots_make_the_memory_stale():
     vcpu, = guest(svm_host(4))
     assert direct_page_fault(vcpu, Fault(1 << 40, U, is_tdp=True)) == 'EMULATE'
-    clear_mmio(vcpu)
     vcpu.mmio = None
     assert handle_mmio(vcpu, 1 << 40) == 'EMULATE' and vcpu.mmio[1] == 1 << 28
     vcpu.mmio = None

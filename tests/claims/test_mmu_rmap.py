@@ -9,49 +9,167 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global PageRole, add_shadow_page, make_spte, ram, svm_host, two_tables
-    from kvm_mmu_lit.guest.memory import ram
-    from kvm_mmu_lit.mmu.cpu_role import PageRole
-    from kvm_mmu_lit.mmu.root_role import svm_host
-    from kvm_mmu_lit.mmu.shadow_page import add_shadow_page
-    from kvm_mmu_lit.mmu.spte import make_spte
+    global KvmBug, Table, add_ram, expect_fail, explore, machine, map_page, permutations, predict, product, table, two_tables
+    from itertools import permutations, product
+
+    from fastcore.test import expect_fail
+    from kvm_mmu_lit.draw.exercise import predict
+    from kvm_mmu_lit.draw.explore import explore
+    from kvm_mmu_lit.draw.table import Table
+    from kvm_mmu_lit.guest.memory import add_ram
+    from kvm_mmu_lit.mmu.contexts import KvmBug
+
+    def machine():
+        "A guest with 4 MiB, in shadow paging."
+        return Vm(svm_host(4, npt=False), ram((0, 4 * MiB)))
+
+    def table(vm, gfn, level=1, **fields):
+        "A table of KVM's for a guest table in this frame."
+        return add_shadow_page(vm, ShadowPage(gfn, PageRole(level=level, access=7, **fields), vm.alloc_page()))
+
+    def map_page(vm, sp, index, gfn, access=7):
+        "What a fault does last: the entry, and its line in the list."
+        spte_set(sp, index, make_spte(vm.masks, sp.role, access, host_frame(vm, gfn)[0])[0])
+        return rmap_add(vm, sp, index, gfn, access)
 
     def two_tables():
         "Two level-1 tables of a guest, whose slots 0 and 5 map frame 0x40."
-        vm, role = Vm(svm_host(4, npt=False), ram((0, 1 << 20))), PageRole(level=1, access=7)
+        vm = machine()
         for gfn in (0x10, 0x11):
-            sp = add_shadow_page(vm, ShadowPage(gfn, role, vm.alloc_page()))
-            for index in (0, 5):
-                spte_set(sp, index, make_spte(vm.masks, role, 7, host_frame(vm, 0x40)[0])[0])
-                rmap_add(vm, sp, index, 0x40, 7)
+            sp = table(vm, gfn)
+            for index in (0, 5): map_page(vm, sp, index, 0x40)
         return vm
 
 
-@pytest.mark.claim('nbs/mmu/07_rmap.ipynb', 'fa08eaaf', 'The list of a frame is what a search of all tables finds, whatever was added and dropped')
-def test_the_list_of_a_frame_is_what_a_search_of_all_tables_finds_whatever_was_added_and_dropped():
+@pytest.mark.claim('nbs/mmu/07_rmap.ipynb', '22c469ee', 'an address names its entry: there and back is the same table and the same slot, for every slot of several tables')
+def test_an_address_names_its_entry_there_and_back_is_the_same_table_and_the_same_slot_for_every_slot_of_several_tables():
+    vm = machine()
+    for sp in [table(vm, gfn) for gfn in range(8)]:
+        for index in range(512):
+            found, slot = entry_at(vm, sptep_of(sp, index))
+            assert found is sp and slot == index
+    assert len({sptep_of(sp, index) for sp in vm.pages.values() for index in range(512)}) == 8 * 512
+
+
+@pytest.mark.claim('nbs/mmu/07_rmap.ipynb', '291a4233', 'a direct table maps its span without a gap and without an overlap, at every level')
+def test_a_direct_table_maps_its_span_without_a_gap_and_without_an_overlap_at_every_level():
+    vm = machine()
+    for level in (1, 2, 3):
+        sp, size = table(vm, 0x4_0000, level, direct=1), 1 << 9 * (level - 1)
+        assert [page_gfn(sp, index) for index in range(512)] == list(range(0x4_0000, 0x4_0000 + 512 * size, size))
+
+
+@pytest.mark.claim('nbs/mmu/07_rmap.ipynb', '3bf7d7aa', "a change needs a flush exactly if a processor's copy may allow what the new entry does not, for all 144 pairs of states")
+def test_a_change_needs_a_flush_exactly_if_a_processor_s_copy_may_allow_what_the_new_entry_does_not_for_all_144_pairs_of_states():
+    vm, pfn = machine(), 0x1040
+    states = [(host, mmu, w, a, d) for host, mmu, w, a, d in product((0, 1), repeat=5) if w <= mmu <= host]
+    def entry(state):
+        base, _ = make_spte(vm.masks, PageRole(level=1, access=7), 5, pfn)
+        bits = (vm.masks.host_writable, vm.masks.mmu_writable, SPTE_WRITABLE, vm.masks.accessed, vm.masks.dirty)
+        return base & ~sum(bits) | sum(bit for bit, on in zip(bits, state) if on)
+    for old, new in product(states, repeat=2):
+        sp = ShadowPage(0x10, PageRole(level=1, access=7), 0x1000, sptes={0: entry(old)})
+        (_, old_mmu, _, old_a, old_d), (_, _, new_w, new_a, new_d) = old, new
+        freedoms = {'write': old_mmu, 'use': old_a, 'write unmarked': old_d}
+        left = {'write': new_w, 'use': new_a, 'write unmarked': new_d}
+        assert spte_update(vm, sp, 0, entry(new)) == any(freedoms[name] > left[name] for name in freedoms) and sp.sptes[0] == entry(new)
+    assert len(states) == 16
+
+
+@pytest.mark.claim('nbs/mmu/07_rmap.ipynb', 'abfa2235', 'a list holds 1001 entries, and the next one empties it and asks for a flush')
+def test_a_list_holds_1001_entries_and_the_next_one_empties_it_and_asks_for_a_flush():
+    vm = machine()
+    tables, n = [table(vm, gfn) for gfn in (0x10, 0x11)], 0
+    while not map_page(vm, tables[n // 512], n % 512, 0x40): n += 1
+    assert n == RMAP_RECYCLE_THRESHOLD + 1 and not rmap_entries(vm, 0x40, 1) and vm.flushes == 1
+    assert not any(sp.sptes or sp.translation for sp in tables)
+
+
+@pytest.mark.claim('nbs/mmu/07_rmap.ipynb', '36ff7dc1', 'the list of a frame is what a search of all tables finds, after each of 360 orders in which entries come and go')
+def test_the_list_of_a_frame_is_what_a_search_of_all_tables_finds_after_each_of_360_orders_in_which_entries_come_and_go():
+    for order in permutations(range(6), 4):
+        vm = machine()
+        tables = [table(vm, gfn) for gfn in (0x10, 0x11)]
+        for step in (*range(6), *order):
+            sp, index, gfn = tables[step % 2], step // 2, (0x40, 0x41)[step // 2 % 2]
+            if is_present(sp.sptes.get(index, 0)): drop_spte(vm, sp, index)
+            else: map_page(vm, sp, index, gfn)
+            for frame in (0x40, 0x41):
+                found = [sptep_of(sp, i) for sp in tables for i, spte in sp.sptes.items() if spte_pfn(spte) == host_frame(vm, frame)[0]]
+                assert sorted(rmap_entries(vm, frame, 1)) == sorted(found)
+
+
+@pytest.mark.claim('nbs/mmu/07_rmap.ipynb', 'fe3bffbb', "zapping a frame's list takes out its entries of that size, and touches no other frame and no other size")
+def test_zapping_a_frame_s_list_takes_out_its_entries_of_that_size_and_touches_no_other_frame_and_no_other_size():
     vm = two_tables()
-    for drop in ((), (0,), (5,), (0, 5)):
-        for sp in list(vm.pages.values())[:1]:
-            for index in drop: drop_spte(vm, sp, index)
-        found = [sptep_of(sp, index) for sp in vm.pages.values() for index, spte in sp.sptes.items() if is_present(spte)]
-        assert sorted(rmap_entries(vm, 0x40, 1)) == sorted(found)
-        if drop: vm = two_tables()
+    sp, large = vm.pages[min(vm.pages)], table(vm, 0, level=2, direct=1)
+    map_page(vm, sp, 7, 0x41)
+    map_page(vm, large, 0, 0)
+    assert zap_rmap(vm, 0x40, 1) and not zap_rmap(vm, 0x40, 1)
+    assert not rmap_entries(vm, 0x40, 1) and rmap_entries(vm, 0x41, 1) == [sptep_of(sp, 7)] and rmap_entries(vm, 0x40, 2) == [sptep_of(large, 0)]
 
 
-@pytest.mark.claim('nbs/mmu/07_rmap.ipynb', 'a9223a05', 'Taking the right to write asks for a flush once; for good only with `pt_protect`')
-def test_taking_the_right_to_write_asks_for_a_flush_once_for_good_only_with_pt_protect():
-    for pt_protect in (False, True):
+@pytest.mark.claim('nbs/mmu/07_rmap.ipynb', '880cedd5', 'protecting a frame takes W from every size of page that maps it, wherever the frame lies in it, and asks for a flush once')
+def test_protecting_a_frame_takes_w_from_every_size_of_page_that_maps_it_wherever_the_frame_lies_in_it_and_asks_for_a_flush_once():
+    for offset in (0, 1, 0x40, 0x1ff):
+        vm = machine()
+        small, large = table(vm, 0x10), table(vm, 0, level=2, direct=1)
+        map_page(vm, small, 0, 0x200 + offset)
+        map_page(vm, small, 1, 0x1ff - offset)
+        map_page(vm, large, 1, 0x200)
+        assert write_protect_gfn(vm, 0x200 + offset) and not write_protect_gfn(vm, 0x200 + offset)
+        assert [is_writable(spte) for spte in (small.sptes[0], small.sptes[1], large.sptes[1])] == [False, True, False]
+
+
+@pytest.mark.claim('nbs/mmu/07_rmap.ipynb', 'c944eb67', 'taking W to log leaves the leave to give it back, taking it for good does not; and taking it for good finds what logging has left')
+def test_taking_w_to_log_leaves_the_leave_to_give_it_back_taking_it_for_good_does_not_and_taking_it_for_good_finds_what_logging_has_left():
+    for first, then in product((False, True), repeat=2):
         vm = two_tables()
-        sp = next(iter(vm.pages.values()))
-        assert write_protect_spte(vm, sp, 0, pt_protect) and not is_writable(sp.sptes[0])
-        assert is_mmu_writable(vm.masks, sp.sptes[0]) != pt_protect and not write_protect_spte(vm, sp, 0, pt_protect)
+        sp = vm.pages[min(vm.pages)]
+        assert write_protect_spte(vm, sp, 0, first) and is_mmu_writable(vm.masks, sp.sptes[0]) != first
+        assert write_protect_spte(vm, sp, 0, then) == (then and not first) and not is_writable(sp.sptes[0])
+        assert is_mmu_writable(vm.masks, sp.sptes[0]) == (not first and not then)
 
 
-@pytest.mark.claim('nbs/mmu/07_rmap.ipynb', 'bb26e38e', 'A table above level 1 makes its frame a tracked one as long as it is there')
-def test_a_table_above_level_1_makes_its_frame_a_tracked_one_as_long_as_it_is_there():
-    vm = two_tables()
-    sp = ShadowPage(0x40, PageRole(level=2, access=7), vm.alloc_page())
-    account_shadowed(vm, sp)
-    assert is_tracked(vm, 0x40) and not any(is_writable(entry_at(vm, one)[0].sptes[entry_at(vm, one)[1]]) for one in rmap_entries(vm, 0x40, 1)) and vm.flushes == 1
-    unaccount_shadowed(vm, sp)
-    assert not is_tracked(vm, 0x40) and not vm.no_large
+@pytest.mark.claim('nbs/mmu/07_rmap.ipynb', '8f6391d0', 'the accounts say at every moment how many tables there are, for every order in which tables of three levels come and go')
+def test_the_accounts_say_at_every_moment_how_many_tables_there_are_for_every_order_in_which_tables_of_three_levels_come_and_go():
+    for order in permutations(range(6)):
+        vm, there = machine(), []
+        made = [ShadowPage(0x40, PageRole(level=level, access=7, quadrant=0), vm.alloc_page()) for level in (1, 2, 3)]
+        for step in order:
+            sp = made[step % 3]
+            if sp in there: there.remove(sp), unaccount_shadowed(vm, sp)
+            else: there.append(sp), account_shadowed(vm, sp)
+            upper = sum(sp.role.level > 1 for sp in there)
+            assert vm.indirect == len(there) and vm.tracked == ({0x40: upper} if upper else {}) and is_tracked(vm, 0x40) == bool(upper)
+            assert vm.no_large == ({(level, 0x40 >> 9 * (level - 1)): len(there) for level in (2, 3)} if there else {})
+
+
+@pytest.mark.claim('nbs/mmu/07_rmap.ipynb', '595e31c7', 'A GiB costs 2.5 MiB of heads and counters, on a host with the TDP MMU only once tables are shadowed')
+def test_a_gib_costs_2_5_mib_of_heads_and_counters_on_a_host_with_the_tdp_mmu_only_once_tables_are_shadowed():
+    for host, costs in ((svm_host(4, npt=False), True), (svm_host(4, tdp_mmu=False), True), (svm_host(4), False)):
+        vm = Vm(host, ram((0, 1 << 30)))
+        full = 8 * ((1 << 18) + 512 + 1) + 2 * (1 << 18)
+        assert list_bytes(vm) == (full if costs else 0)
+        vm.shadow_root_allocated = True
+        assert list_bytes(vm) == full and full >> 10 == 2564
+
+
+@pytest.mark.claim('nbs/mmu/07_rmap.ipynb', '15b253b7', 'within a slot frames keep their distance in the host, slots do not overlap there, a hole has nothing, and what the host moved is where it says')
+def test_within_a_slot_frames_keep_their_distance_in_the_host_slots_do_not_overlap_there_a_hole_has_nothing_and_what_the_host_moved_is_where_it_says():
+    vm = Vm(svm_host(4, npt=False), ram((0, 0x1_0000)))
+    add_ram(vm.memory, 0x10_0000, 0x1_0000, readonly=True)
+    assert [host_frame(vm, gfn)[0] - host_frame(vm, 0)[0] for gfn in range(16)] == list(range(16))
+    assert [host_frame(vm, gfn)[1] for gfn in (0, 0x100)] == [True, False] and host_frame(vm, 0x50) is None
+    assert not {host_frame(vm, gfn)[0] for gfn in range(16)} & {host_frame(vm, 0x100 + gfn)[0] for gfn in range(16)}
+    vm.moved[3] = 0x7777, False
+    assert host_frame(vm, 3) == (0x7777, False) and host_frame(vm, 4)[0] == host_frame(vm, 0)[0] + 4
+
+
+@pytest.mark.claim('nbs/mmu/07_rmap.ipynb', '8f3f2488', 'a write is noted exactly if its slot is logged')
+def test_a_write_is_noted_exactly_if_its_slot_is_logged():
+    vm = Vm(svm_host(4, npt=False), ram((0, 0x1_0000), (0x10_0000, 0x1_0000)))
+    for logged in (set(), {0}, {0x100}, {0, 0x100}):
+        vm.logged, vm.dirty = logged, set()
+        for gfn in (3, 0x103, 0x50): mark_dirty(vm, gfn)
+        assert vm.dirty == {gfn for gfn in (3, 0x103) if gfn & ~0xf in logged}

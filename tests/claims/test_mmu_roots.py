@@ -9,7 +9,7 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global Counter, KvmBug, STORAGES, Table, all_hosts, expect_fail, explore, predict, svm_host, vmx_host, zap_all_fast
+    global Counter, KvmBug, STORAGES, Table, all_hosts, expect_fail, explore, has_rmaps, predict, svm_host, vmx_host, zap_all_fast
     from collections import Counter
 
     from fastcore.test import expect_fail
@@ -17,6 +17,7 @@ def setup_cells():
     from kvm_mmu_lit.draw.explore import explore
     from kvm_mmu_lit.draw.table import Table
     from kvm_mmu_lit.mmu.contexts import KvmBug
+    from kvm_mmu_lit.mmu.rmap import has_rmaps
     from kvm_mmu_lit.mmu.root_role import STORAGES, all_hosts, svm_host, vmx_host
     from kvm_mmu_lit.mmu.zap import zap_all_fast
 
@@ -61,6 +62,18 @@ def test_every_mmu_that_can_exist_builds_its_root_where_the_table_says_and_the_r
         assert (sp is None) == bool(own) == (case.case > 0)
         if sp: assert sp.role == case.root_role
     assert {case.storage for case in cases} == set(STORAGES) - {'none'} and {case.case for case in cases} == set(range(6))
+
+
+@pytest.mark.claim('nbs/mmu/12_roots.ipynb', 'a795e955', "slots beside the TDP MMU have their lists exactly after a guest's tables were shadowed, and a root in a hole gives them none")
+def test_slots_beside_the_tdp_mmu_have_their_lists_exactly_after_a_guest_s_tables_were_shadowed_and_a_root_in_a_hole_gives_them_none():
+    for case in (case for case in all_mmus() if case.mmu != 'nested_mmu'):
+        vcpu = vcpu_for(case)
+        before = has_rmaps(vcpu.vm)
+        assert before == (not case.host.uses_tdp_mmu) and alloc_roots(vcpu)
+        assert has_rmaps(vcpu.vm) == (before or not case.root_role.direct) and first_shadow_root(vcpu.vm) == bool(case.root_role.direct)
+        assert has_rmaps(vcpu.vm) and not first_shadow_root(vcpu.vm)
+    lost = vcpu_for(next(case for case in all_mmus() if case.name == 'shadow NPT, 4-level L1'), pgd=1 << 40)
+    assert not alloc_roots(lost) and not lost.vm.shadow_root_allocated
 
 
 @pytest.mark.claim('nbs/mmu/12_roots.ipynb', '157c65db', 'two vCPUs share everything below a per-vCPU root, and nothing of the root')

@@ -9,7 +9,7 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global FORMATS, KvmBug, MODES, get_dirty_log, guest, map_page, ram, start_dirty_log, svm_host, vmx_host
+    global FORMATS, HOLE, KvmBug, MODES, add_slot, get_dirty_log, guest, invlpg, map_page, ram, set_cr3, start_dirty_log, svm_host, vmx_host, with_device, write_entry
     from kvm_mmu_lit.guest.addresses import FORMATS
     from kvm_mmu_lit.guest.gpte import map_page
     from kvm_mmu_lit.guest.memory import ram
@@ -26,6 +26,18 @@ def setup_cells():
         machine = Vm(host, memory, **{'prefetch': False, **vm})
         for _ in range(vcpus): enter_guest(new_vcpu(machine, cr0=cr0, cr3=0x1000, cr4=cr4, efer=efer))
         return machine.vcpus
+
+    from kvm_mmu_lit.guest.memory import write_entry
+    from kvm_mmu_lit.mmu.host_events import add_slot
+    from kvm_mmu_lit.mmu.register_writes import invlpg, set_cr3
+
+    HOLE = 0x100_0000      # No slot is there, nor 0x1000 further
+
+    def with_device(host=svm_host(4, npt=False)):
+        "The third page leads into a hole; entries for it stand in frame 5."
+        vcpu, = guest(host)
+        write_entry(vcpu.vm.memory, 0x5010, 8, HOLE | 0x67)
+        return vcpu
 
 
 @pytest.mark.claim('nbs/mmu/23_vcpu.ipynb', '0b8ed647', "What was written is read again, by every kind of host, and the frame is the guest's")
@@ -53,6 +65,37 @@ def test_a_store_that_kvm_makes_for_the_guest_dirties_its_page_also_when_it_stor
         start_dirty_log(vcpu.vm, 0)
         stored = access(vcpu, 0x2010, WRITE, value)
         assert stored.emulated and stored.value == (before if value is None else value) and 2 in get_dirty_log(vcpu.vm, 0)
+
+
+@pytest.mark.claim('nbs/mmu/23_vcpu.ipynb', 'd9d766d8', "The second access to a device needs no walk: not even its entry's end is noticed before the guest flushes")
+def test_the_second_access_to_a_device_needs_no_walk_not_even_its_entry_s_end_is_noticed_before_the_guest_flushes():
+    walks = []
+    vcpu = with_device()
+    vcpu.vm.watch = lambda did: walks.append(did.what) if did.what == 'kvm_mmu_pagetable_walk' else None
+    assert access(vcpu, 0x40_2008, 0).what == 'mmio' and walks
+    walks.clear()
+    again = access(vcpu, 0x40_2010, WRITE, 1)
+    assert (again.what, again.gpa, walks) == ('mmio', HOLE | 0x10, [])
+    assert access(vcpu, 0x5010, WRITE, 0).what == 'done'                 # The guest takes its entry away
+    assert access(vcpu, 0x40_2008, 0).what == 'mmio'
+    invlpg(vcpu, 0x40_2008)
+    assert access(vcpu, 0x40_2008, 0).what == 'fault'
+
+
+@pytest.mark.claim('nbs/mmu/23_vcpu.ipynb', 'c6f90920', "What is remembered of a device gives nobody more rights than the guest's tables, and ends with a new slot or another address space")
+def test_what_is_remembered_of_a_device_gives_nobody_more_rights_than_the_guest_s_tables_and_ends_with_a_new_slot_or_another_address_space():
+    vcpu = with_device()
+    write_entry(vcpu.vm.memory, 0x5010, 8, HOLE | 0x63)                 # Not for user code
+    assert access(vcpu, 0x40_2000, 0).what == 'mmio' and access(vcpu, 0x40_2000, USER).what == 'fault' and access(vcpu, 0x40_2000, 0).what == 'mmio'
+    add_slot(vcpu.vm, HOLE, 0x1000)
+    assert (access(vcpu, 0x40_2000, WRITE, 5).what, access(vcpu, 0x40_2000, 0).value) == ('done', 5)
+    vcpu = with_device()
+    assert access(vcpu, 0x40_2000, 0).gpa == HOLE
+    for gpa, gpte in ((0xa000, 0xb067), (0xb000, 0xc067), (0xc010, 0xd067), (0xd010, HOLE + 0x1000 | 0x67)): write_entry(vcpu.vm.memory, gpa, 8, gpte)
+    set_cr3(vcpu, 0xa000)
+    assert access(vcpu, 0x40_2000, 0).gpa == HOLE + 0x1000
+    set_cr3(vcpu, 0x1000)
+    assert access(vcpu, 0x40_2000, 0).gpa == HOLE
 
 
 @pytest.mark.claim('nbs/mmu/23_vcpu.ipynb', '7c2f83b1', "A root in a hole of the guest's memory kills it; an access that never ends is a broken invariant")
