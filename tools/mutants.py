@@ -1,33 +1,50 @@
-"""Make the mistakes of chapter "Would a mistake be seen?" one by one: `python tools/mutants.py [--seconds N] [--jobs J] [NAME ...]`.
+"""Make the mistakes of chapter "Would a mistake be seen?" one by one: `python tools/mutants.py [--steps N] [--jobs J] [--again] [NAME ...]`.
 
-Prints what kills each, notes it in nbs/review/mutants.json, and fails when one lives that should not.
+Prints what kills each and the mutation score, notes both in nbs/review/mutants.json, and fails when one lives that
+should not. What an interrupted run has found is kept in .cache/mutants.json and used again while no code changes.
 """
 import argparse
 import json
 import sys
+import time
 from pathlib import Path
 
-from kvm_mmu_lit.review.mutants import MUTANTS, alive, run_mutants, score
+from kvm_mmu_lit.review.mutants import MUTANTS, STEPS, alive, fingerprint, run_mutants, score
 
 ROOT = Path(__file__).resolve().parent.parent
-RECORDS = ROOT / 'nbs' / 'review' / 'mutants.json'
+RECORDS, KEPT = ROOT / 'nbs' / 'review' / 'mutants.json', ROOT / '.cache' / 'mutants.json'
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('names', nargs='*', metavar='NAME', help="only these mutants")
-    parser.add_argument('--seconds', type=float, default=20, help="of random stories for each, 20 unless told")
+    parser.add_argument('--steps', type=int, default=STEPS, help=f"of random stories for each, {STEPS} unless told")
     parser.add_argument('--jobs', type=int, default=2)
     parser.add_argument('--seed', type=int, default=1)
+    parser.add_argument('--again', action='store_true', help="forget what an interrupted run has found")
     asked = parser.parse_args()
     unknown = set(asked.names) - {mutant.name for mutant in MUTANTS}
     if unknown: parser.error(f"no mutant is called {', '.join(sorted(unknown))}")
-    def tell(record): print(f"{record['seconds']:6.1f} s  {record['name']}: {record['story'] or record['test'] or 'lives' + ('' if not record['lives'] else ', as it may')}", flush=True)
-    records = run_mutants(ROOT / 'kvm_mmu_lit', ROOT / 'tests', tuple(asked.names), asked.seed, asked.seconds, asked.jobs, tell)
+    of, started = fingerprint(ROOT / 'kvm_mmu_lit', asked.steps, asked.seed), time.monotonic()
+    kept = json.loads(KEPT.read_text()) if KEPT.exists() and not asked.again else {}
+    found = kept['records'] if kept.get('of') == of else {}
+
+    def tell(record):
+        killer = record['story'] or record['test'] or ('lives, and may: ' + record['lives'] if record['lives'] else 'LIVES')
+        print(f"{time.monotonic() - started:6.0f} s  {record['name']}: {killer}", flush=True)
+        found[record['name']] = record
+        KEPT.parent.mkdir(exist_ok=True)
+        KEPT.write_text(json.dumps(dict(of=of, records=found)))
+
+    wanted = [mutant for mutant in MUTANTS if not asked.names or mutant.name in asked.names]
+    known = [mutant for mutant in wanted if mutant.name in found and not asked.names]
+    if known: print(f"{len(known)} mutants are known from a run before, of the same code", flush=True)
+    run_mutants(ROOT / 'kvm_mmu_lit', tuple(mutant for mutant in wanted if mutant not in known), asked.seed, asked.steps, asked.jobs, tell)
+    old = {record['name']: record for record in json.loads(RECORDS.read_text())} if RECORDS.exists() else {}
+    records = [found.get(mutant.name) or old.get(mutant.name) for mutant in MUTANTS]
+    records = [record for record in records if record]
+    RECORDS.write_text(json.dumps(records, indent=1) + '\n')
     print(score(records))
-    known = {record['name']: record for record in json.loads(RECORDS.read_text())} if RECORDS.exists() else {}
-    known.update({record['name']: {key: value for key, value in record.items() if key != 'seconds'} for record in records})
-    RECORDS.write_text(json.dumps([known[mutant.name] for mutant in MUTANTS if mutant.name in known], indent=1) + '\n')
     return bool(alive(records))
 
 

@@ -11,17 +11,18 @@ gone on from.
 __all__ = ['UNLOCKED', 'LOCKED', 'MAX64', 'EVENTS', 'HOST_EVENTS', 'Machine', 'new_machine', 'needs_no_exit', 'Event',
            'draw_events', 'check_event']
 
-# %% ../../nbs/mmu/24_machine.ipynb #849f1c8a
+# %% ../../nbs/mmu/24_machine.ipynb #c28c108d
 from dataclasses import dataclass, field
 
 from ..draw.table import Table
 from ..guest.addresses import PAGE_SHIFT, PAGE_SIZE
 from ..guest.memory import GuestMemory, ram
+from ..guest.registers import CR3_NOFLUSH, Cr4
 from . import host_events as host
 from .cpu_role import MODES
 from .hardware import FETCH, USER, WRITE, Reached
-from .nested_switch import L2State, enter_l2, leave_l2
-from .register_writes import enter_smm, invlpg, invpcid, load_pdptrs, set_cr0, set_cr3, set_cr4, set_efer
+from .nested_switch import L2State, enter_l2, invept, invvpid, leave_l2
+from .register_writes import cr3_refused, enter_smm, invlpg, invpcid, load_pdptrs, set_cr0, set_cr3, set_cr4, set_efer
 from .root_role import Host
 from .roots import new_vcpu
 from .shadow_page import Vm
@@ -93,7 +94,7 @@ def _with_interruption(machine, event, meanwhile):
     try: return EVENTS[event['do']].act(machine, event)
     finally: machine.vm.interleave = before
 
-# %% ../../nbs/mmu/24_machine.ipynb #2fbab9f6
+# %% ../../nbs/mmu/24_machine.ipynb #c6cc0e61
 @dataclass(frozen=True)
 class Event:
     "A kind of event: what it needs, and what it does."
@@ -119,13 +120,25 @@ def _on_vm(function, *names):
     return act
 
 def _enter_l2(machine, event):
-    vcpu = machine.vcpus[event['vcpu']]
+    vcpu, told = machine.vcpus[event['vcpu']], event.get('pdptrs')
     names = ('cr0', 'cr3', 'cr4', 'efer')
-    entered = enter_l2(vcpu, L2State(*(event[name] for name in names), event.get('nested_pgd'),
+    entered = enter_l2(vcpu, L2State(*(event[name] for name in names), event.get('nested_pgd'), told and tuple(told),
                                      pml_address=event.get('pml'), pml_index=event.get('pml_index', 511)))
-    # SVM reads the four entries of a PAE L2 when it needs them; on VMX L1 has read them into the VMCS.
-    if entered and vcpu.is_nested and vcpu.is_pae_paging: load_pdptrs(vcpu, vcpu.cr3)
+    # The four entries of a PAE L2: SVM reads them from L2's memory, and so did an L1 on VMX that is not said to have written others.
+    reads = entered and vcpu.is_nested and vcpu.is_pae_paging and told is None
+    if reads and not load_pdptrs(vcpu, vcpu.cr3): vcpu.walk_mmu.pdptrs = [0] * 4
     return entered
+
+def _set_cr3(machine, event):
+    "With nested paging L2's MOV to CR3 is no exit: the processor does it alone, and no pointer of KVM's changes."
+    vcpu, value = machine.vcpus[event['vcpu']], event['value']
+    if not vcpu.is_nested: return set_cr3(vcpu, value)
+    refused = cr3_refused(vcpu, value & ~CR3_NOFLUSH if vcpu.cr4 & Cr4.PCIDE else value)
+    if refused is not None: return refused
+    vcpu.cr3 = value & ~CR3_NOFLUSH
+    if not (vcpu.cr4 & Cr4.PCIDE and value & CR3_NOFLUSH): vcpu.did('flush_current')
+
+def _invept(machine, event): return invept(machine.vcpus[event['vcpu']], event.get('pgd'))
 
 def _store(machine, event):
     return store(machine.vcpus[event['vcpu']], event['gpa'], event['value'].to_bytes(event.get('size', 8), 'little'))
@@ -134,21 +147,23 @@ def _set_flags(machine, event):
     vcpu = machine.vcpus[event['vcpu']]
     vcpu.rflags, vcpu.cpl = event['ac'] << 18, 0
 
-# %% ../../nbs/mmu/24_machine.ipynb #60af8854
+# %% ../../nbs/mmu/24_machine.ipynb #71334141
 _WHERE, _REG = dict(at=MAX64), MAX64
 EVENTS = {
     'read': Event(_access(0), _WHERE, dict(user=bool, size=(1, 2, 4, 8)), "the guest reads"),
     'write': Event(_access(WRITE), _WHERE, dict(user=bool, value=MAX64, size=(1, 2, 4, 8)), "the guest writes"),
     'fetch': Event(_access(FETCH), _WHERE, dict(user=bool), "the guest executes"),
     'set_cr0': Event(_on_vcpu(set_cr0, 'value'), dict(value=_REG), says="MOV to CR0"),
-    'set_cr3': Event(_on_vcpu(set_cr3, 'value'), dict(value=_REG), says="MOV to CR3"),
+    'set_cr3': Event(_set_cr3, dict(value=_REG), says="MOV to CR3"),
     'set_cr4': Event(_on_vcpu(set_cr4, 'value'), dict(value=_REG), says="MOV to CR4"),
     'set_efer': Event(_on_vcpu(set_efer, 'value'), dict(value=_REG), says="WRMSR to EFER"),
     'set_ac': Event(_set_flags, dict(ac=bool), says="STAC or CLAC"),
     'invlpg': Event(_on_vcpu(invlpg, 'at'), _WHERE, says="INVLPG"),
     'invpcid': Event(_on_vcpu(invpcid, 'kind', 'pcid', 'at'), dict(kind=3, pcid=4095, at=MAX64), says="INVPCID"),
-    'enter_l2': Event(_enter_l2, dict(cr0=_REG, cr3=_REG, cr4=_REG, efer=_REG), dict(nested_pgd=MAX64, pml=MAX64, pml_index=0xffff), "VMRUN or VMLAUNCH"),
+    'enter_l2': Event(_enter_l2, dict(cr0=_REG, cr3=_REG, cr4=_REG, efer=_REG), dict(nested_pgd=MAX64, pdptrs=list, pml=MAX64, pml_index=0xffff), "VMRUN or VMLAUNCH"),
     'leave_l2': Event(_on_vcpu(leave_l2), {}, says="L2 exits to L1"),
+    'invept': Event(_invept, {}, dict(pgd=MAX64), "INVEPT by L1: of one EPTP, or of all"),
+    'invvpid': Event(_on_vcpu(invvpid), {}, says="INVVPID by L1, of what L2 used"),
     'smi': Event(_on_vcpu(enter_smm), {}, says="system-management interrupt"),
     'store': Event(_store, dict(gpa=(1 << 52) - 1, value=MAX64), dict(size=(1, 2, 4, 8)), "KVM stores for the guest, and sees it"),
     'unmap': Event(_on_vm(host.unmap_range, 'start', 'end'), dict(start=1 << 40, end=1 << 40), says="the host takes frames away and backs them anew"),
@@ -170,7 +185,7 @@ def draw_events() -> Table:
     rows = [('host' if name in HOST_EVENTS else 'a vCPU', name, ', '.join(event.needs), ', '.join(event.may), event.says) for name, event in EVENTS.items()]
     return Table(('who', 'do', 'needs', 'may have', 'what it is'), rows)
 
-# %% ../../nbs/mmu/24_machine.ipynb #3041e871
+# %% ../../nbs/mmu/24_machine.ipynb #2cecaae8
 def check_event(
     machine: Machine,
     event: dict,
@@ -190,7 +205,7 @@ def check_event(
     if 'meanwhile' in event: _check_meanwhile(machine, event['meanwhile'])
 
 def _check_value(name, key, value, rule):
-    if rule in (bool, dict, str): ok = isinstance(value, rule)
+    if rule in (bool, dict, str, list): ok = isinstance(value, rule)
     elif isinstance(rule, tuple): ok = value in rule
     else: ok = type(value) is int and 0 <= value <= rule
     said = rule.__name__ if isinstance(rule, type) else f"one of {rule}" if isinstance(rule, tuple) else f"0..{rule:#x}"
@@ -202,10 +217,19 @@ def _check_sense(machine, event):
     vcpu = machine.vcpus[event['vcpu']] if 'vcpu' in event else None
     if name == 'enter_l2' and vcpu.guest_mode: raise ValueError("enter_l2 while L2 runs: L2 is no hypervisor here")
     if name == 'enter_l2' and 'pml' in event and vm.host.vendor == 'svm': raise ValueError(f"enter_l2: pml={event['pml']:#x}, and a VMCB has no log of dirtied pages")
+    if name == 'enter_l2' and 'pdptrs' in event: _check_pdptrs(vm, event)
+    if name in ('invept', 'invvpid') and (vcpu.guest_mode or vcpu.host.vendor != 'vmx'):
+        raise ValueError(f"{name}: only L1 of a VMX host has it, this is {'L2' if vcpu.guest_mode else f'a host of {vcpu.host.vendor.upper()}'}")
+    if name == 'invept' and not vcpu.host.has_tdp: raise ValueError("invept: KVM offers EPT only where it has it itself")
     if name == 'leave_l2' and not vcpu.guest_mode: raise ValueError("leave_l2 while L1 runs")
     if name == 'store' and vm.memory.slot(event['gpa'] >> PAGE_SHIFT) is None: raise ValueError(f"store: {event['gpa']:#x} lies in no memory slot")
     if 'at' in event and 'size' in event and (event['at'] & 0xfff) + event['size'] > PAGE_SIZE: raise ValueError(f"{name} of {event['size']} bytes at {event['at']:#x} crosses a page")
     if 'value' in event and 'size' in event and event['value'] >> 8 * event['size']: raise ValueError(f"{name}: {event['value']:#x} has more than {event['size']} bytes")
+
+def _check_pdptrs(vm, event):
+    pdptrs = event['pdptrs']
+    if vm.host.vendor == 'svm' or event.get('nested_pgd') is None: raise ValueError("enter_l2: pdptrs, and only a VMCS with EPT has fields for them")
+    if len(pdptrs) != 4 or not all(type(pdpte) is int and 0 <= pdpte <= MAX64 for pdpte in pdptrs): raise ValueError(f"enter_l2: pdptrs={str(pdptrs)[:80]}, must be four numbers up to {MAX64:#x}")
 
 def _check_meanwhile(machine, meanwhile):
     if meanwhile.get('at') not in UNLOCKED + LOCKED: raise ValueError(f"meanwhile: at={meanwhile.get('at')!r}, must be one of {', '.join(UNLOCKED + LOCKED)}")

@@ -9,9 +9,10 @@ and asks for, and a table of all bits made by flipping each of them once.
 
 # %% auto #0
 __all__ = ['INVPCID_ADDRESS', 'INVPCID_CONTEXT', 'INVPCID_ALL', 'INVPCID_ALL_BUT_GLOBAL', 'CR0_ROLE_BITS', 'CR4_ROLE_BITS',
-           'EFER_ROLE_BITS', 'CR0_PDPTR_BITS', 'CR4_PDPTR_BITS', 'CR0_KNOWN_BITS', 'load_pdptrs', 'set_cr3',
-           'invalidate_pcid', 'invpcid', 'invpcid_gva', 'invlpg', 'set_cr0', 'post_set_cr0', 'set_cr4', 'post_set_cr4',
-           'set_efer', 'smm_changed', 'enter_smm', 'set_sregs', 'Cost', 'bit_costs', 'show_costs']
+           'EFER_ROLE_BITS', 'CR0_PDPTR_BITS', 'CR4_PDPTR_BITS', 'CR0_KNOWN_BITS', 'load_pdptrs', 'pdptr_rsvd',
+           'cr3_refused', 'set_cr3', 'invalidate_pcid', 'invpcid', 'invpcid_gva', 'invlpg', 'set_cr0', 'post_set_cr0',
+           'set_cr4', 'post_set_cr4', 'set_efer', 'smm_changed', 'enter_smm', 'set_sregs', 'Cost', 'bit_costs',
+           'show_costs']
 
 # %% ../../nbs/mmu/18_register_writes.ipynb #c20344d5
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from .root_role import svm_host
 from .roots import ROOT_CURRENT, ROOT_PREVIOUS, free_roots, new_vcpu, small_memory
 from .shadow_page import Vm
 
-# %% ../../nbs/mmu/18_register_writes.ipynb #d9aff11f
+# %% ../../nbs/mmu/18_register_writes.ipynb #f70a8540
 def load_pdptrs(
     vcpu: Vcpu,
     cr3: int,
@@ -40,7 +41,7 @@ def load_pdptrs(
     mmu = vcpu.walk_mmu
     at = translate_gpa(vcpu, mmu, cr3, int(Pferr.USER | Pferr.WRITE), Walked(cr3, 0))     # Of an L2 with nested paging: behind L1's tables
     pdptes = None if at is None else vcpu.vm.read_pdptes(at)
-    rsvd = (1 << 64) - (1 << vcpu.host.maxphyaddr) | 0x1e6      # And bits 8:5 and 2:1
+    rsvd = pdptr_rsvd(vcpu)
     ok = pdptes is not None and not any(pdpte & 1 and pdpte & rsvd for pdpte in pdptes)
     if ok:
         if not vcpu.host.has_tdp and list(pdptes) != mmu.pdptrs: free_roots(vcpu, mmu, ROOT_CURRENT)
@@ -49,7 +50,19 @@ def load_pdptrs(
     vcpu.did('load_pdptrs_ret', ret=int(ok))
     return ok
 
-# %% ../../nbs/mmu/18_register_writes.ipynb #092c49a2
+def pdptr_rsvd(vcpu: Vcpu) -> int:
+    "Bits no present PDPTE may have: above the physical addresses, 8:5 and 2:1. KVM: `pdptr_rsvd_bits` (x86.c)."
+    return (1 << 64) - (1 << vcpu.host.maxphyaddr) | 0x1e6
+
+# %% ../../nbs/mmu/18_register_writes.ipynb #53fd7cb6
+def cr3_refused(
+    vcpu: Vcpu,
+    value: int,        # Without bit 63
+) -> 'GeneralProtection | None':
+    "Why no CR3 may hold this; with PAE paging the PDPTEs are loaded on the way."
+    if value >> vcpu.host.maxphyaddr: return GeneralProtection(f"CR3 {value:#x} has bits above MAXPHYADDR {vcpu.host.maxphyaddr}")
+    if vcpu.is_pae_paging and not load_pdptrs(vcpu, value): return GeneralProtection(f"CR3 {value:#x}: its PDPTEs cannot be loaded")
+
 def set_cr3(
     vcpu: Vcpu,
     value: int,        # The operand; with CR4.PCIDE bit 63 asks to keep the TLB
@@ -61,11 +74,8 @@ def set_cr3(
     if pcide: value &= ~CR3_NOFLUSH
     refused = None
     if value != vcpu.cr3 or vcpu.is_pae_paging:
-        if value >> vcpu.host.maxphyaddr:
-            refused = GeneralProtection(f"CR3 {value:#x} has bits above MAXPHYADDR {vcpu.host.maxphyaddr}")
-        elif vcpu.is_pae_paging and not load_pdptrs(vcpu, value):
-            refused = GeneralProtection(f"CR3 {value:#x}: its PDPTEs cannot be loaded")
-        else:
+        refused = cr3_refused(vcpu, value)
+        if refused is None:
             if value != vcpu.cr3: new_pgd(vcpu, value)
             vcpu.cr3 = value
     if refused is None and not keep_tlb: invalidate_pcid(vcpu, pcid)

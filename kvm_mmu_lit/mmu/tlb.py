@@ -19,7 +19,7 @@ from ..guest.registers import Cr0, Efer, Rflags
 from .contexts import Did, Vcpu
 from .hardware import FETCH, PG, SMAP, SMEP, USER, WRITE, Reached, shadow_access, tdp_access
 
-# %% ../../nbs/mmu/21_tlb.ipynb #57cb367a
+# %% ../../nbs/mmu/21_tlb.ipynb #25327c71
 @dataclass
 class Tlb:
     "What one vCPU's processor remembers: (root, guest's CR3, page) -> what each kind of access reached."
@@ -37,6 +37,8 @@ class Tlb:
         `svm_flush_tlb_current`, `svm_flush_tlb_asid` (svm/svm.c)."""
         if did.what == 'flush_gva': self.forget(did['gva'])
         elif did.what == 'flush_current': self._drop(('root', vcpu.mmu.root.hpa))
+        elif did.what == 'flush_l2':
+            for root in (vcpu.guest_mmu.root, *vcpu.guest_mmu.prev_roots): self._drop(('root', root.hpa))
         elif did.what in ('flush_guest', 'flush_all'):
             self.entries.clear()
             self.where.clear()

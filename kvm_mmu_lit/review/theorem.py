@@ -11,9 +11,9 @@ processor keep it.
 # %% auto #0
 __all__ = ['HOSTS', 'FORMAT_OF', 'RAM', 'SECOND', 'ROM', 'HOLE', 'DATA', 'ROOTS', 'PAGES', 'LARGE', 'FAR', 'KINDS', 'SAMPLE',
            'NAMES', 'Unmarked', 'truth', 'unmarked', 'nested_walker', 'with_root', 'nested_registers', 'Setting',
-           'all_settings', 'World', 'edited', 'flushes', 'context', 'Story', 'answer_of', 'compared']
+           'all_settings', 'World', 'edited', 'flushes', 'pcid_of', 'context', 'Story', 'answer_of', 'compared']
 
-# %% ../../nbs/review/16_theorem.ipynb #82f884a3
+# %% ../../nbs/review/16_theorem.ipynb #ee9982f3
 import random
 from dataclasses import dataclass, replace
 
@@ -24,7 +24,7 @@ from ..guest.addresses import FORMATS, PAE, PAGE_SHIFT, pt_index
 from ..guest.gpte import gpte_to_gfn, is_last_gpte, is_present_gpte, map_page
 from ..guest.memory import add_ram, ram, read_entry
 from ..guest.nested_walk import NestedWalk, NestedWalker
-from ..guest.registers import Cr0, Cr4
+from ..guest.registers import CR3_NOFLUSH, CR3_PCID_MASK, Cr0, Cr4
 from ..guest.verdict import GuestWalk
 from ..mmu.contexts import KvmBug, Vcpu, kvm_bug_on
 from ..mmu.cpu_role import MODES
@@ -37,7 +37,7 @@ from ..mmu.rmap import is_tracked
 from ..mmu.root_role import Host, svm_host, vmx_host
 from ..mmu.spte import SPTE_ADDRESS
 from ..mmu.tlb import processor_access
-from .tables import broken_tables
+from .tables import Watch, broken_entry, broken_tables
 
 # %% ../../nbs/review/16_theorem.ipynb #11d38fce
 class Unmarked(int): "A frame the guest's tables lead to once A or D is set: a shadow must not, the processor may any time."
@@ -81,7 +81,7 @@ def nested_registers(vcpu: Vcpu) -> tuple:
     if fmt.is_ept: return replace(nested, eptp=vcpu.nested_pgd), fmt
     return replace(nested, cr3=vcpu.nested_pgd & (SPTE_ADDRESS if nested.efer & 0x400 else 0xffff_f000)), fmt
 
-# %% ../../nbs/review/16_theorem.ipynb #d4950d3d
+# %% ../../nbs/review/16_theorem.ipynb #9710e9a4
 HOSTS = {'shadow': svm_host(5, npt=False), 'shadow, VMX': vmx_host(5, 0), 'NPT': svm_host(5), 'EPT': vmx_host(5, 5), 'EPT without A/D': vmx_host(4, 4, ad=False),
          'NPT, shadow MMU': svm_host(4, tdp_mmu=False)}
 FORMAT_OF = {'nonpaging': None, '2-level': '2level', 'PAE': 'pae', '4-level': '4level', '5-level': '5level'}
@@ -109,13 +109,14 @@ class Setting:
 def all_settings() -> list:
     "Every kind of machine of the book."
     plain = [Setting(host, mode, vcpus=n) for host in HOSTS for mode in FORMAT_OF for n in (1, 2) if not (mode == '5-level' and HOSTS[host].levels < 5)]
-    l2 = [Setting('shadow', mode, inner, vcpus=n) for mode in ('PAE', '4-level') for inner in ('2-level', 'PAE', '4-level') for n in (1, 2)]
+    l2 = [Setting(host, mode, inner, vcpus=n) for host in ('shadow', 'shadow, VMX') for mode in ('PAE', '4-level')
+          for inner in ('2-level', 'PAE', '4-level') for n in (1, 2) if not (host == 'shadow, VMX' and (mode, inner) == ('PAE', '4-level'))]
     npt = [Setting(host, mode, inner, True, n) for host in ('NPT', 'NPT, shadow MMU') for mode in ('2-level', 'PAE', '4-level', '5-level')
            for inner in ('nonpaging', '2-level', 'PAE', '4-level') for n in (1, 2) if not (mode == '5-level' and HOSTS[host].levels < 5)]
     ept = [Setting('EPT', mode, inner, True, n, levels) for mode in ('4-level', '5-level') for inner in ('nonpaging', '2-level', 'PAE', '4-level') for levels in (4, 5) for n in (1, 2)]
     return plain + l2 + npt + ept
 
-# %% ../../nbs/review/16_theorem.ipynb #89127a7f
+# %% ../../nbs/review/16_theorem.ipynb #e602591a
 RAM, SECOND, ROM, HOLE = 0x80_0000, 0x100_0000, 0x140_0000, 0x180_0000    # First slot's size; where others are
 DATA = range(0x100, 0x108)                                                # Frames private pages lead to
 ROOTS = dict(A=0x10_000, B=0x11_000, X=0x12_000, Y=0x13_000, N=0x14_000, M=0x15_000)
@@ -172,9 +173,17 @@ class World:
                 if not is_present_gpte(gpte, fmt) or is_last_gpte(gpte, level, fmt): break
                 table = gpte_to_gfn(gpte, 1, fmt) << PAGE_SHIFT
 
+    def nested_words(self) -> list:
+        "What L1's nested tables say now, but for A and D."
+        return [read_entry(self.memory, gpa, fmt.entry_size) & ~(0x300 if fmt.is_ept else 0x60) for gpa, fmt in self.nested]
+
     def remember(self):
         "The entries as they are at first: a guest may put them back."
-        self.first = [(gpa, fmt, read_entry(self.memory, gpa, fmt.entry_size)) for entries in self.entries.values() for gpa, fmt, _ in entries]
+        self.nested = list(dict.fromkeys((gpa, fmt) for name in 'NM' for gpa, fmt, _ in self.entries[name]))
+        self.led_by = {}                                     # gpa of an entry -> pages it leads to
+        for (_, page), way in self.ways.items():
+            for gpa, _, _ in way: self.led_by.setdefault(gpa, []).append(page)
+        self.first = [(gpa, fmt, read_entry(self.memory, gpa, fmt.entry_size), level) for gpa, fmt, level in dict.fromkeys(one for entries in self.entries.values() for one in entries)]
 
     def pgd(self, name: str) -> int:
         "The pointer of a space, as the register or the VMCB holds it."
@@ -195,12 +204,16 @@ def edited(rng: random.Random, gpte: int, fmt, level: int) -> int:
     frames = [*DATA, *DATA, *range(0x18, 0x20), (SECOND >> 12) + 2, ROM >> 12, HOLE >> 12]
     return rng.choice(frames) << PAGE_SHIFT | rng.choice((bits, 0x7, 0x5 if not fmt.is_ept else 0x3))
 
-# %% ../../nbs/review/16_theorem.ipynb #9571ba47
+# %% ../../nbs/review/16_theorem.ipynb #6cb63dfc
 def flushes(do: str, before: tuple, after: tuple) -> bool:
-    "Register writes that make a processor forget: MOV to CR3, and some bits of CR0 and CR4."
-    if do == 'set_cr3': return True
+    "Register writes that make a processor forget all: some bits of CR0 and CR4."
     if do == 'set_cr0': return bool((before[0] ^ after[0]) & Cr0.PG)
-    return do == 'set_cr4' and bool((before[2] ^ after[2]) & (Cr4.PGE | Cr4.PAE | Cr4.PSE | Cr4.LA57) or after[2] & ~before[2] & Cr4.SMEP)
+    gone, new = before[2] & ~after[2], after[2] & ~before[2]
+    return do == 'set_cr4' and bool((gone | new) & (Cr4.PGE | Cr4.PAE | Cr4.PSE | Cr4.LA57) or gone & Cr4.PCIDE or new & Cr4.SMEP)
+
+def pcid_of(cr3: int) -> int:
+    "The name under which a processor remembers; 0 for all while CR4.PCIDE=0, where every CR3 of a story ends in zeros."
+    return cr3 & CR3_PCID_MASK
 
 # %% ../../nbs/review/16_theorem.ipynb #8fd64fc7
 def context(vcpu: Vcpu) -> tuple:
@@ -211,7 +224,7 @@ def _broken(number: 'int | str', why: str):
     "Stop the story: an invariant does not hold."
     kvm_bug_on(True, f"{number}: {why}", f'invariant {number}')
 
-# %% ../../nbs/review/16_theorem.ipynb #b2b93e5b
+# %% ../../nbs/review/16_theorem.ipynb #2038a63b
 KINDS = (0, WRITE, USER, USER | WRITE, FETCH, USER | FETCH)
 SAMPLE = [(page, kind) for page in (*PAGES, LARGE + 0x1000, LARGE + 0x18_000, 0x18_000, 0x20_000) for kind in KINDS]      # What is looked at
 
@@ -224,9 +237,10 @@ class Story:
         self.world = World(setting, self.rng)
         self.machine = new_machine(HOSTS[setting.host], self.world.memory, setting.mode, ROOTS['A'], setting.vcpus,
                                    host_levels={0: self.rng.choice((1, 2))}, n_max=self.rng.choice((None, None, 40)))
-        self.nested_frames = {gpa >> PAGE_SHIFT for name in 'NM' for gpa, _, _ in self.world.entries[name]}
-        self.stale = set()                                     # vCPUs that may remember what the tables between L2 and L1 said before
-        self.unjudged = set()                                  # Worlds first seen by such a vCPU: what those tables said before is not known
+        self.nested = self.world.nested_words()                # What L1's nested tables say, A and D aside
+        self.hazy = [False] * setting.vcpus                    # They changed since this vCPU forgot what they said: its L2 is not judged
+        self.watches = [Watch(vcpu) for vcpu in self.machine.vcpus]
+        self.hot = []                                          # Pages whose entries were edited last
         self.written = set()                                   # Frames written since migration asked last
         self.allowed = [{} for _ in range(setting.vcpus)]      # vCPU -> context -> (page, kind) -> frames it may still reach
         self.known = [{} for _ in range(setting.vcpus)]        # vCPU -> context -> (page, kind) -> frame, as last seen
@@ -241,36 +255,67 @@ class Story:
         self.events.append(event)
         before = [context(vcpu) for vcpu in self.machine.vcpus]
         steps, answer = self.machine.steps, self.machine.happen(event)
-        if self.machine.steps > steps + 1:       # It was interrupted; every point comes before the access itself
-            self._flushed(event['meanwhile']['event'], None, before)
-            if event['meanwhile']['event']['do'].endswith(('_log', '_slot')): self.written.clear()
-        inside = event.get('meanwhile', {}).get('event', {})
-        for one in (event, inside):
-            if one.get('do') == 'write' or 'at' in one and one is inside: self._used(one['vcpu'], one['at'])
+        inner = event['meanwhile']['event'] if self.machine.steps > steps + 1 else None
+        if inner is not None:                    # It was interrupted; every point comes before the access itself
+            self._flushed(inner, None, before)
+            if inner['do'].endswith(('_log', '_slot')): self.written.clear()
+        for one in (event, inner or {}):
+            if one.get('do') == 'write' or 'at' in one and one is inner: self._used(one['at'])
         self._flushed(event, answer, before)
+        self._told(event, answer)
         self._logged(event, answer)
-        if inside.get('do') == 'write' or event['do'] == 'write' and answer.gpa >> PAGE_SHIFT in self.nested_frames: self.stale |= set(range(self.setting.vcpus))
+        for one in (event, inner or {}): self._stored(one)
         self.check(event['do'] not in ('read', 'fetch', 'age') or 'meanwhile' in event or bool(getattr(answer, 'exits', 0)))
         return answer
+
+    def _stored(self, event):
+        "A store may change what L1's nested tables say, and which pages it pays to look at."
+        if event.get('do') not in ('write', 'store'): return
+        if self.setting.nested_paging and (now := self.world.nested_words()) != self.nested: self.nested, self.hazy = now, [True] * len(self.hazy)
+        self.hot = self.world.led_by.get(event.get('gpa', event.get('at')), self.hot)
 
     def _flushed(self, event, answer, before):
         "What the architecture makes a processor forget by itself."
         if 'vcpu' not in event: return
-        n, do = event['vcpu'], event['do']
-        fault = getattr(answer, 'fault', None)
-        if do == 'invlpg' or fault is not None and fault.to == 'guest' and fault.error_code & 9 == 1: self._forget(n, event['at'])
-        if self.setting.svm and before[n][4:] != context(self.machine.vcpus[n])[4:]:
-            self.stale.discard(n)
-            self.unjudged = {key for key in self.unjudged if key[0] != n}
-            self._forget_all(n)
-        elif answer is None and flushes(do, before[n], context(self.machine.vcpus[n])): self._forget_all(n)
+        n, do, after = event['vcpu'], event['do'], context(self.machine.vcpus[event['vcpu']])
+        fault, switched = getattr(answer, 'fault', None), before[n][4:] != after[4:]
+        if do == 'invlpg' or fault is not None and fault.to == 'guest' and fault.error_code & 9 == 1: self._forget(n, event['at'], pcid_of(before[n][1]))
+        elif do == 'invept': self._forget_ept(n, event.get('pgd'))
+        elif do == 'invvpid': self._forget_all(n, lambda cr3, pgd, l2: l2)
+        elif answer is None: self._flushed_by_register(event, before[n], after)
+        if switched and self.setting.svm: self._entered(n, after)
 
-    def _used(self, n, gva):
-        "A store may clear the marks of its own page, or of one used in the middle of it: until then the page was in use."
-        for (here, _), known in self.known[n].items():
-            allowed = self.allowed[n].setdefault((here[1], *here[4:]), {})
-            for key, frame in known.items():
-                if key[0] >> 12 == gva >> 12 and frame is not None: allowed.setdefault(key, set()).add(frame)
+    def _flushed_by_register(self, event, before, after):
+        n, do, pcide = event['vcpu'], event['do'], before[2] & Cr4.PCIDE
+        def here(pcid): return lambda cr3, pgd, l2: (self.setting.svm or (pgd, l2) == after[4:]) and (pcid is None or pcid_of(cr3) == pcid)
+        if do == 'set_cr3' and not (pcide and event['value'] & CR3_NOFLUSH): self._forget_all(n, here(pcid_of(event['value']) if pcide else None))
+        elif do == 'invpcid' and event['kind'] == 0: self._forget(n, event['at'], event['pcid'])
+        elif do == 'invpcid': self._forget_all(n, here(event['pcid'] if event['kind'] == 1 else None))
+        elif flushes(do, before, after): self._forget_all(n, here(None))
+
+    def _entered(self, n, after):
+        "SVM: into L2 or out of it with a flush of the context entered."
+        self._forget_all(n, lambda *world: world == (after[1], *after[4:]))
+        self.hazy[n] = False
+
+    def _forget_ept(self, n, pgd):
+        "INVEPT: what came from an EPT, or from any. Only after one of all is everything known again."
+        self._forget_all(n, lambda cr3, here, l2: l2 and pgd in (None, here))
+        if pgd is None: self.hazy[n] = False
+
+    def _used(self, gva):
+        "A store may clear the marks of its own page, or of one used in the middle of it: until then the page was in use, and any processor may have looked ahead."
+        for n, seen in enumerate(self.known):
+            for (here, _), known in seen.items():
+                allowed = self.allowed[n].setdefault((here[1], *here[4:]), {})
+                for key, frame in known.items():
+                    if key[0] >> 12 == gva >> 12 and frame is not None: allowed.setdefault(key, set()).add(frame)
+
+    def _told(self, event, answer):
+        "A fault's error code makes sense; and what is computed twice is computed once."
+        fault = getattr(answer, 'fault', None)
+        if fault is not None and fault.what in ('#PF', 'NPF') and (fault.error_code & 9 == 8 or fault.error_code & 0x21 == 0x20): _broken(46, f"error code {fault.error_code:#x}: RSVD or PK without P")
+        if 'vcpu' in event and event['do'] not in ('read', 'write', 'fetch', 'store'): self.watches[event['vcpu']].again()
 
     def _logged(self, event, answer):
         "Migration hears of every page the guest has written."
@@ -281,37 +326,40 @@ class Story:
         if lost: _broken('log', f"frame {min(lost):#x} was written, and the log does not say so")
         self.written.clear()
 
-    def _forget_all(self, n):
-        "A flush: everything of the world that runs. With VPIDs L1 and L2 do not forget for each other."
-        here = context(self.machine.vcpus[n])[4:]
-        for key in [key for key in self.allowed[n] if (self.setting.svm or key[1:] == here) and not self._keeps_nested(n, key)]: del self.allowed[n][key]
-        for key in [key for key in self.known[n] if (self.setting.svm or key[0][4:] == here) and not (self.setting.levels and key[0][4] or self._keeps_nested(n, key[0][3:]))]: del self.known[n][key]
+    def _forget_all(self, n, gone):
+        "A flush. `gone`: of (CR3, nested pointer, in L2), which are forgotten."
+        for world in [world for world in self.allowed[n] if gone(*world)]: del self.allowed[n][world]
+        for key in [key for key in self.known[n] if gone(key[0][1], *key[0][4:])]: del self.known[n][key]
 
-    def _keeps_nested(self, n, key):
-        "What the tables between L2 and L1 map is flushed by INVEPT, or by VMRUN and its end: nothing L2 does."
-        return bool(key[1] and n in self.stale)
-
-    def _forget(self, n, gva):
+    def _forget(self, n, gva, pcid):
         "INVLPG, or a fault: the page. What else of a large page must go is not counted on."
-        for allowed in [allowed for key, allowed in self.allowed[n].items() if not self._keeps_nested(n, key)]:
+        for allowed in [allowed for world, allowed in self.allowed[n].items() if pcid_of(world[0]) == pcid]:
             for key in [key for key in allowed if key[0] >> 12 == gva >> 12]: del allowed[key]
 
     def check(self, changed: bool = True):
         "The theorem and the books, now; `changed`: the guest's tables may say something else than before."
-        for number, why in broken_tables(self.vm): _broken(number, why)
+        for watch in self.watches: self._all_right(watch.found)
+        self._all_right(broken_tables(self.vm))
         for n, vcpu in enumerate(self.machine.vcpus): self._check_vcpu(n, vcpu, changed)
+
+    def _all_right(self, broken):
+        for number, why in broken: _broken(number, why)
 
     def _check_vcpu(self, n, vcpu, changed):
         if 'TRIPLE_FAULT' in vcpu.requests: return
         here = context(vcpu), vcpu.rflags
         allowed, known = self.allowed[n].setdefault((vcpu.cr3, *here[0][4:]), {}), self.known[n].setdefault(here, {})
-        if not known and self._keeps_nested(n, here[0][3:]): self.unjudged.add((n, here))
+        if vcpu.is_nested and self.hazy[n]: return self._forget_all(n, lambda cr3, pgd, l2: l2)
         if changed or not known: self._learn(vcpu, known, allowed)
-        if (n, here) in self.unjudged: return
         if not self.everything and self.rng.random() < 0.2 or not enter_guest(vcpu): return        # It may stay out for a while
+        self._all_right(broken_entry(vcpu))
         for key in SAMPLE if self.everything else self.rng.sample(SAMPLE, 16):
-            found = processor_access(vcpu, *key, mark=False)
+            found = processor_access(vcpu, *key, mark=self._looks_ahead(key))
             if isinstance(found, Reached): self._compare(vcpu, key, known[key], allowed.get(key, ()), frame_of(self.vm, found.hpa >> PAGE_SHIFT))
+
+    def _looks_ahead(self, key):
+        "A processor may remember what nobody asked for, but for the right to write."
+        return not key[1] & WRITE and (self.everything or self.rng.random() < 0.3)
 
     def _learn(self, vcpu, known, allowed):
         "What the guest's tables say of every page that is looked at; what they said before may still be remembered."

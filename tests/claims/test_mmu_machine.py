@@ -69,3 +69,17 @@ def test_an_l2_in_pae_mode_starts_with_the_four_entries_at_its_cr3_as_l1_s_neste
         assert machine.vcpus[0].nested_mmu.pdptrs == [0x6001, 0, 0, 0]
         machine.happen(dict(do='set_cr3', vcpu=0, value=0x6000))
         assert machine.vcpus[0].nested_mmu.pdptrs == [0x7001, 0, 0, 0]
+
+
+@pytest.mark.claim('nbs/mmu/24_machine.ipynb', '5308811f', "The processor marks L2's entries behind L1's nested tables, and leaves L1's memory at L2's addresses alone")
+def test_the_processor_marks_l2_s_entries_behind_l1_s_nested_tables_and_leaves_l1_s_memory_at_l2_s_addresses_alone():
+    for host, fmt, pgd in ((svm_host(4), '4level', 0x2_0000), (vmx_host(4), 'ept4', eptp_of(0x2_0000))):
+        machine, free = small_machine(host), list(range(0x21, 0x40))
+        memory, bits = machine.vm.memory, 0x6 if fmt == 'ept4' else 0x7
+        for gpa in (*range(0x1000, 0x9000, 0x1000), 0x10_0000): map_page(memory, 0x2_0000, FORMATS[fmt], gpa, 0x30_0000 + (gpa & 0xffff), free, bits, bits)
+        for frame in range(1, 9): memory.words(8)[0x300 + frame][:] = memory.words(8)[frame][:]
+        cr0, cr4, efer = map(int, MODES['4-level'])
+        machine.happen(dict(do='enter_l2', vcpu=0, cr0=cr0, cr3=0x1000, cr4=cr4, efer=efer, nested_pgd=pgd))
+        before = bytes(memory.slot(1).page(1))
+        assert machine.happen(dict(do='read', vcpu=0, at=0x40_0000)).gpa == 0x30_0000
+        assert bytes(memory.slot(1).page(1)) == before and memory.words(8)[0x301][0] == memory.words(8)[1][0] | 0x20
