@@ -10,9 +10,9 @@ flush is caught here.
 
 # %% auto #0
 __all__ = ['RMAP_RECYCLE_THRESHOLD', 'EVENTS_OF_A_FRAME', 'sptep_of', 'entry_at', 'page_gfn', 'page_access', 'set_translation',
-           'spte_set', 'spte_update', 'spte_clear', 'rmap_add', 'rmap_remove', 'rmap_entries', 'draw_rmap', 'drop_spte',
-           'zap_rmap', 'write_protect_spte', 'write_protect_gfn', 'large_key', 'is_tracked', 'account_shadowed',
-           'unaccount_shadowed', 'has_rmaps', 'list_bytes', 'host_frame', 'is_logged', 'mark_dirty', 'show_frame']
+           'host_frame', 'is_logged', 'mark_dirty', 'spte_set', 'spte_update', 'spte_clear', 'rmap_add', 'rmap_remove',
+           'rmap_entries', 'draw_rmap', 'drop_spte', 'zap_rmap', 'write_protect_spte', 'write_protect_gfn', 'large_key',
+           'is_tracked', 'account_shadowed', 'unaccount_shadowed', 'has_rmaps', 'list_bytes', 'show_frame']
 
 # %% ../../nbs/mmu/07_rmap.ipynb #17500854
 from ..draw.graph import Graph
@@ -50,6 +50,28 @@ def set_translation(sp: ShadowPage, index: int, gfn: int, access: int):
     "Remember what the guest's entry said. KVM: `kvm_mmu_page_set_translation`, `kvm_mmu_page_set_access` (mmu/mmu.c)."
     if sp.has_gptes: sp.translation[index] = gfn << PAGE_SHIFT | access
     else: kvm_bug_on(gfn != page_gfn(sp, index), f"slot {index} of {sp.role} maps frame {gfn:#x}, must be {page_gfn(sp, index):#x}")
+
+# %% ../../nbs/mmu/07_rmap.ipynb #9d434bed
+def host_frame(
+    vm: Vm,
+    gfn: int,
+) -> 'tuple | None':       # (host frame, may it be written); None in a hole
+    "What the host keeps a guest frame in. KVM: `__gfn_to_pfn_memslot` (virt/kvm/kvm_main.c)."
+    if gfn in vm.moved: return vm.moved[gfn]
+    slot = vm.memory.slot(gfn)
+    if slot is None: return None
+    base = vm.slot_pfns.setdefault(slot.base_gfn, slot.base_gfn + (1 << 24))
+    return base + gfn - slot.base_gfn, not slot.readonly
+
+def is_logged(vm: Vm, gfn: int) -> bool:
+    "Writes to its slot are logged. KVM: `kvm_slot_dirty_track_enabled` (include/linux/kvm_host.h)."
+    if not vm.logged: return False
+    slot = vm.memory.slot(gfn)
+    return slot is not None and slot.base_gfn in vm.logged
+
+def mark_dirty(vm: Vm, gfn: int):
+    "KVM: `mark_page_dirty_in_slot` (virt/kvm/kvm_main.c)."
+    if is_logged(vm, gfn): vm.dirty.add(gfn)
 
 # %% ../../nbs/mmu/07_rmap.ipynb #ae5bc933
 def spte_set(
@@ -134,17 +156,25 @@ def rmap_entries(
     head = vm.rmaps.get(level, {}).get(gfn >> 9 * (level - 1))
     return [] if head is None else [head] if type(head) is int else list(head)
 
-# %% ../../nbs/mmu/07_rmap.ipynb #733ca9de
+# %% ../../nbs/mmu/07_rmap.ipynb #3a2bcaba
 def draw_rmap(
     vm: Vm,
     gfn: int,
     level: int = 1,
 ) -> Graph:
-    "A frame and every entry that maps it, table by table."
+    "A frame and every entry that maps it, table by table; red edges let nobody write."
     places = [entry_at(vm, sptep) for sptep in rmap_entries(vm, gfn, level)]
-    nodes = [('frame', f"frame {gfn:#x}", 'guest')] + [(f'{sp.spt:x}', f"level {sp.role.level} table\nof frame {sp.gfn:#x}", 'shadow') for sp in {sp.spt: sp for sp, _ in places}.values()]
-    edges = [(f'{sp.spt:x}', 'frame', f"slot {index}{', W' if is_writable(sp.sptes[index]) else ''}") for sp, index in places]
+    tables = {sp.spt: sp for sp, _ in places}.values()
+    nodes = [('frame', f"frame {gfn:#x}", 'guest')]
+    nodes += [(f'{sp.spt:x}', f"level {sp.role.level} table\nof frame {sp.gfn:#x}", 'shadow') for sp in tables]
+    edges = [(f'{sp.spt:x}', 'frame', *_edge(vm, index, sp.sptes[index])) for sp, index in places]
     return Graph(nodes, edges, caption=f"who maps frame {gfn:#x}")
+
+def _edge(vm, index, spte):
+    "An entry in a few words, and the colour of its edge."
+    if is_writable(spte): return f"slot {index}, W", 'neutral'
+    if is_mmu_writable(vm.masks, spte): return f"slot {index}, W after a fast fault", 'neutral'
+    return f"slot {index}", 'refused'
 
 # %% ../../nbs/mmu/07_rmap.ipynb #e0687984
 def drop_spte(
@@ -241,28 +271,6 @@ def list_bytes(
     if not has_rmaps(vm): return 0
     def heads(slot, level): return (slot.end_gfn - 1 >> 9 * (level - 1)) - (slot.base_gfn >> 9 * (level - 1)) + 1
     return sum(8 * heads(slot, level) for slot in vm.memory.slots for level in (1, 2, 3)) + sum(2 * slot.npages for slot in vm.memory.slots)
-
-# %% ../../nbs/mmu/07_rmap.ipynb #9d434bed
-def host_frame(
-    vm: Vm,
-    gfn: int,
-) -> 'tuple | None':       # (host frame, may it be written); None in a hole
-    "What the host keeps a guest frame in. KVM: `__gfn_to_pfn_memslot` (virt/kvm/kvm_main.c)."
-    if gfn in vm.moved: return vm.moved[gfn]
-    slot = vm.memory.slot(gfn)
-    if slot is None: return None
-    base = vm.slot_pfns.setdefault(slot.base_gfn, slot.base_gfn + (1 << 24))
-    return base + gfn - slot.base_gfn, not slot.readonly
-
-def is_logged(vm: Vm, gfn: int) -> bool:
-    "Writes to its slot are logged. KVM: `kvm_slot_dirty_track_enabled` (include/linux/kvm_host.h)."
-    if not vm.logged: return False
-    slot = vm.memory.slot(gfn)
-    return slot is not None and slot.base_gfn in vm.logged
-
-def mark_dirty(vm: Vm, gfn: int):
-    "KVM: `mark_page_dirty_in_slot` (virt/kvm/kvm_main.c)."
-    if is_logged(vm, gfn): vm.dirty.add(gfn)
 
 # %% ../../nbs/mmu/07_rmap.ipynb #ca0858ec
 EVENTS_OF_A_FRAME = ('nothing', 'writes are logged', 'a level-2 table', 'the host takes the page')

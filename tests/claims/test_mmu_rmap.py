@@ -59,6 +59,26 @@ def test_a_direct_table_maps_its_span_without_a_gap_and_without_an_overlap_at_ev
         assert [page_gfn(sp, index) for index in range(512)] == list(range(0x4_0000, 0x4_0000 + 512 * size, size))
 
 
+@pytest.mark.claim('nbs/mmu/07_rmap.ipynb', '15b253b7', 'within a slot frames keep their distance in the host, slots do not overlap there, a hole has nothing, and what the host moved is where it says')
+def test_within_a_slot_frames_keep_their_distance_in_the_host_slots_do_not_overlap_there_a_hole_has_nothing_and_what_the_host_moved_is_where_it_says():
+    vm = Vm(svm_host(4, npt=False), ram((0, 0x1_0000)))
+    add_ram(vm.memory, 0x10_0000, 0x1_0000, readonly=True)
+    assert [host_frame(vm, gfn)[0] - host_frame(vm, 0)[0] for gfn in range(16)] == list(range(16))
+    assert [host_frame(vm, gfn)[1] for gfn in (0, 0x100)] == [True, False] and host_frame(vm, 0x50) is None
+    assert not {host_frame(vm, gfn)[0] for gfn in range(16)} & {host_frame(vm, 0x100 + gfn)[0] for gfn in range(16)}
+    vm.moved[3] = 0x7777, False
+    assert host_frame(vm, 3) == (0x7777, False) and host_frame(vm, 4)[0] == host_frame(vm, 0)[0] + 4
+
+
+@pytest.mark.claim('nbs/mmu/07_rmap.ipynb', '8f3f2488', 'a write is noted exactly if its slot is logged')
+def test_a_write_is_noted_exactly_if_its_slot_is_logged():
+    vm = Vm(svm_host(4, npt=False), ram((0, 0x1_0000), (0x10_0000, 0x1_0000)))
+    for logged in (set(), {0}, {0x100}, {0, 0x100}):
+        vm.logged, vm.dirty = logged, set()
+        for gfn in (3, 0x103, 0x50): mark_dirty(vm, gfn)
+        assert vm.dirty == {gfn for gfn in (3, 0x103) if gfn & ~0xf in logged}
+
+
 @pytest.mark.claim('nbs/mmu/07_rmap.ipynb', '3bf7d7aa', "a change needs a flush exactly if a processor's copy may allow what the new entry does not, for all 144 pairs of states")
 def test_a_change_needs_a_flush_exactly_if_a_processor_s_copy_may_allow_what_the_new_entry_does_not_for_all_144_pairs_of_states():
     vm, pfn = machine(), 0x1040
@@ -74,15 +94,6 @@ def test_a_change_needs_a_flush_exactly_if_a_processor_s_copy_may_allow_what_the
         left = {'write': new_w, 'use': new_a, 'write unmarked': new_d}
         assert spte_update(vm, sp, 0, entry(new)) == any(freedoms[name] > left[name] for name in freedoms) and sp.sptes[0] == entry(new)
     assert len(states) == 16
-
-
-@pytest.mark.claim('nbs/mmu/07_rmap.ipynb', 'abfa2235', 'a list holds 1001 entries, and the next one empties it and asks for a flush')
-def test_a_list_holds_1001_entries_and_the_next_one_empties_it_and_asks_for_a_flush():
-    vm = machine()
-    tables, n = [table(vm, gfn) for gfn in (0x10, 0x11)], 0
-    while not map_page(vm, tables[n // 512], n % 512, 0x40): n += 1
-    assert n == RMAP_RECYCLE_THRESHOLD + 1 and not rmap_entries(vm, 0x40, 1) and vm.flushes == 1
-    assert not any(sp.sptes or sp.translation for sp in tables)
 
 
 @pytest.mark.claim('nbs/mmu/07_rmap.ipynb', '36ff7dc1', 'the list of a frame is what a search of all tables finds, after each of 360 orders in which entries come and go')
@@ -107,6 +118,15 @@ def test_zapping_a_frame_s_list_takes_out_its_entries_of_that_size_and_touches_n
     map_page(vm, large, 0, 0)
     assert zap_rmap(vm, 0x40, 1) and not zap_rmap(vm, 0x40, 1)
     assert not rmap_entries(vm, 0x40, 1) and rmap_entries(vm, 0x41, 1) == [sptep_of(sp, 7)] and rmap_entries(vm, 0x40, 2) == [sptep_of(large, 0)]
+
+
+@pytest.mark.claim('nbs/mmu/07_rmap.ipynb', 'abfa2235', 'a list holds 1001 entries, and the next one empties it and asks for a flush')
+def test_a_list_holds_1001_entries_and_the_next_one_empties_it_and_asks_for_a_flush():
+    vm = machine()
+    tables, n = [table(vm, gfn) for gfn in (0x10, 0x11)], 0
+    while not map_page(vm, tables[n // 512], n % 512, 0x40): n += 1
+    assert n == RMAP_RECYCLE_THRESHOLD + 1 and not rmap_entries(vm, 0x40, 1) and vm.flushes == 1
+    assert not any(sp.sptes or sp.translation for sp in tables)
 
 
 @pytest.mark.claim('nbs/mmu/07_rmap.ipynb', '880cedd5', 'protecting a frame takes W from every size of page that maps it, wherever the frame lies in it, and asks for a flush once')
@@ -153,23 +173,3 @@ def test_a_gib_costs_2_5_mib_of_heads_and_counters_on_a_host_with_the_tdp_mmu_on
         assert list_bytes(vm) == (full if costs else 0)
         vm.shadow_root_allocated = True
         assert list_bytes(vm) == full and full >> 10 == 2564
-
-
-@pytest.mark.claim('nbs/mmu/07_rmap.ipynb', '15b253b7', 'within a slot frames keep their distance in the host, slots do not overlap there, a hole has nothing, and what the host moved is where it says')
-def test_within_a_slot_frames_keep_their_distance_in_the_host_slots_do_not_overlap_there_a_hole_has_nothing_and_what_the_host_moved_is_where_it_says():
-    vm = Vm(svm_host(4, npt=False), ram((0, 0x1_0000)))
-    add_ram(vm.memory, 0x10_0000, 0x1_0000, readonly=True)
-    assert [host_frame(vm, gfn)[0] - host_frame(vm, 0)[0] for gfn in range(16)] == list(range(16))
-    assert [host_frame(vm, gfn)[1] for gfn in (0, 0x100)] == [True, False] and host_frame(vm, 0x50) is None
-    assert not {host_frame(vm, gfn)[0] for gfn in range(16)} & {host_frame(vm, 0x100 + gfn)[0] for gfn in range(16)}
-    vm.moved[3] = 0x7777, False
-    assert host_frame(vm, 3) == (0x7777, False) and host_frame(vm, 4)[0] == host_frame(vm, 0)[0] + 4
-
-
-@pytest.mark.claim('nbs/mmu/07_rmap.ipynb', '8f3f2488', 'a write is noted exactly if its slot is logged')
-def test_a_write_is_noted_exactly_if_its_slot_is_logged():
-    vm = Vm(svm_host(4, npt=False), ram((0, 0x1_0000), (0x10_0000, 0x1_0000)))
-    for logged in (set(), {0}, {0x100}, {0, 0x100}):
-        vm.logged, vm.dirty = logged, set()
-        for gfn in (3, 0x103, 0x50): mark_dirty(vm, gfn)
-        assert vm.dirty == {gfn for gfn in (3, 0x103) if gfn & ~0xf in logged}
