@@ -224,7 +224,7 @@ def _broken(number: 'int | str', why: str):
     "Stop the story: an invariant does not hold."
     kvm_bug_on(True, f"{number}: {why}", f'invariant {number}')
 
-# %% ../../nbs/review/16_theorem.ipynb #2038a63b
+# %% ../../nbs/review/16_theorem.ipynb #3b44a211
 KINDS = (0, WRITE, USER, USER | WRITE, FETCH, USER | FETCH)
 SAMPLE = [(page, kind) for page in (*PAGES, LARGE + 0x1000, LARGE + 0x18_000, 0x18_000, 0x20_000) for kind in KINDS]      # What is looked at
 
@@ -304,12 +304,12 @@ class Story:
         if pgd is None: self.hazy[n] = False
 
     def _used(self, gva):
-        "A store may clear the marks of its own page, or of one used in the middle of it: until then the page was in use, and any processor may have looked ahead."
+        "A store may clear the marks of its own page, or of one used in the middle of it, or those its own walk made on the way: until then the page was in use, and any processor may have looked ahead."
         for n, seen in enumerate(self.known):
             for (here, _), known in seen.items():
                 allowed = self.allowed[n].setdefault((here[1], *here[4:]), {})
                 for key, frame in known.items():
-                    if key[0] >> 12 == gva >> 12 and frame is not None: allowed.setdefault(key, set()).add(frame)
+                    if type(frame) is Unmarked or key[0] >> 12 == gva >> 12 and frame is not None: allowed.setdefault(key, set()).add(frame)
 
     def _told(self, event, answer):
         "A fault's error code makes sense; and what is computed twice is computed once."
