@@ -153,7 +153,7 @@ def translate_gpa(
     if inner.fault is None: return inner.gfn << PAGE_SHIFT | gpa & 0xfff
     walked.fault, walked.faulting_mmu = inner.fault, 'guest_mmu'
 
-# %% ../../nbs/mmu/10_guest_tables.ipynb #6d362645
+# %% ../../nbs/mmu/10_guest_tables.ipynb #0d2d9691
 def walk_addr(
     vcpu: Vcpu,
     mmu: Mmu,
@@ -161,8 +161,9 @@ def walk_addr(
     access: int,           # WRITE, USER, FETCH bits
 ) -> Walked:
     "Walk the guest's tables and mark them. KVM: `FNAME(walk_addr_generic)`, `FNAME(walk_addr)` (mmu/paging_tmpl.h)."
-    vm, tables = vcpu.vm, guest_tables(vcpu, mmu)
+    vm = vcpu.vm
     vm.did('kvm_mmu_pagetable_walk', addr=addr, pferr=access)
+    tables = guest_tables(vcpu, mmu)
     while True:
         walked = _walk_once(vcpu, mmu, tables, addr, access)
         if walked.fault is not None:
@@ -186,7 +187,7 @@ def _walk_once(vcpu, mmu, tables, addr, access):
         walked.fault = found
         walked.ptes = getattr(found, 'ptes', ())
         return walked
-    gpa = translate_gpa(vcpu, mmu, found.gpa, access, walked) if nested else found.gpa
+    gpa = translate_gpa(vcpu, mmu, found.gpa & ~0xfff, access, walked) if nested else found.gpa     # Its frame is asked for, not the byte
     if gpa is None: return walked
     walked.gfn, walked.level, walked.pte_access, walked.ptes = gpa >> PAGE_SHIFT, found.level, int(found.rights), found.ptes
     _note_tables(tables, walked)

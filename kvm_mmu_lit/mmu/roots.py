@@ -14,7 +14,7 @@ __all__ = ['PRESENT', 'WRITABLE', 'USER', 'ACCESSED', 'ROOT_CURRENT', 'ROOTS_ALL
            'draw_roots', 'two_vcpus', 'show_root', 'free_root_page', 'ROOT_PREVIOUS', 'free_roots', 'free_pae_slots',
            'is_obsolete_root', 'free_obsolete_roots', 'free_guest_mode_roots', 'walk_start']
 
-# %% ../../nbs/mmu/12_roots.ipynb #1809e446
+# %% ../../nbs/mmu/12_roots.ipynb #9beb2f2a
 from dataclasses import replace
 
 from ..draw.graph import Edge, Graph, Node
@@ -27,7 +27,7 @@ from .root_role import PT32E_ROOT_LEVEL, PT64_ROOT_4LEVEL, PT64_ROOT_5LEVEL, Mmu
 from .shadow_page import Vm, is_obsolete_sp, to_shadow_page
 from .sync import get_shadow_page
 from .tdp_mmu import tdp_get_root, tdp_put_root
-from .zap import commit_zap, prepare_zap
+from .zap import commit_zap, make_pages_available, prepare_zap
 
 # %% ../../nbs/mmu/12_roots.ipynb #3de77a88
 def small_memory(
@@ -87,16 +87,17 @@ def alloc_tdp_root(
     vcpu.did('tdp_root_ret', hpa=sp.spt)
     return sp.spt
 
-# %% ../../nbs/mmu/12_roots.ipynb #0df4a10a
+# %% ../../nbs/mmu/12_roots.ipynb #e1d68e9b
 PRESENT, WRITABLE, USER, ACCESSED = 1 << 0, 1 << 1, 1 << 2, 1 << 5
 
 def alloc_direct_roots(
     vcpu: Vcpu,
-):
+) -> bool:                 # False: there may be no further table
     """A root that maps frames one after the other: the guest does not page, or hardware walks its tables.
 
     KVM: `mmu_alloc_direct_roots` (mmu/mmu.c)."""
     mmu, level = vcpu.mmu, vcpu.mmu.root_role.level
+    if not make_pages_available(vcpu.vm): return False
     if vcpu.host.uses_tdp_mmu: mmu.root.hpa = alloc_tdp_root(vcpu)
     elif level >= PT64_ROOT_4LEVEL: mmu.root.hpa = alloc_root(vcpu, 0, 0, level)
     else:
@@ -104,6 +105,7 @@ def alloc_direct_roots(
         _fill_slots(vcpu, [(i << 30 - PAGE_SHIFT, 0) for i in range(4)], PRESENT | vcpu.host.me_value)
         mmu.root.hpa = mmu.pae_root
     mmu.root.pgd = 0
+    return True
 
 def _fill_slots(vcpu, tables, flags):
     "Write the four entries of `pae_root`: `tables` has (frame, quadrant) for each, None for one that is not present."
@@ -155,10 +157,10 @@ def first_shadow_root(
     first, vm.shadow_root_allocated = not vm.shadow_root_allocated, True
     return first
 
-# %% ../../nbs/mmu/12_roots.ipynb #cfeb8d67
+# %% ../../nbs/mmu/12_roots.ipynb #7613057e
 def alloc_shadow_roots(
     vcpu: Vcpu,
-) -> bool:                 # False: the root lies in no memory slot, and a triple fault was requested
+) -> bool:                 # False: it lies in no memory slot, and a triple fault was requested; or there may be no further table
     "A root that shadows the guest's. KVM: `mmu_alloc_shadow_roots`, `mmu_check_root` (mmu/mmu.c)."
     mmu, pgd, asked = vcpu.mmu, guest_pgd(vcpu), vcpu.mmu.cpu_role.base
     pdptrs = get_pdptrs(vcpu) if asked.level == PT32E_ROOT_LEVEL else ()
@@ -167,6 +169,7 @@ def alloc_shadow_roots(
         vcpu.request('TRIPLE_FAULT')
         return False
     first_shadow_root(vcpu.vm)
+    if not make_pages_available(vcpu.vm): return False
     if asked.level >= PT64_ROOT_4LEVEL: mmu.root.hpa = alloc_root(vcpu, frames[0], 0, mmu.root_role.level)
     else: _alloc_per_vcpu_root(vcpu, frames[0], pdptrs)
     mmu.root.pgd = pgd
@@ -184,7 +187,7 @@ def _alloc_per_vcpu_root(vcpu, gfn, pdptrs):
     tables = [(pdpte_gfn(pdpte), 0) if pdpte & PRESENT else None for pdpte in pdptrs]
     _fill_slots(vcpu, tables or [(gfn, quadrant) for quadrant in range(4)], flags)
 
-# %% ../../nbs/mmu/12_roots.ipynb #e34f9b40
+# %% ../../nbs/mmu/12_roots.ipynb #3a930c9d
 def alloc_roots(
     vcpu: Vcpu,
 ) -> bool:                 # False: a triple fault was requested
@@ -193,8 +196,7 @@ def alloc_roots(
     KVM: `kvm_mmu_load` (mmu/mmu.c), the part that allocates."""
     alloc_special_roots(vcpu)
     if not vcpu.mmu.root_role.direct: return alloc_shadow_roots(vcpu)
-    alloc_direct_roots(vcpu)
-    return True
+    return alloc_direct_roots(vcpu)
 
 # %% ../../nbs/mmu/12_roots.ipynb #e3a270a2
 def vcpu_for(

@@ -84,6 +84,20 @@ def test_an_entry_that_changes_between_the_walk_and_its_marks_makes_kvm_walk_aga
     assert walk_addr(vcpu, vcpu.mmu, 0x40_0010, 0).gfn == 0x101 and seen == ['walked', 'walked']
 
 
+@pytest.mark.claim('nbs/mmu/10_guest_tables.ipynb', 'e7acb6b4', "What L1's tables do not map is told by its frame: the byte L2 asked for is not in the address")
+def test_what_l1_s_tables_do_not_map_is_told_by_its_frame_the_byte_l2_asked_for_is_not_in_the_address():
+    memory, free = ram((0, 1 << 22)), list(range(0x21, 0x29))
+    for frame in range(1, 9): map_page(memory, 0x2_0000, FORMATS['ept4'], frame << 12, frame << 12, free, 0x7, 0x7)
+    map_page(memory, 0x1000, FORMATS['4level'], 0x40_0000, 0x10_0000, list(range(2, 9)), 0x7, 0x7)
+    vcpu = Vcpu(Vm(vmx_host(), memory), cr3=0x1000, guest_mode=True, mmu_is='guest_mmu', walk_mmu_is='nested_mmu', nested_pgd=0x2_0000 | 3 << 3 | 6)
+    vcpu.cr0, vcpu.cr4, vcpu.efer = map(int, MODES['4-level'])
+    vcpu.l1 = vcpu.cr0, 0x1000, vcpu.cr4, vcpu.efer
+    init_shadow_ept_roles(vcpu, vcpu.nested_pgd)
+    init_mmu(vcpu)
+    _, walked = gva_to_gpa(vcpu, 0x40_0123, 0)
+    assert walked.faulting_mmu == 'guest_mmu' and walked.fault.gva == 0x10_0000
+
+
 @pytest.mark.claim('nbs/mmu/10_guest_tables.ipynb', '29b23cf7', "L1's log gets each page once when it becomes dirty, from the last slot down, and nothing for a read")
 def test_l1_s_log_gets_each_page_once_when_it_becomes_dirty_from_the_last_slot_down_and_nothing_for_a_read():
     vcpu = l1_with_log()

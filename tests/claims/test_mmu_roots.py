@@ -144,6 +144,15 @@ def test_a_slot_of_pae_root_is_used_exactly_when_the_guest_s_pdpte_is_present_an
         assert [(sp.gfn, sp.role.quadrant, sp.role.level) for sp in pages] == [(5, quadrant, 2) for quadrant in range(4)]
 
 
+@pytest.mark.claim('nbs/mmu/12_roots.ipynb', '2452ab93', 'With fewer than five tables left the oldest go before a root is built, and the root is new')
+def test_with_fewer_than_five_tables_left_the_oldest_go_before_a_root_is_built_and_the_root_is_new():
+    vcpu = vcpu_for(next(case for case in all_mmus() if case.name == 'shadow NPT, 4-level L1'))
+    vcpu.vm.n_max = 64
+    tables = [get_shadow_page(vcpu, gfn, replace(vcpu.mmu.root_role, level=1)) for gfn in range(60)]
+    assert alloc_roots(vcpu)
+    assert [sp.hashed for sp in tables] == [False] * 21 + [True] * 39 and vcpu.vm.n_used == 39 + 1
+
+
 @pytest.mark.claim('nbs/mmu/12_roots.ipynb', '61b1f34d', 'a pointer or a present PDPTE to nowhere is a triple fault, and leaves no root and no table behind')
 def test_a_pointer_or_a_present_pdpte_to_nowhere_is_a_triple_fault_and_leaves_no_root_and_no_table_behind():
     case = next(case for case in all_mmus() if case.name == 'shadow, PAE guest')
