@@ -11,21 +11,25 @@ the part that all guests share, and the whole of it for guests whose addresses n
 __all__ = ['RET_PF', 'P', 'W', 'U', 'RSVD', 'F', 'PREFETCH_GROUP', 'Fault', 'shadow_walk', 'walk_start_from', 'last_entry',
            'get_child', 'link', 'faultin', 'cache_mmio', 'mmio_in_cache', 'is_stale', 'is_guest_table_write',
            'hugepage_adjust', 'tell_requested', 'base_gfn', 'set_spte', 'direct_prefetch', 'direct_map',
-           'direct_page_fault', 'tdp_fault', 'may_be_fast', 'is_access_allowed', 'fast_page_fault', 'handle_mmio',
-           'draw_way']
+           'direct_page_fault', 'tdp_fault', 'may_be_fast', 'is_access_allowed', 'fast_page_fault', 'zero_check_of',
+           'has_reserved', 'handle_mmio', 'draw_way']
 
-# %% ../../nbs/mmu/15_page_fault.ipynb #203a9925
+# %% ../../nbs/mmu/15_page_fault.ipynb #3c807e9a
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ..draw.graph import Graph
 from ..guest.addresses import PAGE_SHIFT
 from ..guest.permissions import Pferr
+from ..guest.reserved import RsvdBits
 from .contexts import INVALID_PAGE, Vcpu, kvm_bug_on
+from .cpu_role import PageRole
 from .rmap import host_frame, is_logged, is_tracked, mark_dirty, rmap_add, set_translation, spte_update, sptep_of, drop_spte, page_gfn
 from .roots import walk_start
 from .shadow_page import ShadowPage, Vm, child_role, is_obsolete_sp, to_shadow_page
 from .spte import (ACC_USER, ACC_WRITE, GEN_BITS, SPTE_ADDRESS, SPTE_WRITABLE, is_access_track, is_executable, is_large, is_last, is_mmio,
-                                  is_mmu_writable, is_present, is_writable, make_mmio_spte, make_nonleaf_spte, mmio_access, mmio_gen, mmio_gfn, restore_access_track, spte_pfn)
+                                  is_mmu_writable, is_present, is_rsvd_spte, is_writable, make_mmio_spte, make_nonleaf_spte, mmio_access, mmio_gen, mmio_gfn,
+                                  reset_shadow_zero_check, restore_access_track, spte_pfn)
 from .sync import build_leaf, get_shadow_page, mark_mmio, remote_flush_or_zap
 from .tdp_mmu import disallowed_hugepage_adjust, max_mapping_level, remote_flush, tdp_map
 from .unsync import mark_parents_unsync
@@ -318,7 +322,28 @@ def fast_page_fault(
            new=sp.sptes.get(index, 0) if sp else 0, spurious=result == 'SPURIOUS', fixed=result == 'FIXED')
     return result
 
-# %% ../../nbs/mmu/15_page_fault.ipynb #6f523504
+# %% ../../nbs/mmu/15_page_fault.ipynb #5206720b
+@lru_cache(maxsize=None)
+def _zero_check(host, kind, efer_nx, phys_bits, gbpages): return reset_shadow_zero_check(host, PageRole(level=5, efer_nx=efer_nx), kind, phys_bits, gbpages)
+
+def zero_check_of(
+    vm: Vm,
+    sp: ShadowPage,
+) -> RsvdBits:
+    "The bits that no entry of this table has. KVM keeps them with each MMU. KVM: `shadow_zero_check` of `struct kvm_mmu` (asm/kvm_host.h)."
+    host, role = vm.host, sp.role
+    kind = 'TDP' if sp.tdp or host.has_tdp and role.direct and not role.guest_mode else 'shadow EPT' if host.tdp == 'ept' else 'shadow'
+    return _zero_check(host, kind, role.efer_nx, vm.masks.phys_bits, host.has_tdp or all(vcpu.gbpages for vcpu in vm.vcpus))
+
+def has_reserved(
+    vm: Vm,
+    sp: ShadowPage,
+    spte: int,
+) -> bool:
+    "A present entry that KVM cannot have meant. KVM: `get_mmio_spte` (mmu/mmu.c), the part that looks."
+    return is_present(spte) and is_rsvd_spte(zero_check_of(vm, sp), spte, sp.role.level)
+
+# %% ../../nbs/mmu/15_page_fault.ipynb #8213e449
 def handle_mmio(
     vcpu: Vcpu,
     addr: int,
@@ -326,7 +351,9 @@ def handle_mmio(
     "A reserved bit: did KVM put it there to remember MMIO? KVM: `handle_mmio_page_fault`, `get_mmio_spte`, `check_mmio_spte` (mmu/mmu.c)."
     vm, direct = vcpu.vm, bool(vcpu.mmu.root_role.direct)
     if mmio_in_cache(vcpu, addr, direct): return 'EMULATE'
-    spte = last_entry(vcpu, addr)[2]
+    for level, sp, index in shadow_walk(vm, vcpu.mmu, addr):
+        spte = sp.sptes.get(index, 0)
+        kvm_bug_on(has_reserved(vm, sp, spte), f"48: spte {spte:#x} in slot {index} of table {sp.spt:#x} has bits no entry of level {level} has, on the way to {addr:#x}", 'invariant 48')
     if not is_mmio(vm.masks, spte): return 'RETRY'
     gen = vm.generation & (1 << GEN_BITS) - 1
     valid = vm.invalidating is None and mmio_gen(spte) == gen

@@ -9,10 +9,11 @@ after every event of every random story.
 
 # %% auto #0
 __all__ = ['SLACK', 'CHECKS', 'IN_THEOREM', 'ELSEWHERE', 'MORE', 'Books', 'broken_hash', 'broken_tracking', 'broken_marks',
-           'broken_lists', 'broken_leaves', 'broken_mmio', 'broken_references', 'broken_memory', 'broken_roles',
-           'broken_roots', 'broken_entry', 'broken_tables', 'Watch', 'numbers_of', 'places', 'places_table']
+           'broken_lists', 'broken_leaves', 'broken_bits', 'broken_mmio', 'broken_references', 'broken_memory',
+           'broken_roles', 'broken_roots', 'broken_entry', 'broken_tables', 'Watch', 'numbers_of', 'places',
+           'places_table']
 
-# %% ../../nbs/review/15_tables.ipynb #1942f281
+# %% ../../nbs/review/15_tables.ipynb #303d109f
 import re
 from collections import Counter
 from functools import lru_cache
@@ -20,6 +21,7 @@ from functools import lru_cache
 from ..draw.table import Table
 from ..guest.addresses import PAGE_SHIFT
 from ..mmu.contexts import Vcpu, init_mmu
+from ..mmu.page_fault import zero_check_of
 from ..mmu.root_role import MmuCase, root_storage
 from ..mmu.rmap import entry_at, host_frame, is_logged, page_gfn, sptep_of
 from ..mmu.roots import is_obsolete_root
@@ -95,7 +97,7 @@ def broken_marks(books: Books):
             parent, index = entry_at(vm, sptep)
             if index not in parent.unsync_slots: yield 35, f"{sp.role} of frame {sp.gfn:#x} is stale, its parent's slot {index} has no mark"
 
-# %% ../../nbs/review/15_tables.ipynb #e0d40462
+# %% ../../nbs/review/15_tables.ipynb #db8a4778
 def broken_lists(books: Books):
     "36, 37: parents and reverse maps say what the tables say."
     vm = books.vm
@@ -115,12 +117,19 @@ def broken_leaves(books: Books):
     for sptep, (sp, index, spte, gfn, level) in books.leaves.items():
         if is_mmu_writable(masks, spte) > is_host_writable(masks, spte) or is_writable(spte) > is_mmu_writable(masks, spte): yield 47, f"spte {spte:#x} at {sptep:#x}"
         if is_mmio(masks, spte) or spte == REMOVED_SPTE: yield 48, f"spte {spte:#x} maps something and does not"
-        if spte & SPTE_ADDRESS & -(1 << masks.phys_bits): yield 48, f"spte {spte:#x} has reserved bits"
         if not vm.host.ad and not is_access_track(masks, spte) and (restore_access_track(masks, mark_access_track(masks, spte)) ^ spte) & 5: yield 49, f"spte {spte:#x} is aged, used, and has lost a right"
         if sp.tdp and sp.scheduled and not sp.root_count: yield 57, f"a zapped TDP root still maps frame {gfn:#x}"
         frame = host_frame(vm, gfn)
         if frame is None or frame[0] != spte_pfn(spte): yield 52, f"frame {gfn:#x} is mapped to host frame {spte_pfn(spte):#x}, the host has it in {frame and hex(frame[0])}"
         if level > 1 and is_writable(spte) and is_logged(vm, gfn): yield 47, f"a writable large page at frame {gfn:#x} of a logged slot"
+
+def broken_bits(books: Books):
+    "48: no entry, leaf or not, has a bit that KVM knows it never sets."
+    for sp in books.vm.pages.values():
+        check, level = zero_check_of(books.vm, sp), sp.role.level
+        small, large, bad = check.at(level, 0), check.at(level, 1), check.bad_mt_xwr
+        for index, spte in sp.sptes.items():
+            if is_present(spte) and (spte & (large if spte & 0x80 else small) or bad >> (spte & 0x3f) & 1): yield 48, f"spte {spte:#x} in slot {index} of table {sp.spt:#x} has bits no entry of level {level} has"
 
 def broken_mmio(books: Books):
     "50: what remembers MMIO gives its frame back, and no memory is there. A sync renews the entry and does not ask."
@@ -207,8 +216,8 @@ def broken_entry(vcpu: Vcpu):
         if one.name == 'outdated PDPTEs' and vcpu.mmu_is == 'guest_mmu': continue
         if why := one.check(vcpu): yield one.number or 11, why
 
-# %% ../../nbs/review/15_tables.ipynb #532b0784
-CHECKS = (broken_hash, broken_tracking, broken_marks, broken_lists, broken_leaves, broken_mmio, broken_references, broken_memory, broken_roles, broken_roots)
+# %% ../../nbs/review/15_tables.ipynb #316204c7
+CHECKS = (broken_hash, broken_tracking, broken_marks, broken_lists, broken_leaves, broken_bits, broken_mmio, broken_references, broken_memory, broken_roles, broken_roots)
 
 def broken_tables(
     vm: Vm,

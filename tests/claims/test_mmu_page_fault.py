@@ -9,12 +9,14 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global FORMATS, MODES, enter_guest, guest, large_key, map_page, new_vcpu, product, ram, svm_host, vmx_host, write_entry
+    global FORMATS, KvmBug, MODES, enter_guest, expect_fail, guest, large_key, map_page, new_vcpu, product, ram, svm_host, vmx_host, write_entry
     from itertools import product
 
+    from fastcore.test import expect_fail
     from kvm_mmu_lit.guest.addresses import FORMATS
     from kvm_mmu_lit.guest.gpte import map_page
     from kvm_mmu_lit.guest.memory import ram, write_entry
+    from kvm_mmu_lit.mmu.contexts import KvmBug
     from kvm_mmu_lit.mmu.cpu_role import MODES
     from kvm_mmu_lit.mmu.reload import enter_guest
     from kvm_mmu_lit.mmu.rmap import large_key
@@ -48,6 +50,19 @@ def test_where_no_slot_is_the_entry_remembers_that_the_instruction_is_emulated_a
     vcpu.mmio = None
     vcpu.vm.generation += 1
     assert handle_mmio(vcpu, 1 << 40) == 'INVALID'
+
+
+@pytest.mark.claim('nbs/mmu/15_page_fault.ipynb', '95e669ac', "A reserved bit that is not there to remember MMIO is KVM's own mistake, at whatever level it stands, and said to be invariant 48")
+def test_a_reserved_bit_that_is_not_there_to_remember_mmio_is_kvm_s_own_mistake_at_whatever_level_it_stands_and_said_to_be_invariant_48():
+    for host, level in product((svm_host(4), svm_host(4, tdp_mmu=False), vmx_host(4, 4)), (1, 2, 3, 4)):
+        vcpu, = guest(host)
+        direct_page_fault(vcpu, Fault(0x10_0000, U, is_tdp=True))
+        assert handle_mmio(vcpu, 0x10_0000) == 'RETRY', "nothing is wrong with the entries KVM makes"
+        sp, index = next((sp, index) for at, sp, index in shadow_walk(vcpu.vm, vcpu.mmu, 0x10_0000) if at == level)
+        sp.sptes[index] |= 1 << vcpu.vm.masks.phys_bits           # One bit more than a frame can have
+        assert has_reserved(vcpu.vm, sp, sp.sptes[index])
+        if level > 1: vcpu.vm.pages[sp.sptes[index] & SPTE_ADDRESS] = vcpu.vm.pages[sp.sptes[index] & SPTE_ADDRESS & (1 << vcpu.vm.masks.phys_bits) - 1]
+        with expect_fail(KvmBug, contains=f'no entry of level {level} has'): handle_mmio(vcpu, 0x10_0000)
 
 
 @pytest.mark.claim('nbs/mmu/15_page_fault.ipynb', '2dd2bf07', "A page that the host maps large is mapped large, unless its slot is logged, it is cut by the slot, or a guest's table lies in it")

@@ -9,7 +9,7 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global DAMAGE, FORMATS, INVARIANTS, Path, draw_links, healthy, kvm_mmu_lit, map_page, miscount, move, new_machine, orphan, ram, svm_host, tables_at, unhold, unlist, unmark, untrack
+    global DAMAGE, FORMATS, INVARIANTS, Path, draw_links, healthy, kvm_mmu_lit, map_page, miscount, move, new_machine, orphan, overshoot, ram, svm_host, tables_at, unhold, unlist, unmark, untrack
     from pathlib import Path
 
     import kvm_mmu_lit
@@ -42,7 +42,8 @@ def setup_cells():
     def unmark(vm): tables_at(vm, 1)[0].unsync = True
     def unhold(vm): tables_at(vm, 4)[0].root_count += 1
     def move(vm): vm.moved[0x1_8] = (1 << 26, True)
-    DAMAGE = {miscount: 31, unlist: 37, orphan: 36, untrack: 32, unmark: 35, unhold: 14, move: 52}
+    def overshoot(vm): tables_at(vm, 3)[0].sptes[0] |= 1 << vm.masks.phys_bits
+    DAMAGE = {miscount: 31, unlist: 37, orphan: 36, untrack: 32, unmark: 35, unhold: 14, move: 52, overshoot: 48}
 
 
 @pytest.mark.claim('nbs/review/15_tables.ipynb', 'e42a1a38', '53 of the 58 invariants are checked after every event, the other five where a test names them, and every test named here exists')
