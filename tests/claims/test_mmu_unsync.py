@@ -9,53 +9,139 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global PageRole, SHARED, add_shadow_page, make_nonleaf_spte, ram, sptep_of, svm_host, tree
-    from kvm_mmu_lit.guest.memory import ram
-    from kvm_mmu_lit.mmu.cpu_role import PageRole
-    from kvm_mmu_lit.mmu.rmap import sptep_of
-    from kvm_mmu_lit.mmu.root_role import svm_host
-    from kvm_mmu_lit.mmu.shadow_page import add_shadow_page
-    from kvm_mmu_lit.mmu.spte import make_nonleaf_spte
+    global FAMILY, KvmBug, Table, children, combinations, expect_fail, explore, go_stale, machine, permutations, predict, product, replace, stale_below, table
+    from dataclasses import replace
+    from itertools import combinations, permutations, product
 
-    def tree(links):
-        "Tables 0, 1, 2... linked as (parent, slot, child) say; their levels follow."
-        vm, levels = Vm(svm_host(4, npt=False), ram((0, 1 << 20))), {0: 4}
-        for parent, _, child in links: levels[child] = levels[parent] - 1
-        sps = {n: add_shadow_page(vm, ShadowPage(0x10 + n, PageRole(level=level, access=7), vm.alloc_page())) for n, level in levels.items()}
-        for parent, slot, child in links:
-            sps[parent].sptes[slot] = make_nonleaf_spte(vm.masks, sps[child].spt)
-            sps[child].parents.append(sptep_of(sps[parent], slot))
-        return vm, sps
+    from fastcore.test import expect_fail
+    from kvm_mmu_lit.draw.exercise import predict
+    from kvm_mmu_lit.draw.explore import explore
+    from kvm_mmu_lit.draw.table import Table
+    from kvm_mmu_lit.mmu.contexts import KvmBug
 
-    SHARED = [(0, 0, 1), (0, 7, 2), (1, 3, 3), (2, 3, 4), (3, 1, 5), (4, 2, 5)]      # Table 5 hangs under two level-2 tables
+    def machine():
+        "A guest with 4 MiB, in shadow paging."
+        return Vm(svm_host(4, npt=False), ram((0, 4 * MiB)))
 
+    def table(vm, gfn, level=1, **fields):
+        "A table of KVM's for a guest table in this frame."
+        return add_shadow_page(vm, ShadowPage(gfn, PageRole(level=level, access=7, **fields), vm.alloc_page()))
 
-@pytest.mark.claim('nbs/mmu/08_unsync.ipynb', '44a4494c', 'Whichever tables go stale, the marks from the root lead to all of them and to no other')
-def test_whichever_tables_go_stale_the_marks_from_the_root_lead_to_all_of_them_and_to_no_other():
-    for stale in ([5], [3], [1, 5], [4], []):
-        vm, sps = tree(SHARED)
-        for n in stale:
-            sps[n].unsync = True
-            mark_parents_unsync(vm, sps[n])
-        found = [child for child, _ in unsync_walk(vm, sps[0])]
-        assert {sp.gfn for sp in found} <= {0x10 + n for n in stale} and bool(found) == bool(stale)
+    FAMILY = [(0, 0, 1), (0, 7, 2), (1, 3, 3), (2, 3, 4), (3, 1, 5), (3, 2, 6), (4, 2, 6), (4, 5, 7)]     # Table 6 hangs under two level-2 tables
 
+    def go_stale(vm, sp):
+        "What `try_to_unsync` does to one table."
+        sp.unsync = True
+        mark_parents_unsync(vm, sp)
 
-@pytest.mark.claim('nbs/mmu/08_unsync.ipynb', 'ae265d9f', 'A sync and a prefetch may not let go of a table, and a table above level 1 lets nobody')
-def test_a_sync_and_a_prefetch_may_not_let_go_of_a_table_and_a_table_above_level_1_lets_nobody():
-    vm, sps = tree(SHARED)
-    assert try_to_unsync(vm, 0x15, can_unsync=False, prefetch=False) and try_to_unsync(vm, 0x15, can_unsync=True, prefetch=True) and not sps[5].unsync
-    vm.tracked[0x15] = 1
-    assert try_to_unsync(vm, 0x15, can_unsync=True, prefetch=False) and not sps[5].unsync
-    assert not try_to_unsync(vm, 0x99, can_unsync=False, prefetch=True)
+    def children(vm, sp):
+        "{slot: table below}, from the entries alone."
+        return {index: vm.pages[spte & SPTE_ADDRESS] for index, spte in sp.sptes.items() if sp.role.level > 1 and is_present(spte)}
+
+    def stale_below(vm, sp):
+        "The stale tables a search from here finds."
+        return {sp.spt} if sp.unsync else set().union(*(stale_below(vm, child) for child in children(vm, sp).values()))
 
 
-@pytest.mark.claim('nbs/mmu/08_unsync.ipynb', '51a8c010', 'Bringing the stale table back takes every mark away, though two ways led to it')
-def test_bringing_the_stale_table_back_takes_every_mark_away_though_two_ways_led_to_it():
-    vm, sps = tree(SHARED)
-    try_to_unsync(vm, 0x15, True, False)
-    while found := unsync_walk(vm, sps[0]):
-        for child, path in found:
-            if child.unsync: unlink_unsync(vm, child)
-            clear_parents(path)
-    assert not any(sp.unsync or sp.unsync_children or sp.unsync_slots for sp in vm.pages.values())
+@pytest.mark.claim('nbs/mmu/08_unsync.ipynb', '4b812a52', "of all tables of a frame those count that shadow the guest's and are not obsolete, the newest first")
+def test_of_all_tables_of_a_frame_those_count_that_shadow_the_guest_s_and_are_not_obsolete_the_newest_first():
+    vm = machine()
+    last, other, upper = table(vm, 0x15), table(vm, 0x15, quadrant=1, has_4_byte_gpte=1), table(vm, 0x15, level=2)
+    table(vm, 0x15, direct=1), table(vm, 0x15, level=5, passthrough=1), table(vm, 0x16)
+    assert shadow_pages_of(vm, 0x15) == [upper, other, last] and shadow_pages_of(vm, 0x17) == []
+    other.role = replace(other.role, invalid=1)
+    last.gen = 1
+    assert shadow_pages_of(vm, 0x15) == [upper]
+
+
+@pytest.mark.claim('nbs/mmu/08_unsync.ipynb', '9d8ded83', 'an entry is marked exactly if a stale table is below it, for every set of stale tables and every order in which they became so')
+def test_an_entry_is_marked_exactly_if_a_stale_table_is_below_it_for_every_set_of_stale_tables_and_every_order_in_which_they_became_so():
+    for n in range(4):
+        for stale in permutations((5, 6, 7), n):
+            vm, sps = linked_tables(FAMILY)
+            for one in stale: go_stale(vm, sps[one])
+            for sp in sps.values():
+                assert sp.unsync_slots == {index for index, child in children(vm, sp).items() if stale_below(vm, child)}
+                assert sp.unsync_children == len(sp.unsync_slots)
+
+
+@pytest.mark.claim('nbs/mmu/08_unsync.ipynb', '77dd5995', 'marks are put only where none was: the second stale table of a level-2 table costs one mark, however high the tree')
+def test_marks_are_put_only_where_none_was_the_second_stale_table_of_a_level_2_table_costs_one_mark_however_high_the_tree():
+    for level in (3, 4, 5):
+        links = [(n, 0, n + 1) for n in range(level - 2)] + [(level - 2, slot, level - 1 + slot) for slot in range(4)]
+        vm, sps = linked_tables(links, level)
+        costs, before = [], 0
+        for slot in range(4):
+            go_stale(vm, sps[level - 1 + slot])
+            marks = sum(sp.unsync_children for sp in sps.values())
+            costs.append(marks - before)
+            before = marks
+        assert costs == [level - 1, 1, 1, 1]
+
+
+@pytest.mark.claim('nbs/mmu/08_unsync.ipynb', 'f94f9e49', 'marking a stale table again marks only the way that is new')
+def test_marking_a_stale_table_again_marks_only_the_way_that_is_new():
+    vm, sps = linked_tables(FAMILY)
+    go_stale(vm, sps[5])
+    assert not sps[4].unsync_children
+    sps[4].sptes[9] = make_nonleaf_spte(vm.masks, sps[5].spt)
+    sps[5].parents.append(sptep_of(sps[4], 9))
+    before = {n: set(sp.unsync_slots) for n, sp in sps.items()}
+    mark_parents_unsync(vm, sps[5])
+    assert {n: sp.unsync_slots - before[n] for n, sp in sps.items() if sp.unsync_slots != before[n]} == {4: {9}, 2: {3}, 0: {7}}
+
+
+@pytest.mark.claim('nbs/mmu/08_unsync.ipynb', 'b13327d2', 'the four rules decide every case: tracked or not, tables in sync or not, who asks; and who is refused changes nothing')
+def test_the_four_rules_decide_every_case_tracked_or_not_tables_in_sync_or_not_who_asks_and_who_is_refused_changes_nothing():
+    for tracked, stale, can_unsync, prefetch in product((False, True), [(), (0,), (1,), (0, 0), (0, 1), (1, 0), (1, 1)], (False, True), (False, True)):
+        vm = machine()
+        sps = [table(vm, 0x15, quadrant=n, has_4_byte_gpte=1) for n in range(len(stale))]
+        for sp, is_stale in zip(sps, stale): sp.unsync = bool(is_stale)
+        if tracked: vm.tracked[0x15] = 1
+        refused = try_to_unsync(vm, 0x15, can_unsync, prefetch)
+        assert refused == (tracked or bool(stale) and not can_unsync or prefetch and 0 in stale)
+        assert [sp.unsync for sp in sps] == [bool(one) or not refused for one in stale]
+
+
+@pytest.mark.claim('nbs/mmu/08_unsync.ipynb', 'cc46943f', 'from every table the walk finds the stale tables that a search finds, each once, and with a path that leads there')
+def test_from_every_table_the_walk_finds_the_stale_tables_that_a_search_finds_each_once_and_with_a_path_that_leads_there():
+    for n in range(4):
+        for stale in combinations((5, 6, 7), n):
+            vm, sps = linked_tables(FAMILY)
+            for one in stale: go_stale(vm, sps[one])
+            for sp in sps.values():
+                found = unsync_walk(vm, sp)
+                assert len(found) == len({child.spt for child, _ in found})
+                assert {child.spt for child, _ in found} == (stale_below(vm, sp) if sp.role.level > 1 else set())
+                for child, path in found:
+                    assert path[0][0] is sp and all(above.sptes[index] & SPTE_ADDRESS == below.spt
+                                                    for (above, index), below in zip(path, [*(table for table, _ in path[1:]), child]))
+
+
+@pytest.mark.claim('nbs/mmu/08_unsync.ipynb', 'dbc4a7b7', 'syncing round by round ends for every set of stale tables, finds each of them once, and leaves no mark')
+def test_syncing_round_by_round_ends_for_every_set_of_stale_tables_finds_each_of_them_once_and_leaves_no_mark():
+    for n in range(4):
+        for stale in combinations((5, 6, 7), n):
+            vm, sps = linked_tables(FAMILY)
+            for one in stale: go_stale(vm, sps[one])
+            synced = []
+            while found := unsync_walk(vm, sps[0]):
+                for child, path in found:
+                    synced.append(child.gfn - 0x10)
+                    unlink_unsync(vm, child)
+                    clear_parents(path)
+            assert sorted(synced) == list(stale) and not any(sp.unsync or sp.unsync_children or sp.unsync_slots for sp in sps.values())
+
+
+@pytest.mark.claim('nbs/mmu/08_unsync.ipynb', '93aa8bba', 'a walk takes at most sixteen tables, those on the way included: 40 stale ones are 16, 16 and 8 from their directory, and 14, 14 and 12 from two levels above')
+def test_a_walk_takes_at_most_sixteen_tables_those_on_the_way_included_40_stale_ones_are_16_16_and_8_from_their_directory_and_14_14_and_12_from_two_levels_above():
+    for root, wanted in ((2, [16, 16, 8]), (0, [14, 14, 12])):
+        vm, sps = linked_tables([(0, 0, 1), (1, 0, 2), *((2, slot, 3 + slot) for slot in range(40))])
+        for slot in range(40): go_stale(vm, sps[3 + slot])
+        sizes = []
+        while found := unsync_walk(vm, sps[root]):
+            sizes.append(len(found))
+            for child, path in found:
+                unlink_unsync(vm, child)
+                clear_parents(path)
+        assert sizes == wanted
