@@ -136,7 +136,7 @@ def show_triangle(
     last = f"{done[-1][0]}: {'done' if done[-1][1] in (True, None) else answer_text(done[-1][1])}" if done else 'L1 runs'
     return Graph(nodes, edges, caption=f"{hypervisor}, {l2} L2, {len(done)} of {total}. {last}")
 
-# %% ../../nbs/lab/10_triangle.ipynb #83de030d
+# %% ../../nbs/lab/10_triangle.ipynb #3c39bb39
 def show_built(
     hypervisor: str = 'NPT, L1 4-level',   # A name in `HYPERVISORS`, with nested paging
     l2: str = '4-level',                   # Mode of L2
@@ -158,7 +158,7 @@ def show_built(
             if sp is not None and sp.has_gptes and sp.gfn in frames: links.append((frames[sp.gfn], len(boxes), ''))
             boxes.append(Box(whose, (Slot(index if sp is not None else '', _short(vm, sp, entry, level), 'taken' if entry else ''),), 'shadow', lane=lane))
         boxes.append(Box('host', kind='frame', lane=lane) if host_page(way) is not None else Box('nothing yet' if way else 'no root yet', kind='ignored', lane=lane))
-    names = ("L2's tables, in L2's memory", "L1's nested tables, in L1's memory", "KVM's shadow of L1's nested tables: what the processor walks for L2", "KVM's tables for L1")
+    names = ("L2's tables", "L1's nested tables", "KVM's, for L2", "KVM's, for L1")
     last = done[-1][0] if done else 'L1 runs'
     return Chain(tuple(boxes), f"{hypervisor}, {l2} L2, {len(done)} of {total}: {last}", names, tuple(links))
 
