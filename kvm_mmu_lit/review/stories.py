@@ -28,7 +28,7 @@ from ..mmu.cpu_role import MODES
 from ..mmu.machine import LOCKED, UNLOCKED
 from .theorem import DATA, FAR, HOLE, LARGE, PAGES, RAM, ROOTS, SECOND, Setting, Story, all_settings, answer_of, edited, truth
 
-# %% ../../nbs/review/17_stories.ipynb #c1742ce5
+# %% ../../nbs/review/17_stories.ipynb #93d3c33c
 def next_event(
     story: Story,
     rng: random.Random,
@@ -124,7 +124,7 @@ def _edit(story, rng, n, vcpu, entries=None):
 def _flush_page(story, rng, n, vcpu): return dict(do='invlpg', vcpu=n, at=_page(story, rng, PAGES + (LARGE,)))
 
 def _flush(story, rng, n, vcpu):
-    kind = rng.choices(('page', 'CR3', 'PCID', 'EPT'), (55, 35, 10, 30 * bool(story.setting.levels or story.setting.nested and not story.setting.svm)))[0]
+    kind = rng.choice(['page'] * 11 + ['CR3'] * 7 + ['PCID'] * 2 + ['EPT'] * 6 * bool(story.setting.levels or story.setting.nested and not story.setting.svm))
     if kind == 'page': return _flush_page(story, rng, n, vcpu)
     if kind == 'PCID': return _flush_pcid(story, rng, n, vcpu)
     if kind == 'EPT' and not vcpu.guest_mode:
