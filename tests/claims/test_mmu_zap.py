@@ -9,64 +9,190 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global PageRole, Vcpu, account_shadowed, add_shadow_page, host_frame, make_nonleaf_spte, make_spte, ram, rmap_add, rmap_entries, spte_set, svm_host, tables
+    global Counter, KvmBug, PageRole, Table, combinations, expect_fail, explore, full, make_mmio_spte, make_nonleaf_spte, predict, product, put, ram, rmap_entries, svm_host, tdp_get_root, vmx_host, wrong
+    from collections import Counter
+    from itertools import combinations, product
+
+    from fastcore.test import expect_fail
+    from kvm_mmu_lit.draw.exercise import predict
+    from kvm_mmu_lit.draw.explore import explore
+    from kvm_mmu_lit.draw.table import Table
     from kvm_mmu_lit.guest.memory import ram
-    from kvm_mmu_lit.mmu.contexts import Vcpu
+    from kvm_mmu_lit.mmu.contexts import KvmBug
     from kvm_mmu_lit.mmu.cpu_role import PageRole
-    from kvm_mmu_lit.mmu.rmap import account_shadowed, host_frame, rmap_add, rmap_entries, spte_set
-    from kvm_mmu_lit.mmu.root_role import svm_host
-    from kvm_mmu_lit.mmu.shadow_page import add_shadow_page
-    from kvm_mmu_lit.mmu.spte import make_nonleaf_spte, make_spte
+    from kvm_mmu_lit.mmu.rmap import rmap_entries
+    from kvm_mmu_lit.mmu.root_role import svm_host, vmx_host
+    from kvm_mmu_lit.mmu.spte import make_mmio_spte, make_nonleaf_spte
+    from kvm_mmu_lit.mmu.tdp_mmu import tdp_get_root
 
-    def tables(held=False):
-        "A level-2 table whose slot 3 leads to a level-1 table, whose slot 0 maps frame 0x40; `held`: a root holds the upper one."
+    def wrong(vm, gone=()):
+        "What of the tables does not fit together; worked out from the entries alone."
+        links, leaves, tracked, covered = Counter(), {}, Counter(), Counter()
+        living = [sp for sp in vm.pages.values() if sp.spt not in gone]
+        for sp in living:
+            for index, spte in sp.sptes.items():
+                below = vm.pages.get(spte & SPTE_ADDRESS)
+                if not is_last(spte, sp.role.level): links[below.spt if below in living else 'nowhere', sptep_of(sp, index)] += 1
+                else: leaves.setdefault(sp.translation[index] >> 12, set()).add(sptep_of(sp, index))
+            if not sp.hashed: continue
+            covered[sp.gfn] += 1
+            tracked[sp.gfn] += sp.role.level > 1
+        facts = {
+            'links and parents differ': links != Counter((sp.spt, sptep) for sp in living for sptep in sp.parents),
+            'a table in use leads nowhere': any(target == 'nowhere' for target, _ in links),
+            'lists and leaves differ': any(set(rmap_entries(vm, gfn, 1)) != leaves.get(gfn, set()) for gfn in range(0x80)),
+            'wrong frames are watched': vm.tracked != +tracked or vm.indirect != sum(covered.values()),
+            'wrong frames are kept from large pages': {gfn >> 9 for gfn in covered} != {number for level, number in vm.no_large if level == 2},
+            'the hash lists what is gone': any(sp.spt in gone or sp.role.invalid for bucket in vm.buckets.values() for sp in bucket),
+            'a stale table has no mark above it': any(entry_at(vm, sptep)[1] not in entry_at(vm, sptep)[0].unsync_slots for sp in living if sp.unsync for sptep in sp.parents),
+            'the count is wrong': vm.n_used != len(living)}
+        return [what for what, is_so in facts.items() if is_so]
+
+    def put(vm, sp):
+        "What giving up a root does; the chapter on roots has the real one."
+        sp.root_count -= 1
+        if not sp.root_count and sp.role.invalid: zap_page(vm, sp)
+
+    def full(n, held=()):
+        "A VM with n tables that know nothing of each other; some are held."
         vm = Vm(svm_host(4, npt=False), ram((0, 1 << 20)))
-        vm.vcpus.append(Vcpu(vm))
-        upper, lower = (add_shadow_page(vm, ShadowPage(gfn, PageRole(level=level, access=7), vm.alloc_page())) for gfn, level in ((0x10, 2), (0x11, 1)))
-        for sp in (upper, lower):
-            vm.n_used += 1
+        for i in range(n):
+            sp = add_shadow_page(vm, ShadowPage(0x10 + i, PageRole(level=1, access=7), vm.alloc_page(), root_count=int(i in held)))
             account_shadowed(vm, sp)
-        upper.sptes[3] = make_nonleaf_spte(vm.masks, lower.spt)
-        lower.parents.append(sptep_of(upper, 3))
-        spte_set(lower, 0, make_spte(vm.masks, lower.role, 7, host_frame(vm, 0x40)[0])[0])
-        rmap_add(vm, lower, 0, 0x40, 7)
-        upper.root_count = int(held)
-        return vm, upper, lower
+        vm.n_used = n
+        return vm
 
 
-@pytest.mark.claim('nbs/mmu/09_zap.ipynb', 'f12cd613', 'A table that goes leaves no entry, no list, no watch behind, and asks for one flush')
-def test_a_table_that_goes_leaves_no_entry_no_list_no_watch_behind_and_asks_for_one_flush():
-    vm, upper, lower = tables()
-    flushes = vm.flushes
-    assert zap_page(vm, lower) and lower.spt not in vm.pages and 3 not in upper.sptes and not rmap_entries(vm, 0x40, 1)
-    assert vm.flushes == flushes + 1 and vm.n_used == 1 and vm.indirect == 1 and 'TLB_FLUSH' in vm.vcpus[0].requests
+@pytest.mark.claim('nbs/mmu/09_zap.ipynb', 'cc14420b', 'the example fits together from the start, and a link cut on one side alone does not')
+def test_the_example_fits_together_from_the_start_and_a_link_cut_on_one_side_alone_does_not():
+    vm, sps = example_tables()
+    assert wrong(vm) == []
+    del sps[1].sptes[3]
+    assert wrong(vm) == ['links and parents differ']
+    vm, sps = example_tables()
+    drop_parent_pte(vm, sps[3], sps[1], 3)
+    assert wrong(vm) == [] and sps[3].parents == [sptep_of(sps[2], 4)]
 
 
-@pytest.mark.claim('nbs/mmu/09_zap.ipynb', '5129da95', 'A table that a root holds stays, marked, unlinked and not to be found; every vCPU is told, once')
-def test_a_table_that_a_root_holds_stays_marked_unlinked_and_not_to_be_found_every_vcpu_is_told_once():
-    vm, upper, lower = tables(held=True)
-    assert not zap_page(vm, upper) and upper.role.invalid and not upper.sptes and not vm.buckets.get(0x10) and not vm.tracked
-    assert vm.vcpus[0].requests & {'MMU_FREE_OBSOLETE_ROOTS'} and not lower.parents and lower.spt in vm.pages
+@pytest.mark.claim('nbs/mmu/09_zap.ipynb', 'bf37e8e9', 'only for L2, and only on a host with TDP, does a table go with the last entry that leads to it, and never while a root holds it')
+def test_only_for_l2_and_only_on_a_host_with_tdp_does_a_table_go_with_the_last_entry_that_leads_to_it_and_never_while_a_root_holds_it():
+    for tdp, l2, held, alone in product((False, True), repeat=4):
+        host = svm_host(4, npt=tdp, tdp_mmu=False) if tdp else svm_host(4, npt=False)
+        vm = Vm(host, ram((0, 1 << 20)))
+        upper, other, lower = (add_shadow_page(vm, ShadowPage(gfn, PageRole(level=level, access=7, guest_mode=int(l2)), vm.alloc_page())) for gfn, level in ((0x10, 2), (0x11, 2), (0x12, 1)))
+        for sp in (upper, other, lower): account_shadowed(vm, sp)
+        for sp in (upper,) if alone else (upper, other):
+            sp.sptes[3] = make_nonleaf_spte(vm.masks, lower.spt)
+            lower.parents.append(sptep_of(sp, 3))
+        vm.n_used, lower.root_count, zapped = 3, int(held), []
+        assert zap_entry(vm, upper, 3, zapped) == (tdp and l2 and alone and not held) == (lower in zapped)
 
 
-@pytest.mark.claim('nbs/mmu/09_zap.ipynb', 'c7618bcf', 'A stale table does not survive the table above it')
-def test_a_stale_table_does_not_survive_the_table_above_it():
-    vm, upper, lower = tables()
-    lower.unsync, upper.unsync_children, upper.unsync_slots = True, 1, {3}
-    assert zap_page(vm, upper) and lower.spt not in vm.pages and vm.n_used == 0
+@pytest.mark.claim('nbs/mmu/09_zap.ipynb', '4a3485b7', 'a table that is out of use leaves nothing behind that does not fit together, whichever of the five it is, whether a root holds it, and whatever is stale')
+def test_a_table_that_is_out_of_use_leaves_nothing_behind_that_does_not_fit_together_whichever_of_the_five_it_is_whether_a_root_holds_it_and_whatever_is_stale():
+    for n, held, stale in product(range(5), (False, True), ((), (3,), (4,), (3, 4))):
+        vm, sps = example_tables(held=(n,) if held else (), stale=stale)
+        zapped = []
+        prepare_zap(vm, sps[n], zapped)
+        assert wrong(vm, {sp.spt for sp in zapped}) == [] and (sps[n] in zapped) == (not held)
+        assert sps[n].role.invalid and not (sps[n].sptes or sps[n].parents or sps[n].hashed or sps[n].unsync_children)
 
 
-@pytest.mark.claim('nbs/mmu/09_zap.ipynb', 'c5a2d8fe', 'After `zap_all_fast` no table of the old generation can be found; a second one brings no old one back')
-def test_after_zap_all_fast_no_table_of_the_old_generation_can_be_found_a_second_one_brings_no_old_one_back():
-    vm, upper, lower = tables(held=True)
-    zap_all_fast(vm)
-    assert list(vm.pages) == [upper.spt] and is_obsolete_sp(vm, upper) and not vm.buckets
-    zap_all_fast(vm)
-    assert is_obsolete_sp(vm, upper)
+@pytest.mark.claim('nbs/mmu/09_zap.ipynb', '44d5da96', 'a stale table does not survive the table above it, one in sync does')
+def test_a_stale_table_does_not_survive_the_table_above_it_one_in_sync_does():
+    for n, stale in product((0, 1, 2), ((), (3,), (4,), (3, 4))):
+        vm, sps = example_tables(stale=stale)
+        below = {0: {3, 4}, 1: {3}, 2: {3, 4}}[n]
+        zapped = []
+        assert prepare_zap(vm, sps[n], zapped) == len(zapped)
+        assert {sp.gfn - 0x10 for sp in zapped} == {n} | below & set(stale)
 
 
-@pytest.mark.claim('nbs/mmu/09_zap.ipynb', '8ecfec27', 'Room is made from the oldest table on, and never from one that a root holds')
-def test_room_is_made_from_the_oldest_table_on_and_never_from_one_that_a_root_holds():
-    vm, upper, lower = tables(held=True)
-    vm.n_max = 5
-    assert make_pages_available(vm) and lower.spt not in vm.pages and upper.spt in vm.pages
+@pytest.mark.claim('nbs/mmu/09_zap.ipynb', 'e1be5314', 'the flush is asked for while all pages still exist, once for all of them, and then they are free')
+def test_the_flush_is_asked_for_while_all_pages_still_exist_once_for_all_of_them_and_then_they_are_free():
+    vm, sps = example_tables()
+    zapped, at_flush = [], []
+    vm.watch = lambda did: at_flush.append(len(vm.pages)) if did.what == 'flush_remote' else None
+    for n in (1, 2, 3): prepare_zap(vm, sps[n], zapped)
+    assert len(vm.pages) == 5 and vm.n_used == 2 and at_flush == []
+    commit_zap(vm, zapped)
+    assert at_flush == [5] and len(vm.pages) == 2 and zapped == [] and all('TLB_FLUSH' in vcpu.requests for vcpu in vm.vcpus)
+    commit_zap(vm, zapped)
+    assert at_flush == [5]
+
+
+@pytest.mark.claim('nbs/mmu/09_zap.ipynb', '2807c79b', 'a held table goes with its last reference, whether it is zapped first or let go first, and vCPUs are asked only if it was held when zapped')
+def test_a_held_table_goes_with_its_last_reference_whether_it_is_zapped_first_or_let_go_first_and_vcpus_are_asked_only_if_it_was_held_when_zapped():
+    for references in (0, 1, 2, 3):
+        vm, sps = example_tables(held=(0,) * references)
+        assert zap_page(vm, sps[0]) == (not references) == (sps[0].spt not in vm.pages)
+        assert all(('MMU_FREE_OBSOLETE_ROOTS' in vcpu.requests) == bool(references) for vcpu in vm.vcpus)
+        for left in range(references, 0, -1):
+            assert sps[0].spt in vm.pages and sps[0].root_count == left and vm.n_used == 5
+            put(vm, sps[0])
+        assert sps[0].spt not in vm.pages and vm.n_used == 4 and wrong(vm) == []
+
+
+@pytest.mark.claim('nbs/mmu/09_zap.ipynb', 'aa52b5c7', 'after zap_all_fast no table of before is found, and a second one that restores the bit brings none back')
+def test_after_zap_all_fast_no_table_of_before_is_found_and_a_second_one_that_restores_the_bit_brings_none_back():
+    for held in ((), (0,), (0, 1, 2), (0, 1, 2, 3, 4)):
+        vm, sps = example_tables(held=held)
+        keys = {(sp.gfn, sp.role) for sp in sps.values()}
+        for generation in (1, 0):
+            zap_all_fast(vm)
+            assert vm.gen == generation and not vm.buckets and all(is_obsolete_sp(vm, sp) for sp in sps.values())
+            assert set(vm.pages) == {sps[n].spt for n in held} and vm.n_used == len(held) and not vm.tracked and not vm.rmaps.get(1)
+        assert len(keys) == 5 and all('MMU_FREE_OBSOLETE_ROOTS' in vcpu.requests for vcpu in vm.vcpus)
+
+
+@pytest.mark.claim('nbs/mmu/09_zap.ipynb', '6e17bbee', 'tables made after the flip survive the taking back')
+def test_tables_made_after_the_flip_survive_the_taking_back():
+    vm, sps = example_tables(held=(0,))
+    vm.gen ^= 1
+    new = add_shadow_page(vm, ShadowPage(0x10, sps[1].role, vm.alloc_page(), vm.gen))
+    account_shadowed(vm, new)
+    vm.n_used += 1
+    zap_obsolete_pages(vm)
+    assert set(vm.pages) == {sps[0].spt, new.spt} and vm.buckets == {0x10: [new]} and wrong(vm) == []
+
+
+@pytest.mark.claim('nbs/mmu/09_zap.ipynb', 'a9d102dc', 'on a host with the TDP MMU zap_all_fast makes its roots invalid, and one that a vCPU holds stays until that vCPU drops it')
+def test_on_a_host_with_the_tdp_mmu_zap_all_fast_makes_its_roots_invalid_and_one_that_a_vcpu_holds_stays_until_that_vcpu_drops_it():
+    for host, held in product((svm_host(), vmx_host()), (False, True)):
+        vm = Vm(host, ram((0, 1 << 20)))
+        root = tdp_get_root(vm, PageRole(level=4, direct=1, access=7, ad_disabled=int(not host.ad)))
+        root.root_count = int(held)
+        zap_all_fast(vm)
+        assert root.role.invalid and is_obsolete_sp(vm, root) and (root.spt in vm.pages) == held
+
+
+@pytest.mark.claim('nbs/mmu/09_zap.ipynb', '58d32869', 'below five free tables the oldest that no root holds go until 25 are free, for every number of tables and every pattern of holding')
+def test_below_five_free_tables_the_oldest_that_no_root_holds_go_until_25_are_free_for_every_number_of_tables_and_every_pattern_of_holding():
+    for n, every in product(range(40, 65), (0, 1, 2, 3, 7)):
+        held = set(range(0, n, every)) if every else set()
+        vm = full(n, held)
+        vm.n_max = 64
+        old = list(vm.pages.values())
+        wanted = 25 - (64 - n) if 64 - n < 5 else 0
+        gone = [sp for i, sp in enumerate(old) if i not in held][:wanted]
+        assert make_pages_available(vm) == (64 - n + len(gone) > 0)
+        assert list(vm.pages.values()) == [sp for sp in old if sp not in gone] and vm.n_used == n - len(gone)
+
+
+@pytest.mark.claim('nbs/mmu/09_zap.ipynb', 'fb7fa323', 'a smaller limit is met at once as far as roots allow, and where they do not, the limit is what is in use')
+def test_a_smaller_limit_is_met_at_once_as_far_as_roots_allow_and_where_they_do_not_the_limit_is_what_is_in_use():
+    for n, held, limit in product((10, 20), (0, 5, 20), (0, 3, 15, 30)):
+        vm = full(n, range(held))
+        change_limit(vm, limit)
+        assert vm.n_used == max(min(n, limit), min(n, held)) and vm.n_max == max(limit, vm.n_used)
+
+
+@pytest.mark.claim('nbs/mmu/09_zap.ipynb', '4b34baf1', 'unprotecting takes exactly the tables of that frame, and the frame is tracked no longer')
+def test_unprotecting_takes_exactly_the_tables_of_that_frame_and_the_frame_is_tracked_no_longer():
+    for n in range(5):
+        vm, sps = example_tables()
+        twin = add_shadow_page(vm, ShadowPage(0x10 + n, sps[n].role.__class__(level=2, access=5), vm.alloc_page()))
+        account_shadowed(vm, twin)
+        vm.n_used += 1
+        assert unprotect_gfn(vm, 0x10 + n) and not unprotect_gfn(vm, 0x10 + n)
+        assert {sp.gfn - 0x10 for sp in vm.pages.values()} == set(range(5)) - {n} and 0x10 + n not in vm.tracked and wrong(vm) == []
