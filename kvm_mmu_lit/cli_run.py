@@ -15,7 +15,7 @@ from .cli import emit
 from .mmu.play import Played, answer_text, draw_play, event_text, make_scenario, play, read_scenario
 from .review.tables import broken_tables
 
-# %% ../nbs/cli_run.ipynb #4c6f055f
+# %% ../nbs/cli_run.ipynb #bcd5d3c6
 def run_run(args) -> int:
     "`kvm-mmu run`: play a scenario. Exit code 0 when every event happened, 1 when an invariant broke, 2 for a file that cannot be used."
     scenario, lines, steps = read_scenario(args.file), [], []
@@ -31,8 +31,8 @@ def step_lines(step: Played, quiet: bool) -> list:
     "A step as text."
     who = f"vCPU {step.event['vcpu']}" if 'vcpu' in step.event else 'host'
     head = f"{step.number:4} {who}: {event_text(step.event)} -> {step.broken or answer_text(step.answer)}"
-    return [head] + ([] if quiet else [f"         {line}" for line in step.did])
+    return [head] + ([] if quiet else [f"         {line}" for line in step.did]) + [f"         {line}" for line in step.state.splitlines()]
 
 def step_data(step: Played) -> dict:
     "A step as JSON."
-    return dict(number=step.number, event=step.event, answer=answer_text(step.answer), did=list(step.did), roots=list(step.roots), broken=step.broken)
+    return dict(number=step.number, event=step.event, answer=answer_text(step.answer), did=list(step.did), roots=list(step.roots), broken=step.broken, state=step.state.splitlines())

@@ -58,10 +58,11 @@ class Mmu:
     fault: str = ''            # Which fault handler: 'nonpaging', 'paging32', 'paging64', 'ept', 'tdp'
     walker: str = ''           # Which walker emulates the guest: 'nonpaging', 'paging32', 'paging64', 'ept'
 
-# %% ../../nbs/mmu/03_contexts.ipynb #efa24234
+# %% ../../nbs/mmu/03_contexts.ipynb #16385abd
 class KvmBug(Exception):
     "An invariant of KVM's is broken: where this is raised, the kernel warns, leaks or crashes."
     kind = 'broken invariant'      # In a few words, without numbers: counterexamples are sorted by it
+    state = ''                     # The tables it is about, as text, where somebody looked
 
 class NullDereference(KvmBug):
     "The kernel reads through a NULL pointer: the host oopses."

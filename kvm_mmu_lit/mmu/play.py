@@ -11,7 +11,7 @@ became of it, and everything KVM did on the way.
 __all__ = ['HOST_KINDS', 'MAX_SCENARIO', 'MAX_MEMORY', 'MAX_EVENTS', 'Scenario', 'read_scenario', 'make_scenario', 'Played',
            'play', 'did_text', 'event_text', 'answer_text', 'draw_play']
 
-# %% ../../nbs/mmu/26_play.ipynb #8d8b94b5
+# %% ../../nbs/mmu/26_play.ipynb #649cb591
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from ..guest.memory import GuestMemory, add_ram, write_gpa
 from .contexts import Did, KvmBug
 from .cpu_role import MODES
 from .machine import Machine, new_machine
+from .machine_state import broken_invariant, with_state
 from .root_role import Host, svm_host, vmx_host
 from .root_cache import cached_roots
 
@@ -127,7 +128,7 @@ def _put(memory, one, where):
     try: write_gpa(memory, _need(one.get('gpa'), int, f'{where}.gpa'), value.to_bytes(size, 'little'))
     except ValueError as why: raise ValueError(f"{where}: {why}") from None
 
-# %% ../../nbs/mmu/26_play.ipynb #ab86e9f9
+# %% ../../nbs/mmu/26_play.ipynb #751ca636
 @dataclass(frozen=True)
 class Played:
     "One event, what became of it, and what KVM did."
@@ -137,6 +138,7 @@ class Played:
     did: tuple             # Of text, one for each thing
     roots: tuple           # Of the first vCPU's MMU in charge
     broken: str = ''       # The `KvmBug` that ended it
+    state: str = ''        # The tables that one is about
 
 def play(
     scenario: Scenario,
@@ -148,13 +150,18 @@ def play(
         did, answer, broken = [], None, ''
         machine.vm.watch = lambda one: did.append(did_text(one))
         try: answer = machine.happen(event)
-        except KvmBug as bug: broken = f"{type(bug).__name__}: {bug}"
+        except KvmBug as bug: broken = with_state(machine.vm, bug)
         except ValueError as why: raise ValueError(f"events[{number - 1}]: {why}") from None
         finally: machine.vm.watch = None
-        if not broken and checks is not None: broken = '; '.join(f"invariant {n}: {why}" for n, why in checks(machine.vm))
+        if not broken and checks is not None: broken = next((broken_invariant(machine.vm, *one) for one in checks(machine.vm)), '')
         vcpu = machine.vcpus[event.get('vcpu', 0)]
-        yield Played(number, event, answer, tuple(did), cached_roots(vcpu, None, (vcpu.mmu_is,)), broken)
+        yield Played(number, event, answer, tuple(did), cached_roots(vcpu, None, (vcpu.mmu_is,)), *_told(broken))
         if broken: return
+
+def _told(bug):
+    if not bug: return '', ''
+    named = '' if bug.kind == 'broken invariant' else 'invariant ' if bug.kind.startswith('invariant') else f"{bug.kind}: "
+    return f"{type(bug).__name__}: {named}{bug}", bug.state
 
 def did_text(
     did: Did,

@@ -13,7 +13,7 @@ __all__ = ['HOSTS', 'FORMAT_OF', 'RAM', 'SECOND', 'ROM', 'HOLE', 'DATA', 'ROOTS'
            'NAMES', 'Unmarked', 'truth', 'unmarked', 'nested_walker', 'with_root', 'nested_registers', 'Setting',
            'all_settings', 'World', 'edited', 'flushes', 'pcid_of', 'context', 'Story', 'answer_of', 'compared']
 
-# %% ../../nbs/review/16_theorem.ipynb #ee9982f3
+# %% ../../nbs/review/16_theorem.ipynb #718b4046
 import random
 from dataclasses import dataclass, replace
 
@@ -26,15 +26,17 @@ from ..guest.memory import add_ram, ram, read_entry
 from ..guest.nested_walk import NestedWalk, NestedWalker
 from ..guest.registers import CR3_NOFLUSH, CR3_PCID_MASK, Cr0, Cr4
 from ..guest.verdict import GuestWalk
-from ..mmu.contexts import KvmBug, Vcpu, kvm_bug_on
+from ..mmu.contexts import KvmBug, Vcpu
 from ..mmu.cpu_role import MODES
 from ..mmu.guest_tables import guest_tables, registers_of
 from ..mmu.hardware import FETCH, USER, WRITE, Exit, Reached, frame_of
 from ..mmu.machine import Machine, new_machine
+from ..mmu.machine_state import broken_invariant
 from ..mmu.nested_switch import eptp_of
 from ..mmu.reload import enter_guest
 from ..mmu.rmap import is_tracked
 from ..mmu.root_role import Host, svm_host, vmx_host
+from ..mmu.shadow_page import Vm
 from ..mmu.spte import SPTE_ADDRESS
 from ..mmu.tlb import processor_access
 from .tables import Watch, broken_entry, broken_tables
@@ -215,16 +217,16 @@ def pcid_of(cr3: int) -> int:
     "The name under which a processor remembers; 0 for all while CR4.PCIDE=0, where every CR3 of a story ends in zeros."
     return cr3 & CR3_PCID_MASK
 
-# %% ../../nbs/review/16_theorem.ipynb #8fd64fc7
+# %% ../../nbs/review/16_theorem.ipynb #b53506f7
 def context(vcpu: Vcpu) -> tuple:
     "Under which registers an address means what it means."
     return int(vcpu.cr0), vcpu.cr3, int(vcpu.cr4), int(vcpu.efer), vcpu.nested_pgd, vcpu.guest_mode
 
-def _broken(number: 'int | str', why: str):
+def _broken(vm: Vm, number: 'int | str', why: str):
     "Stop the story: an invariant does not hold."
-    kvm_bug_on(True, f"{number}: {why}", f'invariant {number}')
+    raise broken_invariant(vm, number, why)
 
-# %% ../../nbs/review/16_theorem.ipynb #3b44a211
+# %% ../../nbs/review/16_theorem.ipynb #549842d3
 KINDS = (0, WRITE, USER, USER | WRITE, FETCH, USER | FETCH)
 SAMPLE = [(page, kind) for page in (*PAGES, LARGE + 0x1000, LARGE + 0x18_000, 0x18_000, 0x20_000) for kind in KINDS]      # What is looked at
 
@@ -314,7 +316,7 @@ class Story:
     def _told(self, event, answer):
         "A fault's error code makes sense; and what is computed twice is computed once."
         fault = getattr(answer, 'fault', None)
-        if fault is not None and fault.what in ('#PF', 'NPF') and (fault.error_code & 9 == 8 or fault.error_code & 0x21 == 0x20): _broken(46, f"error code {fault.error_code:#x}: RSVD or PK without P")
+        if fault is not None and fault.what in ('#PF', 'NPF') and (fault.error_code & 9 == 8 or fault.error_code & 0x21 == 0x20): _broken(self.vm, 46, f"error code {fault.error_code:#x}: RSVD or PK without P")
         if 'vcpu' in event and event['do'] not in ('read', 'write', 'fetch', 'store'): self.watches[event['vcpu']].again()
 
     def _logged(self, event, answer):
@@ -323,7 +325,7 @@ class Story:
         if do == 'write' and answer.what == 'done' and slot(answer.gpa >> PAGE_SHIFT).base_gfn in self.vm.logged: self.written.add(answer.gpa >> PAGE_SHIFT)
         if do not in ('get_dirty_log', 'start_dirty_log', 'stop_dirty_log', 'delete_slot'): return
         lost = self.written - answer if do == 'get_dirty_log' else ()
-        if lost: _broken('log', f"frame {min(lost):#x} was written, and the log does not say so")
+        if lost: _broken(self.vm, 'log', f"frame {min(lost):#x} was written, and the log does not say so")
         self.written.clear()
 
     def _forget_all(self, n, gone):
@@ -343,7 +345,7 @@ class Story:
         for n, vcpu in enumerate(self.machine.vcpus): self._check_vcpu(n, vcpu, changed)
 
     def _all_right(self, broken):
-        for number, why in broken: _broken(number, why)
+        for number, why in broken: _broken(self.vm, number, why)
 
     def _check_vcpu(self, n, vcpu, changed):
         if 'TRIPLE_FAULT' in vcpu.requests: return
@@ -371,9 +373,9 @@ class Story:
     def _compare(self, vcpu, key, now, allowed, reached):
         if (reached != now or type(now) is Unmarked) and reached not in allowed:
             said = 'refuse' if now is None else 'have no A or D bit yet' if type(now) is Unmarked else f"say frame {now:#x}"
-            _broken(55, f"vCPU {vcpu.index}: access {key[1]:#x} at {key[0]:#x} reaches frame {reached:#x}, the guest's tables {said}")
-        if key[1] & WRITE and any(sp.has_gptes and not sp.unsync for sp in self.vm.buckets.get(reached, ()) if sp.gen == self.vm.gen): _broken(33, f"vCPU {vcpu.index}: a write at {key[0]:#x} reaches frame {reached:#x}, a table in sync")
-        if key[1] & WRITE and is_tracked(self.vm, reached): _broken(54, f"a write at {key[0]:#x} reaches frame {reached:#x}, which holds a table above level 1")
+            _broken(self.vm, 55, f"vCPU {vcpu.index}: access {key[1]:#x} at {key[0]:#x} reaches frame {reached:#x}, the guest's tables {said}")
+        if key[1] & WRITE and any(sp.has_gptes and not sp.unsync for sp in self.vm.buckets.get(reached, ()) if sp.gen == self.vm.gen): _broken(self.vm, 33, f"vCPU {vcpu.index}: a write at {key[0]:#x} reaches frame {reached:#x}, a table in sync")
+        if key[1] & WRITE and is_tracked(self.vm, reached): _broken(self.vm, 54, f"a write at {key[0]:#x} reaches frame {reached:#x}, which holds a table above level 1")
 
 # %% ../../nbs/review/16_theorem.ipynb #ecce3836
 NAMES = {0: 'read', WRITE: 'write', USER: 'user read', USER | WRITE: 'user write', FETCH: 'fetch', USER | FETCH: 'user fetch'}

@@ -9,11 +9,12 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global Path, STORY, StringIO, kvm_mmu, main, redirect_stderr, redirect_stdout, tempfile
+    global Path, STORY, StringIO, kvm_mmu, main, patch, redirect_stderr, redirect_stdout, tempfile
     import tempfile
     from contextlib import redirect_stderr, redirect_stdout
     from io import StringIO
     from pathlib import Path
+    from unittest.mock import patch
 
     from kvm_mmu_lit.cli import main
 
@@ -43,6 +44,20 @@ def test_json_holds_the_same_steps():
     code, said = kvm_mmu(STORY, '--json')
     steps = json.loads(said)
     assert [step['number'] for step in steps] == [1, 2, 3, 4, 5] and steps[0]['did'][0].startswith('get_page: level 4 table')
+
+
+@pytest.mark.claim('nbs/cli_run.ipynb', '5274ad2d', 'A violation is exit code 1; what broke is named by its number and shown, as text and as JSON')
+def test_a_violation_is_exit_code_1_what_broke_is_named_by_its_number_and_shown_as_text_and_as_json():
+    def two_roots(vm): return [(14, f"table {sp.spt:#x} is a root too many") for sp in vm.pages.values() if sp.root_count and sp.gfn == 2]
+    with patch('kvm_mmu_lit.cli_run.broken_tables', two_roots):
+        code, said = kvm_mmu(STORY, '--quiet', '--until-violation')
+        _, data = kvm_mmu(STORY, '--json', '--until-violation')
+        assert kvm_mmu(STORY, '--quiet')[0] == 0, "who does not ask is not told"
+    lines = said.splitlines()
+    at = next(n for n, line in enumerate(lines) if 'KvmBug: invariant 14: table 0x' in line)
+    assert code == 1 and lines[at + 1].strip().startswith('level 4 table 0x') and 'of frame 0x2,' in lines[at + 1] and lines[-1].endswith('events, an invariant broke')
+    last = json.loads(data)[-1]
+    assert last['broken'].startswith('KvmBug: invariant 14') and last['state'][0] == lines[at + 1].strip()
 
 
 @pytest.mark.claim('nbs/cli_run.ipynb', '339b64dd', 'A file that cannot be used is exit code 2')

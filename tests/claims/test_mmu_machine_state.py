@@ -9,13 +9,14 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global EVENTS, FORMATS, draw_host_walk, json, map_page, new_machine, predict, ram, small_machine, svm_host, vmx_host
+    global EVENTS, FORMATS, draw_host_walk, entry_at, json, map_page, new_machine, predict, ram, rmap_entries, small_machine, svm_host, vmx_host
     import json
 
     from kvm_mmu_lit.guest.addresses import FORMATS
     from kvm_mmu_lit.guest.gpte import map_page
     from kvm_mmu_lit.guest.memory import ram
     from kvm_mmu_lit.mmu.hardware import draw_host_walk
+    from kvm_mmu_lit.mmu.rmap import entry_at, rmap_entries
     from kvm_mmu_lit.mmu.machine import new_machine
     from kvm_mmu_lit.mmu.root_role import svm_host, vmx_host
 
@@ -50,3 +51,29 @@ def test_a_copy_does_not_notice_what_happens_to_the_original_not_even_in_memory(
     copy, before = copy_machine(one), freeze(one)
     one.happen(EVENTS[0])
     assert freeze(copy) == before != freeze(one)
+
+
+@pytest.mark.claim('nbs/mmu/25_machine_state.ipynb', '7c69644e', "What is broken comes with its number, the entry concerned, the frames on both sides of it, its table's role, and the guest's own entry")
+def test_what_is_broken_comes_with_its_number_the_entry_concerned_the_frames_on_both_sides_of_it_its_table_s_role_and_the_guest_s_own_entry():
+    machine = small_machine()
+    machine.happen(EVENTS[0])
+    vm, (sp, index) = machine.vm, entry_at(machine.vm, rmap_entries(machine.vm, 0x100, 1)[0])
+    bug = broken_invariant(vm, 52, f"frame 0x100 is mapped to host frame {spte_pfn(sp.sptes[index]):#x}, the host has it in 0x4000000")
+    assert bug.kind == 'invariant 52' and str(bug).startswith('52: frame 0x100 is mapped')
+    shown = bug.state.splitlines()
+    assert shown[0].startswith(f"level 1 table {sp.spt:#x} of frame {sp.gfn:#x}, {sp.role}") and 'reached from slot' in shown[1]
+    assert shown[2].startswith(f"  slot {index}: {sp.sptes[index]:#x}, page of host frame {spte_pfn(sp.sptes[index]):#x}")
+    assert "for the guest's frame 0x100; the guest's entry says 0x100" in shown[2] and shown[-1] == f"and {len(vm.pages) - 1} tables more"
+
+
+@pytest.mark.claim('nbs/mmu/25_machine_state.ipynb', '33d72d72', 'A sentence shows what it names, by table, entry, value or frame, and one that names nothing shows the roots')
+def test_a_sentence_shows_what_it_names_by_table_entry_value_or_frame_and_one_that_names_nothing_shows_the_roots():
+    machine = small_machine()
+    machine.happen(dict(do='read', vcpu=0, at=0x40_1000))
+    vm, (sp, index) = machine.vm, entry_at(machine.vm, rmap_entries(machine.vm, 0x101, 1)[0])
+    here = {sp.spt: {index}}
+    assert named_in(vm, f"slot {index} of {sp.spt + 8 * index:#x}") == named_in(vm, f"spte {sp.sptes[index]:#x}") == named_in(vm, 'frame 0x101') == here
+    assert named_in(vm, f"table {sp.spt:#x} is lost") == {sp.spt: set()} == named_in(vm, f"frame {sp.gfn:#x} is writable") and named_in(vm, 'frame 0x3ff') == {}
+    root, = (sp for sp in vm.pages.values() if sp.root_count)
+    assert state_text(vm, 'nothing fits').startswith(f"level 4 table {root.spt:#x} of frame 0x1,") and 'held 1 times' in state_text(vm, 'nothing fits')
+    assert with_state(vm, KvmBug('nothing fits')).__notes__ == [state_text(vm, 'nothing fits')]

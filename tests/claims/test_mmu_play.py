@@ -50,3 +50,18 @@ def test_whatever_a_scenario_cannot_have_is_refused_before_anything_happens_with
 def test_an_impossible_event_is_refused_with_its_place_in_the_list():
     with expect_fail(ValueError, contains='events[1]: leave_l2 while L1 runs'): list(play(make_scenario({**STORY, 'events': [STORY['events'][0], {'do': 'leave_l2', 'vcpu': 0}]})))
     with expect_fail(ValueError, contains="events[0]: read has no 'colour'"): list(play(make_scenario({**STORY, 'events': [{'do': 'read', 'vcpu': 0, 'at': 0, 'colour': 1}]})))
+
+
+@pytest.mark.claim('nbs/mmu/26_play.ipynb', '5ec539a2', 'The first invariant that does not hold ends the story, with its number and the tables it is about; so does what KVM itself stops at')
+def test_the_first_invariant_that_does_not_hold_ends_the_story_with_its_number_and_the_tables_it_is_about_so_does_what_kvm_itself_stops_at():
+    looks = []
+    def second(vm): return [(52, 'frame 0x100 is elsewhere'), (14, 'and more')] if looks.append(vm) or len(looks) == 2 else []
+    steps = list(play(make_scenario(STORY), second))
+    assert len(steps) == 2 and not any(step.broken or step.state for step in steps[:-1])
+    assert steps[-1].broken == 'KvmBug: invariant 52: frame 0x100 is elsewhere'
+    assert steps[-1].state.startswith('level 1 table') and "for the guest's frame 0x100; the guest's entry says 0x100" in steps[-1].state
+    scenario = make_scenario(STORY)
+    list(play(scenario))
+    for sp in scenario.machine.vm.pages.values(): sp.root_count = 0                # Nobody holds the roots any more, says KVM
+    stopped = list(play(Scenario(scenario.machine, ({'do': 'set_cr0', 'vcpu': 0, 'value': 0x8000_0011},))))[-1]
+    assert stopped.broken.startswith('KvmBug: root put twice: root 0x') and 'nobody held it' in stopped.broken and 'level 4 table 0x' in stopped.state
