@@ -53,10 +53,12 @@ serve: site ## the site on loopback, live figures included
 	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory _docs 8000
 lab: $(READY) ## JupyterLab on the book; notebooks are saved clean
 	$(BIN)/jupyter lab $(AS_ROOT) --ContentsManager.pre_save_hook=nbdev.clean.clean_jupyter nbs
-bench: $(READY) ## speed and memory beside volatility3 and SPIN
+bench: $(READY) ## speed and memory, beside volatility3 and SPIN and of the whole machine; a quarter of an hour; BENCH=--record writes it down
 	@sh tools/system.sh spin gcc libc6-dev
 	$(BIN)/python -c 'import sys; from kvm_mmu_lit.evidence.benchmarks import main; main(sys.argv[1:])' $(BENCH)
 	$(BIN)/python -c 'import sys; from kvm_mmu_lit.evidence.exploring_speed import main; main(sys.argv[1:])' $(BENCH)
+	$(BIN)/python -c 'import sys; from kvm_mmu_lit.evidence.machine_speed import main; main(sys.argv[1:])' $(BENCH)
+	$(BIN)/python -c 'import sys; from kvm_mmu_lit.evidence.machine_growth import main; main(sys.argv[1:])' $(BENCH)
 verdicts: $(READY) ## search every world of the review under every design, minutes; writes nbs/review/verdicts.json
 	$(BIN)/python -c 'from kvm_mmu_lit.review.recorded import main; main(["nbs/review/verdicts.json"])'
 theorem: $(READY) ## random stories over every setting; THEOREM="--steps 1000000 --seed 7 --jobs 2" for more
