@@ -10,7 +10,7 @@ remember. All of it is numbers in lists. Two machines are equal if these are.
 __all__ = ['freeze', 'thaw', 'copy_machine', 'draw_state', 'maps', 'named_in', 'table_text', 'state_text', 'with_state',
            'broken_invariant']
 
-# %% ../../nbs/mmu/25_machine_state.ipynb #254ace4d
+# %% ../../nbs/mmu/25_machine_state.ipynb #dd9e91ac
 import re
 from dataclasses import fields
 
@@ -19,6 +19,7 @@ from ..guest.addresses import PAGE_SHIFT
 from ..guest.memory import GuestMemory, add_ram, read_entry
 from .contexts import KvmBug, Mmu, Root, Vcpu
 from .cpu_role import CpuRole, cpu_role, page_role
+from .guest_tables import read_gpte
 from .machine import Machine
 from .root_role import Host
 from .shadow_page import Moved, ShadowPage, Vm
@@ -137,7 +138,7 @@ def _is_named(vm, sp, index, spte, word, number):
     if not is_present(spte) or not is_last(spte, sp.role.level): return False
     return (spte_pfn(spte) if word == 'host frame' else maps(sp, index)) >> 9 * (sp.role.level - 1) == number >> 9 * (sp.role.level - 1)
 
-# %% ../../nbs/mmu/25_machine_state.ipynb #300d695e
+# %% ../../nbs/mmu/25_machine_state.ipynb #a0345923
 def table_text(
     vm: Vm,
     sp: ShadowPage,
@@ -154,8 +155,8 @@ def _slot_text(vm, sp, index):
     told = decode_spte(vm.masks, spte, level)
     text = f"slot {index}: {spte:#x}, {told['kind']}{told['says'].replace('of frame', 'of host frame') if told['kind'].startswith('page') else told['says']}"
     if told['kind'].startswith('page'): text += f", for the guest's frame {maps(sp, index):#x}"
-    if sp.has_gptes and not sp.role.has_4_byte_gpte:
-        gpte = read_entry(vm.memory, (sp.gfn << PAGE_SHIFT) + 8 * index, 8)
+    if sp.has_gptes and (level == 1 or not sp.role.has_4_byte_gpte):
+        gpte = read_gpte(vm, sp, index) if level == 1 else read_entry(vm.memory, (sp.gfn << PAGE_SHIFT) + 8 * index, 8)
         text += '; no memory behind it' if gpte is None else f"; the guest's entry says {gpte:#x}"
     return text
 

@@ -196,7 +196,7 @@ def run_python(work: Path, arguments: list) -> tuple:
     except subprocess.TimeoutExpired: return None, ''
     return done.returncode, (done.stdout + done.stderr).strip()
 
-# %% ../../nbs/review/18_mutants.ipynb #b0725cb8
+# %% ../../nbs/review/18_mutants.ipynb #17f09580
 def by_stories(work: Path, seed: int, steps: int) -> str:
     "The story that kills it, or ''."
     status, said = run_python(work, ['-c', STORIES, str(seed), str(steps)])
@@ -216,6 +216,8 @@ def tests_of(mutant: Mutant, work: Path) -> list:
     "Test files: its chapter's first, then what other chapters of Part II claim."
     own = [f'tests/claims/test_mmu_{mutant.module}.py', f'tests/test_{mutant.module}.py']
     return own + [one for one in sorted(f'tests/claims/{path.name}' for path in (work / 'tests' / 'claims').glob('test_mmu_*.py')) if one not in own]
+
+tests_of.__test__ = False      # Its name begins as a test's does; pytest would take it for one
 
 # %% ../../nbs/review/18_mutants.ipynb #2ba54327
 def killed_by(mutant: Mutant, package: Path, seed: int = 1, steps: int = STEPS) -> dict:
