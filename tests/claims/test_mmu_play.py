@@ -9,16 +9,23 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global STORY, expect_fail, tempfile
+    global ENTRY_OF, EVENTS, HOLE, HOST_EVENTS, STORY, copy_machine, expect_fail, freeze, product, replace, tempfile
     import tempfile
+    from dataclasses import replace
+    from itertools import product
 
     from fastcore.test import expect_fail
+    from kvm_mmu_lit.mmu.machine import EVENTS, HOST_EVENTS
+    from kvm_mmu_lit.mmu.machine_state import copy_machine, freeze
 
     STORY = {'says': 'an edit, and a late flush', 'host': 'svm shadow', 'mode': '4-level', 'cr3': '0x1000', 'vcpus': 2, 'memory': [{'base': 0, 'size': '0x400000'}],
              'tables': [{'root': '0x1000', 'format': '4level', 'frames': [2, 3, 4, 5, 6, 7, 8],
                          'map': [{'at': 0, 'to': 0, 'pages': 16, 'bits': 3}, {'at': '0x400000', 'to': '0x100000', 'pages': 4, 'bits': 7}]}],
              'events': [{'do': 'write', 'vcpu': 0, 'at': '0x400000', 'value': 1}, {'do': 'read', 'vcpu': 1, 'at': '0x400000'}, {'do': 'write', 'vcpu': 0, 'at': '0x5000', 'value': '0x101067'},
                         {'do': 'read', 'vcpu': 1, 'at': '0x400000'}, {'do': 'invlpg', 'vcpu': 1, 'at': '0x400000'}, {'do': 'read', 'vcpu': 1, 'at': '0x400000'}]}
+
+    HOLE = 0x100_0000                                                # No slot of the story is there
+    ENTRY_OF = {4: 0x1000, 3: 0x2000, 2: 0x3010, 1: 0x5000}          # Level -> where the story's entry for 0x40_0000 stands
 
 
 @pytest.mark.claim('nbs/mmu/26_play.ipynb', 'bd056f48', 'The reader of the late flush sees the old page once, and the new one after it')
@@ -52,6 +59,38 @@ def test_an_impossible_event_is_refused_with_its_place_in_the_list():
     with expect_fail(ValueError, contains="events[0]: read has no 'colour'"): list(play(make_scenario({**STORY, 'events': [{'do': 'read', 'vcpu': 0, 'at': 0, 'colour': 1}]})))
 
 
+@pytest.mark.claim('nbs/mmu/26_play.ipynb', '88863301', 'Every kind of event is refused without what it needs, with what it does not have, and with a number one too large; the machine is as it was')
+def test_every_kind_of_event_is_refused_without_what_it_needs_with_what_it_does_not_have_and_with_a_number_one_too_large_the_machine_is_as_it_was():
+    machine = make_scenario(STORY).machine
+    before, tried = freeze(machine), []
+    def refused(event, why):
+        tried.append(why)
+        with expect_fail(ValueError, contains=why): machine.happen(event)
+    for name, kind in EVENTS.items():
+        who = {} if name in HOST_EVENTS else dict(vcpu=0)
+        right = dict(do=name, **who, **{key: rule if type(rule) is int else rule() if isinstance(rule, type) else rule[0] for key, rule in kind.needs.items()})
+        for key in (*who, *kind.needs): refused({one: value for one, value in right.items() if one != key}, f"{name} needs {key}")
+        refused({**right, 'colour': 1}, f"{name} has no 'colour'")
+        for key, rule in {**kind.needs, **kind.may, **{one: 1 for one in who}}.items():
+            if type(rule) is int: refused({**right, key: rule + 1}, f"{name}: {key}=")
+            refused({**right, key: 'x'}, f"{name}: {key}='x', must be")
+    assert len(tried) > 80 and freeze(machine) == before
+
+
+@pytest.mark.claim('nbs/mmu/26_play.ipynb', '9b76ec73', 'Slots over others, beyond MAXPHYADDR or off a page, and stores and slots that are nowhere are refused with their place, and the machine is as it was')
+def test_slots_over_others_beyond_maxphyaddr_or_off_a_page_and_stores_and_slots_that_are_nowhere_are_refused_with_their_place_and_the_machine_is_as_it_was():
+    for event, why in ((dict(do='add_slot', gpa=0x3f_f000, size=0x2000), 'overlaps'), (dict(do='add_slot', gpa=(1 << 52) - 0x1000, size=0x2000), 'beyond MAXPHYADDR 52'),
+                       (dict(do='add_slot', gpa=0x40_0800, size=0x1000), 'whole 4096-byte pages'), (dict(do='delete_slot', slot=1), 'no memory slot begins at frame 0x1'),
+                       (dict(do='start_dirty_log', slot=7), 'no memory slot begins at frame 0x7'), (dict(do='store', vcpu=0, gpa=0x40_0000, value=1), 'lies in no memory slot')):
+        scenario = make_scenario({**STORY, 'events': [STORY['events'][0], event]})
+        steps = play(scenario)
+        next(steps)
+        before = freeze(scenario.machine)
+        with expect_fail(ValueError, contains='events[1]: '): next(steps)
+        with expect_fail(ValueError, contains=why): scenario.machine.happen(event)
+        assert {**freeze(scenario.machine), 'steps': 0} == {**before, 'steps': 0}
+
+
 @pytest.mark.claim('nbs/mmu/26_play.ipynb', '5ec539a2', 'The first invariant that does not hold ends the story, with its number and the tables it is about; so does what KVM itself stops at')
 def test_the_first_invariant_that_does_not_hold_ends_the_story_with_its_number_and_the_tables_it_is_about_so_does_what_kvm_itself_stops_at():
     looks = []
@@ -65,3 +104,33 @@ def test_the_first_invariant_that_does_not_hold_ends_the_story_with_its_number_a
     for sp in scenario.machine.vm.pages.values(): sp.root_count = 0                # Nobody holds the roots any more, says KVM
     stopped = list(play(Scenario(scenario.machine, ({'do': 'set_cr0', 'vcpu': 0, 'value': 0x8000_0011},))))[-1]
     assert stopped.broken.startswith('KvmBug: root put twice: root 0x') and 'nobody held it' in stopped.broken and 'level 4 table 0x' in stopped.state
+
+
+@pytest.mark.claim('nbs/mmu/26_play.ipynb', '9aa68322', 'A table where no memory is gives a fault that says "not present", at each level of each host; a page there is a device')
+def test_a_table_where_no_memory_is_gives_a_fault_that_says_not_present_at_each_level_of_each_host_a_page_there_is_a_device():
+    for host, level, (kind, code) in product(HOST_KINDS, ENTRY_OF, (('read', 0), ('write', 2))):
+        story = {**STORY, 'host': host, 'stores': [{'gpa': ENTRY_OF[level], 'value': HOLE | 0x67}], 'events': [{'do': kind, 'vcpu': 0, 'at': 0x40_0123}]}
+        answer = next(play(make_scenario(story))).answer
+        if level == 1: assert (answer.what, answer.gpa) == ('mmio', HOLE | 0x123)
+        else: assert (answer.fault.what, answer.fault.addr, answer.fault.error_code) == ('#PF', 0x40_0123, code), (host, level)
+
+
+@pytest.mark.claim('nbs/mmu/26_play.ipynb', '15d691f2', 'A root where no memory is kills a guest whose tables are shadowed; where hardware walks them itself, the first access faults')
+def test_a_root_where_no_memory_is_kills_a_guest_whose_tables_are_shadowed_where_hardware_walks_them_itself_the_first_access_faults():
+    for name, host in HOST_KINDS.items():
+        answer = next(play(make_scenario({**STORY, 'host': name, 'cr3': HOLE, 'events': STORY['events'][:1]}))).answer
+        assert answer.what == ('fault' if host().has_tdp else 'dead') and (answer.fault is None or answer.fault.error_code == 2)
+
+
+@pytest.mark.claim('nbs/mmu/26_play.ipynb', '257fc80f', 'An entry with an address beyond the guest\'s MAXPHYADDR gives a fault that says "reserved" on every host, and a CR3 like that is refused by #GP')
+def test_an_entry_with_an_address_beyond_the_guest_s_maxphyaddr_gives_a_fault_that_says_reserved_on_every_host_and_a_cr3_like_that_is_refused_by_gp():
+    for name, host in HOST_KINDS.items():
+        scenario = make_scenario({**STORY, 'host': name})
+        machine = new_machine(replace(host(), maxphyaddr=40), scenario.machine.vm.memory)
+        for level, gpa in ENTRY_OF.items():
+            here = copy_machine(machine)
+            write_gpa(here.vm.memory, gpa, (1 << 40 | 0x2067).to_bytes(8, 'little'))
+            answer = here.happen(dict(do='read', vcpu=0, at=0x40_0000))
+            assert (answer.fault.what, answer.fault.error_code) == ('#PF', 0x9), (name, level)
+        told = machine.happen(dict(do='set_cr3', vcpu=0, value=1 << 40))
+        assert '#GP' in answer_text(told) and machine.vcpus[0].cr3 == 0x1000, told
