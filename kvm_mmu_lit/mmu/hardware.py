@@ -164,14 +164,17 @@ def tdp_translate(
     if mark: mark_leaf(vcpu, sp, index, entry, bool(access & WRITE))
     return _hpa(entry, gpa, level), level
 
-# %% ../../nbs/mmu/20_hardware.ipynb #a02dda0e
+# %% ../../nbs/mmu/20_hardware.ipynb #5b8c12cf
 class _BehindTdp:
-    "Guest table pages, reached through KVM's tables; keeps where they lie."
+    "Guest table pages, reached through KVM's tables: the processor asks for the very entry, and an exit names its address."
 
-    def __init__(self, vcpu, size, asks, mark): self.vcpu, self.words, self.asks, self.mark = vcpu, vcpu.vm.memory.words(size), asks, mark
+    def __init__(self, vcpu, tables, gva, asks, mark):
+        self.vcpu, self.size, self.gva, self.asks, self.mark = vcpu, tables.size, gva, asks, mark
+        self.words, self.levels = vcpu.vm.memory.words(tables.size), iter(tables.walker.levels)
 
     def __getitem__(self, frame):
-        hpa, _ = tdp_translate(self.vcpu, frame << PAGE_SHIFT, self.asks, GUEST_PAGE, self.mark)
+        shift, last, *_ = next(self.levels)
+        hpa, _ = tdp_translate(self.vcpu, frame << PAGE_SHIFT | (self.gva >> shift & last) * self.size, self.asks, GUEST_PAGE, self.mark)
         return self.words[frame_of(self.vcpu.vm, hpa >> PAGE_SHIFT)]
 
 def frame_of(vm: Vm, pfn: int) -> int:
@@ -182,7 +185,7 @@ def frame_of(vm: Vm, pfn: int) -> int:
         if base is not None and base <= pfn < base + slot.npages: return slot.base_gfn + pfn - base
     kvm_bug_on(True, f"host frame {pfn:#x} belongs to no slot of this guest: it was given back", 'freed frame in use')
 
-# %% ../../nbs/mmu/20_hardware.ipynb #c2c721b1
+# %% ../../nbs/mmu/20_hardware.ipynb #be57e6fb
 def table_access(vcpu: Vcpu) -> int:
     "What the processor asks of KVM's tables to read an entry of the guest's: a write, too, where A and D are kept."
     ept = vcpu.vm.masks.is_ept
@@ -198,7 +201,7 @@ def tdp_access(
     vm, found = vcpu.vm, None
     tables = guest_tables(vcpu, vcpu.walk_mmu)
     walker = tables.walker
-    walker.words = _BehindTdp(vcpu, tables.size, table_access(vcpu), mark)
+    walker.words = _BehindTdp(vcpu, tables, gva, table_access(vcpu), mark)
     try:
         found = walker.walk(gva, access)
         if not isinstance(found, GuestWalk): return Refused(found)
@@ -221,9 +224,9 @@ def _marks(tables, found):
     return pending_updates(GuestWalk(regs, found.fmt, found.gva, found.access, found.gpa, found.level, found.rights, found.ptes))
 
 def _reach_marks(vcpu, tables, found, mark):
-    "EPT without A and D lets the processor read a table that KVM keeps read-only. Its marks are writes all the same, and exit."
+    "EPT without A and D lets the processor read a table that KVM keeps read-only. Its marks are reads and writes all the same, and exit."
     if table_access(vcpu) & WRITE: return
-    for update in _marks(tables, found): tdp_translate(vcpu, update.gpa, WRITE, GUEST_PAGE, mark)
+    for update in _marks(tables, found): tdp_translate(vcpu, update.gpa, USER | WRITE, GUEST_PAGE, mark)
 
 def _mark_guest(vcpu, tables, found):
     "A and D of the guest's entries, written by the processor itself; where the tables are writable, KVM does not see it."
