@@ -9,33 +9,41 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global FORMAT, FORMATS, KvmBug, LOG, MODES, draw_walk, expect_fail, guest, init_mmu, init_shadow_ept_roles, l1_with_log, logged, map_page, product, ram, read_gpa, svm_host, vmx_host, write_entry
+    global KvmBug, LOG, NestedFault, NestedWalk, PageRole, SMALL_PAGES, Table, Walker, add_ram, book_walk, expect_fail, explore, init_shadow_ept_roles, init_shadow_npt_roles, l1_with_log, logged, nested_guest, nested_vcpu, predict, product, read_gpa, shadow_slots, vmx_host, write_back, write_entry
     from itertools import product
 
-    from kvm_mmu_lit.guest.addresses import FORMATS
-    from kvm_mmu_lit.guest.gpte import map_page
-    from kvm_mmu_lit.guest.memory import ram, write_entry
-    from kvm_mmu_lit.guest.verdict import draw_walk
-    from kvm_mmu_lit.mmu.contexts import init_mmu
-    from kvm_mmu_lit.mmu.cpu_role import MODES
-    from kvm_mmu_lit.mmu.root_role import svm_host
-
-    def guest(mode='4-level', fmt='4level', bits=0x7):
-        "A vCPU whose page at 0x40_0000 leads to frame 0x100."
-        memory = ram((0, 1 << 22))
-        map_page(memory, 0x1000, FORMATS[fmt], 0x40_0000, 0x10_0000, list(range(2, 9)), bits, 0x7)
-        vcpu = Vcpu(Vm(svm_host(5, npt=False), memory), cr3=0x1000)
-        vcpu.cr0, vcpu.cr4, vcpu.efer = map(int, MODES[mode])
-        init_mmu(vcpu)
-        if fmt == 'pae': vcpu.root_mmu.pdptrs = list(vcpu.vm.read_pdptes(0x1000))
-        return vcpu
-
-    FORMAT = {'2-level': '2level', 'PAE': 'pae', '4-level': '4level', '5-level': '5level'}
-
-    from kvm_mmu_lit.guest.memory import read_gpa
-    from kvm_mmu_lit.mmu.contexts import KvmBug, init_shadow_ept_roles
-    from kvm_mmu_lit.mmu.root_role import vmx_host
     from fastcore.test import expect_fail
+    from kvm_mmu_lit.draw.exercise import predict
+    from kvm_mmu_lit.draw.explore import explore
+    from kvm_mmu_lit.draw.table import Table
+    from kvm_mmu_lit.guest.accessed_dirty import write_back
+    from kvm_mmu_lit.guest.memory import add_ram, read_gpa, write_entry
+    from kvm_mmu_lit.guest.nested_walk import NestedFault, NestedWalk, nested_guest
+    from kvm_mmu_lit.guest.walk import SMALL_PAGES, Walker
+    from kvm_mmu_lit.mmu.contexts import KvmBug, init_shadow_ept_roles, init_shadow_npt_roles
+    from kvm_mmu_lit.mmu.cpu_role import PageRole
+    from kvm_mmu_lit.mmu.root_role import vmx_host
+    from kvm_mmu_lit.mmu.shadow_page import shadow_slots
+
+    def nested_vcpu(mode='4level', nested='4level', **more):
+        "A vCPU that runs the L2 of Part I's example, and Part I's walker of the same memory."
+        walker = nested_guest(mode, nested, software=True, **more)
+        inner, outer = walker.regs, walker.nested.regs
+        ept = nested.startswith('ept')
+        vcpu = Vcpu(Vm(vmx_host(5, 5) if ept else svm_host(5), walker.memory), guest_mode=True, mmu_is='guest_mmu', walk_mmu_is='nested_mmu')
+        vcpu.nested_pgd = outer.eptp & 0xfff | 0x1000 if ept else 0x1000
+        vcpu.l1 = int(outer.cr0), 0, int(outer.cr4), int(outer.efer)
+        if ept: init_shadow_ept_roles(vcpu, vcpu.nested_pgd, bool(outer.ept_execonly))
+        else: init_shadow_npt_roles(vcpu, int(outer.cr4), int(outer.efer))
+        vcpu.cr0, vcpu.cr4, vcpu.efer, vcpu.cr3, vcpu.rflags = int(inner.cr0), int(inner.cr4), int(inner.efer), 0x1000, int(inner.rflags)
+        init_mmu(vcpu)
+        if inner.pdptrs: vcpu.nested_mmu.pdptrs = list(inner.pdptrs)
+        return vcpu, walker
+
+    def book_walk(vcpu, access):
+        "Part I's walk of the example's address, by the same registers."
+        regs, fmt = registers_of(vcpu, vcpu.mmu)
+        return Walker(vcpu.vm.memory, replace(regs, cr3=vcpu.cr3), fmt).walk(0x40_0010, Pferr(access))
 
     LOG = 0x30_0000
 
@@ -52,21 +60,89 @@ def setup_cells():
     def logged(vcpu): return [int.from_bytes(read_gpa(vcpu.vm.memory, LOG + 8 * slot, 8), 'little') for slot in range(511, (vcpu.pml_index + 1 & 0xffff) - 1, -1)]
 
 
-@pytest.mark.claim('nbs/mmu/10_guest_tables.ipynb', 'f1644f8f', "KVM's walk reaches what Part I's walk reaches, or is refused with the same code, for every mode, access and leaf")
+@pytest.mark.claim('nbs/mmu/10_guest_tables.ipynb', 'ede1ba72', 'what is kept reads entries as one made anew does, whatever register bit changed in between')
+def test_what_is_kept_reads_entries_as_one_made_anew_does_whatever_register_bit_changed_in_between():
+    bits = [('cr0', 1 << bit) for bit in (16, 0)] + [('cr4', 1 << bit) for bit in (4, 5, 7, 12, 20, 21, 22)] + [('efer', 1 << 11), ('rflags', 1 << 18), ('pkru', 3 << 2), ('cr3', 0x5000)]
+    for mode, (name, bit) in product(('2-level', 'PAE', '4-level'), bits):
+        vcpu = example_guest(mode)
+        if (mode, name, bit) == ('4-level', 'cr4', 1 << 12): continue      # LA57 cannot change in long mode
+        if name == 'cr4' and bit == 1 << 5 or name == 'cr0' and bit == 1: continue     # Another mode altogether
+        guest_tables(vcpu, vcpu.mmu)
+        setattr(vcpu, name, getattr(vcpu, name) ^ bit)
+        init_mmu(vcpu)
+        kept, fresh = guest_tables(vcpu, vcpu.mmu), GuestTables(vcpu.vm.memory, *registers_of(vcpu, vcpu.mmu))
+        assert kept.regs == fresh.regs and (kept.rights, kept.nx, kept.have_ad) == (fresh.rights, fresh.nx, fresh.have_ad)
+        assert kept.walker.root == (vcpu.cr3 & 0xf_ffff_ffff_f000)
+
+
+@pytest.mark.claim('nbs/mmu/10_guest_tables.ipynb', 'd6be9abd', 'without a change of registers it is the same object, walk after walk and for every CR3')
+def test_without_a_change_of_registers_it_is_the_same_object_walk_after_walk_and_for_every_cr3():
+    vcpu = example_guest()
+    first = guest_tables(vcpu, vcpu.mmu)
+    for cr3 in (0x1000, 0x2000, 0x3000):
+        vcpu.cr3 = cr3
+        assert guest_tables(vcpu, vcpu.mmu) is first and first.walker.root == cr3
+
+
+@pytest.mark.claim('nbs/mmu/10_guest_tables.ipynb', '181e6ec6', 'one entry gives the rights its bits say, without write while it is clean, and no leaf is made of one that is absent, unused or reserved')
+def test_one_entry_gives_the_rights_its_bits_say_without_write_while_it_is_clean_and_no_leaf_is_made_of_one_that_is_absent_unused_or_reserved():
+    for mode, bits, used, dirty, nx, efer_nx in product(('2-level', '4-level'), range(8), (0, 1), (0, 1), (0, 1), (0, 1)):
+        if mode == '2-level' and nx: continue       # There is no bit 63
+        vcpu = example_guest(mode)
+        vcpu.efer = vcpu.efer & ~(1 << 11) | efer_nx << 11
+        init_mmu(vcpu)
+        tables, gpte = guest_tables(vcpu, vcpu.mmu), 0x123 << 12 | bits | used << 5 | dirty << 6 | nx << 63
+        assert tables.gfn(gpte) == 0x123 and tables.is_invalid(gpte) == (not bits & 1 or not used or bool(nx and not efer_nx))
+        if tables.is_invalid(gpte): continue
+        assert tables.access(gpte) == (4 if bits & 4 else 0) | (2 if bits & 2 and dirty else 0) | (0 if nx else 1)
+
+
+@pytest.mark.claim('nbs/mmu/10_guest_tables.ipynb', '0875e529', "KVM's walk reaches what Part I's walk reaches, or is refused with the same code, for every mode, access and leaf")
 def test_kvm_s_walk_reaches_what_part_i_s_walk_reaches_or_is_refused_with_the_same_code_for_every_mode_access_and_leaf():
-    for (mode, fmt), bits, access in product(FORMAT.items(), (0x7, 0x5, 0x3, 0x1, 0x0), (0, 2, 4, 6, 16, 20)):
-        vcpu = guest(mode, fmt, bits)
-        tables = guest_tables(vcpu, vcpu.mmu)
-        tables.walker.words = vcpu.vm.memory.words(tables.size)
-        plain, walked = tables.walker.walk(0x40_0010, access), walk_addr(vcpu, vcpu.mmu, 0x40_0010, access)
+    for mode, bits, access in product(('2-level', 'PAE', '4-level', '5-level'), (0x7, 0x5, 0x3, 0x1, 0x0), (0, 2, 4, 6, 16, 20)):
+        vcpu = example_guest(mode, bits)
+        plain, walked = book_walk(vcpu, access), walk_addr(vcpu, vcpu.mmu, 0x40_0010, access)
         assert (walked.fault is None) == (not isinstance(plain, PageFault))
         assert walked.gfn == plain.gfn if walked.fault is None else walked.fault.error_code == plain.error_code
 
 
-@pytest.mark.claim('nbs/mmu/10_guest_tables.ipynb', '34431b17', 'A second walk writes nothing, and a walk that fails writes nothing')
+@pytest.mark.claim('nbs/mmu/10_guest_tables.ipynb', '99d34679', 'the rights above a table are those of all entries above it together, for every choice of rights at four levels')
+def test_the_rights_above_a_table_are_those_of_all_entries_above_it_together_for_every_choice_of_rights_at_four_levels():
+    for rights in product((3, 5, 7, 1), repeat=3):
+        vcpu = example_guest()
+        for frame, bits in zip((1, 2, 3), rights):
+            slot = {1: 0, 2: 0, 3: 2}[frame]        # Of 0x40_0000 at levels 4, 3 and 2
+            old = read_entry(vcpu.vm.memory, frame * 4096 + 8 * slot, 8)
+            write_entry(vcpu.vm.memory, frame * 4096 + 8 * slot, 8, old & ~7 | bits)
+        walked = walk_addr(vcpu, vcpu.mmu, 0x40_0010, 0)
+        left = [7, rights[0], rights[0] & rights[1], rights[0] & rights[1] & rights[2]]
+        assert [walked.pt_access[level] & 6 for level in (4, 3, 2, 1)] == [bits & 6 for bits in left] and walked.table_gfns == {4: 1, 3: 2, 2: 3, 1: 4}
+        assert all(walked.pt_access[level] & 1 for level in (3, 2, 1))
+
+
+@pytest.mark.claim('nbs/mmu/10_guest_tables.ipynb', '0e58eef6', 'a leaf is writable for the shadow exactly if it is writable and dirty, or being written now')
+def test_a_leaf_is_writable_for_the_shadow_exactly_if_it_is_writable_and_dirty_or_being_written_now():
+    for bits, dirty, access in product((0x7, 0x5), (0, 1), (0, int(Pferr.WRITE))):
+        vcpu = example_guest(bits=bits | dirty << 6)
+        walked = walk_addr(vcpu, vcpu.mmu, 0x40_0010, access | int(Pferr.USER))
+        if walked.fault is None: assert bool(walked.pte_access & ACC_WRITE) == bool(bits & 2 and (dirty or access))
+        else: assert access and not bits & 2
+
+
+@pytest.mark.claim('nbs/mmu/10_guest_tables.ipynb', '9fea193b', "KVM leaves the guest's memory as Part I's walk leaves it, for every mode, access and leaf")
+def test_kvm_leaves_the_guest_s_memory_as_part_i_s_walk_leaves_it_for_every_mode_access_and_leaf():
+    for mode, bits, access in product(('2-level', 'PAE', '4-level', '5-level'), (0x7, 0x5, 0x47, 0x27, 0x67, 0x1, 0x0), (0, 2, 4, 6)):
+        by_kvm, by_book = example_guest(mode, bits), example_guest(mode, bits)
+        plain = book_walk(by_book, access)
+        if not isinstance(plain, PageFault): write_back(by_book.vm.memory, plain)
+        walk_addr(by_kvm, by_kvm.mmu, 0x40_0010, access)
+        assert bytes(by_kvm.vm.memory.slots[0].buffer) == bytes(by_book.vm.memory.slots[0].buffer)
+
+
+@pytest.mark.claim('nbs/mmu/10_guest_tables.ipynb', '0c30561f', 'A second walk writes nothing, and a walk that fails writes nothing')
 def test_a_second_walk_writes_nothing_and_a_walk_that_fails_writes_nothing():
     for bits, access in ((0x7, 2), (0x5, 2), (0x1, 4)):
-        vcpu = guest(bits=bits)
+        vcpu = example_guest(bits=bits)
         before = bytes(vcpu.vm.memory.slots[0].buffer)
         failed = walk_addr(vcpu, vcpu.mmu, 0x40_0010, access).fault is not None
         once = bytes(vcpu.vm.memory.slots[0].buffer)
@@ -74,9 +150,9 @@ def test_a_second_walk_writes_nothing_and_a_walk_that_fails_writes_nothing():
         assert bytes(vcpu.vm.memory.slots[0].buffer) == once and (once == before) == failed
 
 
-@pytest.mark.claim('nbs/mmu/10_guest_tables.ipynb', '62dfecf7', 'An entry that changes between the walk and its marks makes KVM walk again')
+@pytest.mark.claim('nbs/mmu/10_guest_tables.ipynb', '48620d9b', 'An entry that changes between the walk and its marks makes KVM walk again')
 def test_an_entry_that_changes_between_the_walk_and_its_marks_makes_kvm_walk_again():
-    vcpu, seen = guest(), []
+    vcpu, seen = example_guest(), []
     def interrupt(name):
         if not seen: write_entry(vcpu.vm.memory, 0x4000, 8, 0x10_1007)
         seen.append(name)
@@ -84,18 +160,25 @@ def test_an_entry_that_changes_between_the_walk_and_its_marks_makes_kvm_walk_aga
     assert walk_addr(vcpu, vcpu.mmu, 0x40_0010, 0).gfn == 0x101 and seen == ['walked', 'walked']
 
 
-@pytest.mark.claim('nbs/mmu/10_guest_tables.ipynb', 'e7acb6b4', "What L1's tables do not map is told by its frame: the byte L2 asked for is not in the address")
-def test_what_l1_s_tables_do_not_map_is_told_by_its_frame_the_byte_l2_asked_for_is_not_in_the_address():
-    memory, free = ram((0, 1 << 22)), list(range(0x21, 0x29))
-    for frame in range(1, 9): map_page(memory, 0x2_0000, FORMATS['ept4'], frame << 12, frame << 12, free, 0x7, 0x7)
-    map_page(memory, 0x1000, FORMATS['4level'], 0x40_0000, 0x10_0000, list(range(2, 9)), 0x7, 0x7)
-    vcpu = Vcpu(Vm(vmx_host(), memory), cr3=0x1000, guest_mode=True, mmu_is='guest_mmu', walk_mmu_is='nested_mmu', nested_pgd=0x2_0000 | 3 << 3 | 6)
-    vcpu.cr0, vcpu.cr4, vcpu.efer = map(int, MODES['4-level'])
-    vcpu.l1 = vcpu.cr0, 0x1000, vcpu.cr4, vcpu.efer
-    init_shadow_ept_roles(vcpu, vcpu.nested_pgd)
-    init_mmu(vcpu)
-    _, walked = gva_to_gpa(vcpu, 0x40_0123, 0)
-    assert walked.faulting_mmu == 'guest_mmu' and walked.fault.gva == 0x10_0000
+@pytest.mark.claim('nbs/mmu/10_guest_tables.ipynb', '8a7c9b9c', "every mark is a write of the guest's memory, and is in the dirty log")
+def test_every_mark_is_a_write_of_the_guest_s_memory_and_is_in_the_dirty_log():
+    vcpu = example_guest()
+    vcpu.vm.logged = {0}
+    walk_addr(vcpu, vcpu.mmu, 0x40_0010, int(Pferr.WRITE))
+    assert vcpu.vm.dirty == {1, 2, 3, 4}
+    vcpu.vm.dirty = set()
+    walk_addr(vcpu, vcpu.mmu, 0x40_0010, int(Pferr.WRITE))
+    assert vcpu.vm.dirty == set()
+
+
+@pytest.mark.claim('nbs/mmu/10_guest_tables.ipynb', '12098177', "for L2 KVM reaches what Part I's nested walk reaches, or tells the same fault to the same hypervisor, for every pair of formats, page and access")
+def test_for_l2_kvm_reaches_what_part_i_s_nested_walk_reaches_or_tells_the_same_fault_to_the_same_hypervisor_for_every_pair_of_formats_page_and_access():
+    for mode, nested in product(('2level', 'pae', '4level'), ('2level', 'pae', '4level', 'ept4', 'ept5')):
+        vcpu, walker = nested_vcpu(mode, nested)
+        for (gva, *_), access in product(SMALL_PAGES.values(), (0, 2, 4, 6)):
+            want, got = walker.walk(gva, Pferr(access)), walk_addr(vcpu, vcpu.nested_mmu, gva, access)
+            if isinstance(want, NestedWalk): assert got.fault is None and got.gfn == want.steps[-1].gpa >> 12 and got.faulting_mmu == ''
+            else: assert (got.faulting_mmu == 'guest_mmu') == isinstance(want, NestedFault) and got.fault.error_code == (want.fault if isinstance(want, NestedFault) else want).error_code
 
 
 @pytest.mark.claim('nbs/mmu/10_guest_tables.ipynb', '29b23cf7', "L1's log gets each page once when it becomes dirty, from the last slot down, and nothing for a read")
@@ -132,3 +215,38 @@ def test_without_a_log_with_one_in_a_hole_and_with_a_clean_ept_that_keeps_no_d_b
     assert not walk_addr(vcpu, vcpu.guest_mmu, 0x10_0000, int(Pferr.WRITE | Pferr.USER)).ptes[-1] & 0x300 and vcpu.pml_index == 511
     vcpu.guest_mode = False
     with expect_fail(KvmBug, contains='and L1 runs'): write_l1_log(vcpu, 0x10_0000)
+
+
+@pytest.mark.claim('nbs/mmu/10_guest_tables.ipynb', 'b86aa18b', "without paging an address is what it says, with paging it is where the tables lead with its offset kept, and a refusal is the walk's")
+def test_without_paging_an_address_is_what_it_says_with_paging_it_is_where_the_tables_lead_with_its_offset_kept_and_a_refusal_is_the_walk_s():
+    vcpu = example_guest()
+    assert gva_to_gpa(vcpu, 0x40_0abc, 0) == (0x10_0abc, None)
+    gpa, refused = gva_to_gpa(vcpu, 0x80_0000, int(Pferr.WRITE))
+    assert gpa is None and refused.fault.error_code == Pferr.WRITE and refused.faulting_mmu == 'root_mmu'
+    vcpu.cr0, vcpu.cr4, vcpu.efer = map(int, MODES['nonpaging'])
+    init_mmu(vcpu)
+    assert [gva_to_gpa(vcpu, gva, 0) for gva in (0, 0x40_0abc)] == [(0, None), (0x40_0abc, None)]
+
+
+@pytest.mark.claim('nbs/mmu/10_guest_tables.ipynb', 'e7acb6b4', "What L1's tables do not map is told by its frame: the byte L2 asked for is not in the address")
+def test_what_l1_s_tables_do_not_map_is_told_by_its_frame_the_byte_l2_asked_for_is_not_in_the_address():
+    memory, free = ram((0, 1 << 22)), list(range(0x21, 0x29))
+    for frame in range(1, 9): map_page(memory, 0x2_0000, FORMATS['ept4'], frame << 12, frame << 12, free, 0x7, 0x7)
+    map_page(memory, 0x1000, FORMATS['4level'], 0x40_0000, 0x10_0000, list(range(2, 9)), 0x7, 0x7)
+    vcpu = Vcpu(Vm(vmx_host(), memory), cr3=0x1000, guest_mode=True, mmu_is='guest_mmu', walk_mmu_is='nested_mmu', nested_pgd=0x2_0000 | 3 << 3 | 6)
+    vcpu.cr0, vcpu.cr4, vcpu.efer = map(int, MODES['4-level'])
+    vcpu.l1 = vcpu.cr0, 0x1000, vcpu.cr4, vcpu.efer
+    init_shadow_ept_roles(vcpu, vcpu.nested_pgd)
+    init_mmu(vcpu)
+    _, walked = gva_to_gpa(vcpu, 0x40_0123, 0)
+    assert walked.faulting_mmu == 'guest_mmu' and walked.fault.gva == 0x10_0000
+
+
+@pytest.mark.claim('nbs/mmu/10_guest_tables.ipynb', 'e397840e', 'the entry behind a slot is the one that the slot shadows: for 4-byte entries the slots of both halves name all 1024, and each its own')
+def test_the_entry_behind_a_slot_is_the_one_that_the_slot_shadows_for_4_byte_entries_the_slots_of_both_halves_name_all_1024_and_each_its_own():
+    def behind(entry_size, quadrant, slot):
+        return sp_gpte_gpa(ShadowPage(0x11, PageRole(level=1, access=7, quadrant=quadrant, has_4_byte_gpte=int(entry_size == 4)), 0), slot) - 0x1_1000
+    for pte in range(1024):
+        (quadrant, slot), = shadow_slots(1, pte)
+        assert behind(4, quadrant, slot) == 4 * pte
+    assert [behind(8, 0, slot) for slot in range(512)] == list(range(0, 4096, 8))
