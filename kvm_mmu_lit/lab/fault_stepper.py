@@ -34,7 +34,7 @@ from ..mmu.spte import decode_spte, is_last, is_present
 from ..mmu.vcpu import Outcome, access
 from ..review.theorem import FORMAT_OF, with_root
 
-# %% ../../nbs/lab/05_fault_stepper.ipynb #e4ea3517
+# %% ../../nbs/lab/05_fault_stepper.ipynb #6a8482c0
 PAGES = {   # name -> (address, where it leads, bits of the last entry, its level)
     'user page': (0x40_0000, 0x10_0000, 0x7, 1),
     'read-only page': (0x40_1000, 0x10_1000, 0x5, 1),
@@ -59,7 +59,8 @@ def lab_machine(
     if fmt:
         for at, to, bits, level in PAGES.values():
             if to is not None: map_page(memory, 0x1000, fmt, at, to, free, bits, 0x7, level)
-        for frame in range(1, 16): map_page(memory, 0x1000, fmt, frame << PAGE_SHIFT, frame << PAGE_SHIFT, free, 0x3, 0x7)
+        for frame in range(1, 16): map_page(memory, 0x1000, fmt, frame << PAGE_SHIFT, frame << PAGE_SHIFT, free,
+                                            0x3, 0x7)
     return new_machine(HOST_KINDS[host](), memory, mode, 0x1000, vcpus, **{'prefetch': False, **more})
 
 # %% ../../nbs/lab/05_fault_stepper.ipynb #c81bcb12
@@ -111,7 +112,7 @@ def entry_text(
     rights = 'W' * said['writable'] + 'U' * bool(vm.masks.is_ept or spte & 4) + 'X' * said['executable']
     return f"frame {said['pfn']:#x} {' '.join(rights)}".rstrip()
 
-# %% ../../nbs/lab/05_fault_stepper.ipynb #2247612b
+# %% ../../nbs/lab/05_fault_stepper.ipynb #9bfff142
 @dataclass
 class Recorder:
     "Takes the moments of one access."
@@ -126,7 +127,8 @@ class Recorder:
 
     def entries(self) -> dict:
         "Every entry of KVM's tables, now."
-        found = {(sp.spt, index): spte for sp in self.vcpu.vm.pages.values() for index, spte in sp.sptes.items() if spte}
+        found = {(sp.spt, index): spte for sp in self.vcpu.vm.pages.values() for index, spte in sp.sptes.items()
+                 if spte}
         return {**found, **{('pae_root', i): word for i, word in enumerate(self.vcpu.mmu.pae_words) if word}}
 
     def way(self, new: set, later: set) -> tuple:
@@ -138,7 +140,8 @@ class Recorder:
             key = (sp.spt if sp else 'pae_root', slot)
             if key in later: spte = 0
             state = 'empty' if not spte else 'new' if key in new else 'there'
-            text = entry_text(self.vcpu.vm, spte, level) if sp is not None else f"table {spte >> PAGE_SHIFT:#x}" if spte else 'empty'
+            if sp is not None: text = entry_text(self.vcpu.vm, spte, level)
+            else: text = f"table {spte >> PAGE_SHIFT:#x}" if spte else 'empty'
             rows.append((level, _title(sp, level), slot, text, state))
         return tuple(rows)
 
@@ -146,11 +149,13 @@ class Recorder:
         "One picture; if a table was linked since the last one, that comes first. The same told twice is told once."
         now = self.entries()
         new = {key for key, spte in now.items() if self.before.get(key) != spte}
-        linked = sorted(key for key in new if key[0] != 'pae_root' and is_table(self.vcpu.vm, *key, now[key]) and key not in self.before)
+        linked = sorted(key for key in new if key[0] != 'pae_root' and is_table(self.vcpu.vm, *key, now[key])
+                        and key not in self.before)
         self.before = now
         rest = new - set(linked)
         for key in linked:
-            self._note('KVM', f"links the table: slot {key[1]} of {_title(*_of(self.vcpu.vm, key[0]))} leads to it", {key}, rest)
+            self._note('KVM', f"links the table: slot {key[1]} of {_title(*_of(self.vcpu.vm, key[0]))} leads to it",
+                       {key}, rest)
         if rest or not self.moments or what != self.moments[-1].what: self._note(who, what, rest, set(), **more)
 
     def _note(self, who, what, new, later, **more):
@@ -167,12 +172,13 @@ def _title(sp, level):
     if sp is None: return 'pae_root, the vCPU\'s own'
     return f"level {level}, " + (f"shadows {sp.gfn:#x}" if sp.has_gptes else f"from frame {sp.gfn:#x}")
 
-# %% ../../nbs/lab/05_fault_stepper.ipynb #629e127b
+# %% ../../nbs/lab/05_fault_stepper.ipynb #f4c1246e
 def _made(recorder, did):
     sp = did['sp']
     if not did['created']: return recorder.take('KVM', f"finds the table it has already: {_title(sp, sp.role.level)}")
     whose = f"for the guest's table in frame {sp.gfn:#x}" if sp.has_gptes else f"for the frames from {sp.gfn:#x} on"
-    recorder.take('KVM', f"makes a table of level {sp.role.level} {whose}, role {sp.role.word:#x}", loose=f"level {sp.role.level}, table {sp.spt >> PAGE_SHIFT:#x}")
+    recorder.take('KVM', f"makes a table of level {sp.role.level} {whose}, role {sp.role.word:#x}",
+                  loose=f"level {sp.role.level}, table {sp.spt >> PAGE_SHIFT:#x}")
 
 def _element(recorder, did):
     recorder.read += 1
@@ -182,7 +188,9 @@ def _exit(recorder, did):
     recorder.addr = did['addr']
     code = did['err']
     where = ', a table of the guest' if code & GUEST_PAGE else ''
-    recorder.take('processor', f"stops and exits to KVM: {did['addr']:#x}{where}, error code {flag_names(code & 0xffff_ffff)}", ended=f"exit, {flag_names(code & 0xffff_ffff)}", kind='refused')
+    told = flag_names(code & 0xffff_ffff)
+    said = f"stops and exits to KVM: {did['addr']:#x}{where}, error code {told}"
+    recorder.take('processor', said, ended=f"exit, {told}", kind='refused')
     if not recorder.vcpu.host.has_tdp: recorder.read = 0
 
 def _changed(recorder, did):
@@ -191,7 +199,8 @@ def _changed(recorder, did):
 
 def _requested(recorder, did):
     known = f"host frame {did['pfn']:#x}, to be mapped at level {did['level']}"
-    recorder.take('KVM', f"knows the frame: {known}" if recorder.vcpu.vm.is_visible(did['gfn']) else f"knows that no memory is at frame {did['gfn']:#x}")
+    recorder.take('KVM', f"knows the frame: {known}" if recorder.vcpu.vm.is_visible(did['gfn'])
+                  else f"knows that no memory is at frame {did['gfn']:#x}")
 
 def _walks(recorder, did):
     recorder.read = 0
@@ -199,20 +208,25 @@ def _walks(recorder, did):
 
 def _simple(text): return lambda recorder, did: recorder.take('KVM', text(did))
 
+def _answered(recorder, ret): recorder.take('KVM', f"answers {ret}", ended=ret, kind='status')
+
 SAYS = {
-    'page_fault': _exit, 'kvm_mmu_paging_element': _element, 'kvm_mmu_get_page': _made, 'kvm_tdp_mmu_spte_changed': _changed,
+    'page_fault': _exit, 'kvm_mmu_paging_element': _element, 'kvm_mmu_get_page': _made,
+    'kvm_tdp_mmu_spte_changed': _changed,
     'kvm_mmu_pagetable_walk': _walks, 'kvm_mmu_spte_requested': _requested,
-    'kvm_mmu_set_accessed_bit': _simple(lambda did: f"sets A in the guest's entry at {did['gpa']:#x}, as the processor would"),
+    'kvm_mmu_set_accessed_bit': _simple(
+        lambda did: f"sets A in the guest's entry at {did['gpa']:#x}, as the processor would"),
     'kvm_mmu_set_dirty_bit': _simple(lambda did: f"sets D in the guest's entry at {did['gpa']:#x}"),
     'kvm_mmu_walker_error': _simple(lambda did: "sees that the guest's own tables refuse: the guest gets a page fault"),
     'kvm_mmu_set_spte': _simple(lambda did: f"writes the level {did['level']} entry: {did['spte']:#x}"),
     'mark_mmio_spte': _simple(lambda did: f"remembers that no memory is there: entry {did['spte']:#x}"),
-    'kvm_mmu_unsync_page': _simple(lambda did: f"lets go of the guest's table in frame {did['sp'].gfn:#x}: its shadow is out of sync"),
+    'kvm_mmu_unsync_page': _simple(
+        lambda did: f"lets go of the guest's table in frame {did['sp'].gfn:#x}: its shadow is out of sync"),
     'kvm_mmu_prepare_zap_page': _simple(lambda did: f"zaps the table of frame {did['sp'].gfn:#x}"),
-    'pf_ret': lambda recorder, did: recorder.take('KVM', f"answers RET_PF_{did['ret']}", ended=f"RET_PF_{did['ret']}", kind='status'),
+    'pf_ret': lambda recorder, did: _answered(recorder, f"RET_PF_{did['ret']}"),
 }
 
-# %% ../../nbs/lab/05_fault_stepper.ipynb #6a7785ba
+# %% ../../nbs/lab/05_fault_stepper.ipynb #2579a523
 def record(
     machine: Machine,
     gva: int,
@@ -241,21 +255,25 @@ def _try(recorder):
     recorder.tries += 1
     if vcpu.host.has_tdp:
         found = tdp_access(vcpu, recorder.gva, recorder.kind, mark=False)
-        steps = [step for step in getattr(guest_walk(vcpu, recorder.gva, recorder.kind), 'steps', ())]
-        stopped = [i for i, step in enumerate(steps) if step.table is not None and isinstance(found, Exit) and found.error_code & GUEST_PAGE and step.pte_gpa(_format(vcpu)) >> 12 == found.addr >> 12]
+        steps = getattr(guest_walk(vcpu, recorder.gva, recorder.kind), 'steps', ())
+        at_table = isinstance(found, Exit) and found.error_code & GUEST_PAGE
+        stopped = [i for i, step in enumerate(steps)
+                   if at_table and step.table is not None and step.table >> PAGE_SHIFT == found.addr >> PAGE_SHIFT]
         recorder.read = stopped[0] if stopped else len(steps)
-        recorder.addr = found.addr if isinstance(found, Exit) else getattr(guest_walk(vcpu, recorder.gva, recorder.kind), 'gpa', recorder.addr)
+        leads = getattr(guest_walk(vcpu, recorder.gva, recorder.kind), 'gpa', recorder.addr)
+        recorder.addr = found.addr if isinstance(found, Exit) else leads
     recorder.take('processor', f"runs the instruction {again}")
 
-def _format(vcpu): return registers_of(vcpu, vcpu.walk_mmu)[1]
-
 def _end(recorder, ended: Outcome):
-    what, kind = {'done': ('the byte', 'frame'), 'mmio': ('a device answers', 'frame')}.get(ended.what, (ended.what, 'refused'))
-    told = f"the guest gets {ended.fault.what}, error code {flag_names(ended.fault.error_code)}" if ended.fault else f"the access is over: {what}"
+    known = {'done': ('the byte', 'frame'), 'mmio': ('a device answers', 'frame')}
+    what, kind = known.get(ended.what, (ended.what, 'refused'))
+    told = f"the access is over: {what}"
+    if ended.fault: told = f"the guest gets {ended.fault.what}, error code {flag_names(ended.fault.error_code)}"
     how = ', emulated by KVM' if ended.emulated else ''
-    recorder.take('guest', f"{told}; {ended.exits} exit{'s' * (ended.exits != 1)}{how}", ended=f"{what}{how}", kind=kind)
+    recorder.take('guest', f"{told}; {ended.exits} exit{'s' * (ended.exits != 1)}{how}", ended=f"{what}{how}",
+                  kind=kind)
 
-# %% ../../nbs/lab/05_fault_stepper.ipynb #c8370f9e
+# %% ../../nbs/lab/05_fault_stepper.ipynb #9999b38b
 def draw_moment(
     moment: Moment,
     caption: str = '',
@@ -269,20 +287,25 @@ def draw_moment(
         boxes.append(Box(title, (Slot(slot, text, marked),), 'shadow', lane=1))
         if text.startswith('frame') and not stops: boxes.append(Box('memory', kind='frame', lane=1))
     if not moment.way: boxes.append(Box('no root yet', kind='ignored', lane=1))
-    links = tuple((i, i + 1, '') for i in range(own, len(boxes) - 1) if boxes[i].rows and boxes[i].rows[0].state == 'changed')
+    links = tuple((i, i + 1, '') for i in range(own, len(boxes) - 1) if boxes[i].rows
+                  and boxes[i].rows[0].state == 'changed')
     if moment.loose: boxes.append(Box(moment.loose, (Slot('', 'made just now', 'changed'),), 'shadow', lane=1))
     if moment.ended: boxes.append(Box(moment.ended, kind=moment.kind, lane=1))
-    return Chain(tuple(boxes), caption, ("the guest's tables", f"KVM's tables, on the way to {Hex(moment.addr)}"), links)
+    lanes = "the guest's tables", f"KVM's tables, on the way to {Hex(moment.addr)}"
+    return Chain(tuple(boxes), caption, lanes, links)
 
 def _guest_boxes(moment):
     "The boxes of a walk; an entry nobody has read yet is not filled."
     boxes = list(draw_walk(moment.verdict).boxes)
     whole = moment.read >= len(boxes) - 1
-    rows = [Box(box.title, tuple(Slot(slot.index, slot.text, slot.state if n < moment.read else '') for slot in box.rows), box.kind) for n, box in enumerate(boxes[:-1])]
-    return rows + [Box(boxes[-1].title, kind=boxes[-1].kind if whole else 'ignored')]
+    def seen(n, box): return tuple(Slot(slot.index, slot.text, slot.state if n < moment.read else '')
+                                   for slot in box.rows)
+    tables = [Box(box.title, seen(n, box), box.kind) for n, box in enumerate(boxes[:-1])]
+    return tables + [Box(boxes[-1].title, kind=boxes[-1].kind if whole else 'ignored')]
 
-# %% ../../nbs/lab/05_fault_stepper.ipynb #efcb3f09
-ACCESSES = {'read': 0, 'write': WRITE, 'fetch': FETCH, 'user read': USER, 'user write': USER | WRITE, 'user fetch': USER | FETCH}
+# %% ../../nbs/lab/05_fault_stepper.ipynb #f652535a
+ACCESSES = {'read': 0, 'write': WRITE, 'fetch': FETCH, 'user read': USER, 'user write': USER | WRITE,
+            'user fetch': USER | FETCH}
 
 def fault_moments(host: str, mode: str, page: str, what: str, warm: bool = False) -> tuple:
     "The moments of one access to the lab's guest."

@@ -17,27 +17,29 @@ def setup_cells():
     from kvm_mmu_lit.mmu.machine_state import freeze
 
 
-@pytest.mark.claim('nbs/lab/05_fault_stepper.ipynb', 'beca057d', 'a first access costs one exit with shadow paging; with NPT and EPT one for each table of the guest in memory, and one for the page')
+@pytest.mark.claim('nbs/lab/05_fault_stepper.ipynb', 'b6f68817', 'a first access costs one exit with shadow paging; with NPT and EPT one for each table of the guest in memory, and one for the page')
 def test_a_first_access_costs_one_exit_with_shadow_paging_with_npt_and_ept_one_for_each_table_of_the_guest_in_memory_and_one_for_the_page():
     tables = {'nonpaging': 0, '2-level': 2, 'PAE': 2, '4-level': 4, '5-level': 5}     # The four PDPTEs of PAE are registers
     for host in HOST_KINDS:
         for mode in MODES:
             machine = lab_machine(host, mode)
             _, ended = record(machine, page_address(machine, 'user page'), USER)
-            assert ended.what == 'done' and ended.exits == (1 if 'shadow' in host else tables[mode] + 1), (host, mode, ended)
+            expected = 1 if 'shadow' in host else tables[mode] + 1
+            assert ended.what == 'done' and ended.exits == expected, (host, mode, ended)
 
 
-@pytest.mark.claim('nbs/lab/05_fault_stepper.ipynb', 'bd9d2116', 'recording changes nothing: a machine that is watched ends in the state of one that is not')
+@pytest.mark.claim('nbs/lab/05_fault_stepper.ipynb', '56fa1f13', 'recording changes nothing: a machine that is watched ends in the state of one that is not')
 def test_recording_changes_nothing_a_machine_that_is_watched_ends_in_the_state_of_one_that_is_not():
     for host in HOST_KINDS:
         for mode in MODES:
             for page in (*PAGES, OWN_TABLE):
                 watched, alone = lab_machine(host, mode), lab_machine(host, mode)
                 gva = page_address(alone, page)
-                assert record(watched, gva, WRITE)[1] == access(alone.vcpus[0], gva, WRITE, 0) and freeze(watched) == freeze(alone), (host, mode, page)
+                assert record(watched, gva, WRITE)[1] == access(alone.vcpus[0], gva, WRITE, 0)
+                assert freeze(watched) == freeze(alone), (host, mode, page)
 
 
-@pytest.mark.claim('nbs/lab/05_fault_stepper.ipynb', 'a89047a5', "every access ends as the guest's own tables say, whatever the host, the mode, the page and the access")
+@pytest.mark.claim('nbs/lab/05_fault_stepper.ipynb', 'e6224a61', "every access ends as the guest's own tables say, whatever the host, the mode, the page and the access")
 def test_every_access_ends_as_the_guest_s_own_tables_say_whatever_the_host_the_mode_the_page_and_the_access():
     for host in HOST_KINDS:
         for mode in MODES:
@@ -48,15 +50,17 @@ def test_every_access_ends_as_the_guest_s_own_tables_say_whatever_the_host_the_m
                     said = guest_walk(machine.vcpus[0], gva, kind)
                     memory = hasattr(said, 'gpa') and machine.vm.is_visible(said.gpa >> 12)
                     ended = access(machine.vcpus[0], gva, kind, 0 if kind & WRITE else None)
-                    assert ended.what == ('done' if memory else 'mmio' if hasattr(said, 'gpa') else 'fault') and (not memory or ended.gpa == said.gpa), (host, mode, page, what)
+                    expected = 'done' if memory else 'mmio' if hasattr(said, 'gpa') else 'fault'
+                    assert ended.what == expected and (not memory or ended.gpa == said.gpa), (host, mode, page, what)
 
 
-@pytest.mark.claim('nbs/lab/05_fault_stepper.ipynb', 'c27a3525', 'no entry comes unseen: between two pictures of an access to a fresh machine at most one entry on the way is new')
+@pytest.mark.claim('nbs/lab/05_fault_stepper.ipynb', '85062561', 'no entry comes unseen: between two pictures of an access to a fresh machine at most one entry on the way is new')
 def test_no_entry_comes_unseen_between_two_pictures_of_an_access_to_a_fresh_machine_at_most_one_entry_on_the_way_is_new():
     for host in HOST_KINDS:
         for mode in MODES:
             for page in (*PAGES, OWN_TABLE):
-                for moment in fault_moments(host, mode, page, 'write'): assert sum(row[-1] == 'new' for row in moment.way) <= 1, (host, mode, page, moment)
+                for moment in fault_moments(host, mode, page, 'write'):
+                    assert sum(row[-1] == 'new' for row in moment.way) <= 1, (host, mode, page, moment)
 
 
 @pytest.mark.claim('nbs/lab/05_fault_stepper.ipynb', '03d29362', "a refusal by the guest's tables costs an exit with shadow paging, and under NPT and EPT not one more than the tables did")
@@ -69,10 +73,11 @@ def test_a_refusal_by_the_guest_s_tables_costs_an_exit_with_shadow_paging_and_un
         assert any('refuse' in moment.what for moment in moments) == ('shadow' in host)
 
 
-@pytest.mark.claim('nbs/lab/05_fault_stepper.ipynb', '596c16fc', 'KVM lets go of a table before it grants the first write to it, never after')
+@pytest.mark.claim('nbs/lab/05_fault_stepper.ipynb', '3a863d67', 'KVM lets go of a table before it grants the first write to it, never after')
 def test_kvm_lets_go_of_a_table_before_it_grants_the_first_write_to_it_never_after():
     for mode in ('2-level', 'PAE', '4-level', '5-level'):
         steps = [moment.what for moment in fault_moments('svm shadow', mode, OWN_TABLE, 'write', True)]
         frame = page_address(lab_machine(mode=mode), OWN_TABLE) >> PAGE_SHIFT
-        released = next(n for n, what in enumerate(steps) if what.startswith(f"lets go of the guest's table in frame {frame:#x}:"))
+        released = next(n for n, what in enumerate(steps)
+                        if what.startswith(f"lets go of the guest's table in frame {frame:#x}:"))
         assert released < max(n for n, what in enumerate(steps) if what.startswith('writes the level 1 entry'))
