@@ -17,15 +17,17 @@ def setup_cells():
     from kvm_mmu_lit.lab.fault_stepper import guest_walk
 
 
-@pytest.mark.claim('nbs/lab/06_shadow_dag.ipynb', '4a7b86f5', 'KVM shares exactly the tables the guest shares: from both roots the same guest tables are reached as by walks in both spaces')
+@pytest.mark.claim('nbs/lab/06_shadow_dag.ipynb', '3a5f0330', 'KVM shares exactly the tables the guest shares: from both roots the same guest tables are reached as by walks in both spaces')
 def test_kvm_shares_exactly_the_tables_the_guest_shares_from_both_roots_the_same_guest_tables_are_reached_as_by_walks_in_both_spaces():
     for mode in ('4-level', '5-level'):
         vm = play_scene('two address spaces', mode)[0].vm
         vcpu = vm.vcpus[0]
         def walked(cr3):
             vcpu.cr3 = cr3
-            return {step.table >> PAGE_SHIFT for gva in (PAGES['user page'][0], KERNEL[mode]) for step in guest_walk(vcpu, gva).steps}
-        here, before = ({vm.pages[table].gfn for table in tables_below(vm, f'{name} of vCPU 0')} for name in ('root', 'prev_roots[0]'))
+            return {step.table >> PAGE_SHIFT for gva in (PAGES['user page'][0], KERNEL[mode])
+                    for step in guest_walk(vcpu, gva).steps}
+        here, before = ({vm.pages[table].gfn for table in tables_below(vm, f'{name} of vCPU 0')}
+                        for name in ('root', 'prev_roots[0]'))
         assert here == walked(ROOT_B) and before == walked(0x1000), mode
         assert len(here & before) == (3 if mode == '4-level' else 4) and len(here | before) == len(vm.pages)
 
@@ -52,12 +54,14 @@ def test_four_tables_shadow_the_directory_two_the_kernel_s_table_and_of_those_fo
     assert all(len(set(found)) == len(found) for found in by_frame.values())
 
 
-@pytest.mark.claim('nbs/lab/06_shadow_dag.ipynb', 'e5646d28', 'above the directories of 2-level nested tables stand pml5_root, pml4_root and pae_root, and none of them is a table others could find')
+@pytest.mark.claim('nbs/lab/06_shadow_dag.ipynb', '30450902', 'above the directories of 2-level nested tables stand pml5_root, pml4_root and pae_root, and none of them is a table others could find')
 def test_above_the_directories_of_2_level_nested_tables_stand_pml5_root_pml4_root_and_pae_root_and_none_of_them_is_a_table_others_could_find():
     vm = play_scene("L1's 2-level nested tables", step=3)[0].vm
     own = [who for who, _, _ in links_of(vm) if isinstance(who, str)]
     assert [name.split(' ')[0] for name in dict.fromkeys(own)] == ['root', 'pml5_root', 'pml4_root', 'pae_root']
-    assert len(vm.pages) == len([sp for bucket in vm.buckets.values() for sp in bucket]) and all(page not in vm.pages for page in (vm.vcpus[0].guest_mmu.pml5_root, vm.vcpus[0].guest_mmu.pml4_root, vm.vcpus[0].guest_mmu.pae_root))
+    assert len(vm.pages) == len([sp for bucket in vm.buckets.values() for sp in bucket])
+    mmu = vm.vcpus[0].guest_mmu
+    assert all(page not in vm.pages for page in (mmu.pml5_root, mmu.pml4_root, mmu.pae_root))
 
 
 @pytest.mark.claim('nbs/lab/06_shadow_dag.ipynb', '7e23c59e', 'an entry is marked exactly when a table out of sync can be reached through it, in every scene, mode and step')
