@@ -92,7 +92,7 @@ def both_entries(
     mapped = is_present(spte) and is_last(spte, sp.role.level)
     return gpte >> PAGE_SHIFT & 0xfffff, frame_of(vm, spte_pfn(spte)) if mapped else None
 
-# %% ../../nbs/lab/07_unsync_life.ipynb #f4f50826
+# %% ../../nbs/lab/07_unsync_life.ipynb #a3f32f76
 NEW = 0x11_0067, 0x13_0067     # Entries the guest stores: frames 0x110 and 0x130, accessed and dirty
 
 def _events(one):
@@ -100,37 +100,47 @@ def _events(one):
     def store(value, slot=None, size=None, says='stores into its table'):
         at = one.alias + (one.entry & 0xfff if slot is None else slot * one.size)
         return dict(do='write', vcpu=0, at=at, value=value, size=size or one.size, says=says)
-    return dict(read=lambda n=0, gva=None: dict(do='read', vcpu=n, at=gva or one.gva, says='reads the page' if gva is None else 'reads another page'),
-                store=store, cr3=lambda n=0: dict(do='set_cr3', vcpu=n, value=0x1000, says='MOV to CR3'), invlpg=lambda n=0: dict(do='invlpg', vcpu=n, at=one.gva, says='INVLPG of the page'))
+    def read(n=0, gva=None):
+        return dict(do='read', vcpu=n, at=gva or one.gva, says='reads the page' if gva is None
+                    else 'reads another page')
+    def cr3(n=0): return dict(do='set_cr3', vcpu=n, value=0x1000, says='MOV to CR3')
+    def invlpg(n=0): return dict(do='invlpg', vcpu=n, at=one.gva, says='INVLPG of the page')
+    def entry(value): return store(value, says="stores the page's entry")
+    return dict(read=read, store=store, entry=entry, cr3=cr3, invlpg=invlpg)
 
 def _let_go(one, does):
-    read, store = does['read'], does['store']
-    return [read(), store(NEW[0], says="stores the page's entry"), store(0, 300), store(0, 301), read(), does['cr3'](), read(), store(NEW[1], says="stores the page's entry"), store(0, 300)]
+    read, store, entry = does['read'], does['store'], does['entry']
+    return [read(), entry(NEW[0]), store(0, 300), store(0, 301), read(), does['cr3'](), read(), entry(NEW[1]),
+            store(0, 300)]
 
 def _invlpg(one, does):
-    read, store = does['read'], does['store']
-    return [read(), store(NEW[0], says="stores the page's entry"), read(), does['invlpg'](), read(), store(NEW[1], says="stores the page's entry"), read(), does['cr3'](), read()]
+    read, entry = does['read'], does['entry']
+    return [read(), entry(NEW[0]), read(), does['invlpg'](), read(), entry(NEW[1]), read(), does['cr3'](), read()]
 
 def _two(one, does):
-    read = does['read']
-    return [read(), read(1), does['store'](NEW[0], says="stores the page's entry"), read(1), does['invlpg'](), read(), read(1), does['invlpg'](1), read(1)]
+    read, invlpg = does['read'], does['invlpg']
+    return [read(), read(1), does['entry'](NEW[0]), read(1), invlpg(), read(), read(1), invlpg(1), read(1)]
 
 def _flood(one, does):
     store = does['store']
     return [does['read'](), store(0, 300), store(0, 301), store(0, 302), does['read'](), store(0, 300)]
 
 def _between(one, does):
-    store, other = does['store'], does['read'](0, PAGES['read-only page'][0])
-    return [does['read'](), store(0, 300), store(0, 301), dict(other, says='reads another page, for the first time'), store(0, 302), store(0, 303), does['read']()]
+    read, store = does['read'], does['store']
+    other = dict(read(0, PAGES['read-only page'][0]), says='reads another page, for the first time')
+    return [read(), store(0, 300), store(0, 301), other, store(0, 302), store(0, 303), read()]
 
 def _crooked(one, does):
-    return [does['read'](), does['store'](0, 300, says='stores a whole entry'), does['store'](0, 300, 2, says='stores two bytes of an entry'), does['read']()]
+    whole = does['store'](0, 300, says='stores a whole entry')
+    half = does['store'](0, 300, 2, says='stores two bytes of an entry')
+    return [does['read'](), whole, half, does['read']()]
 
 LIVES = {   # name -> (level of the table, its events)
     'let go, then MOV to CR3': (1, _let_go), 'INVLPG': (1, _invlpg), 'two vCPUs': (1, _two),
-    'a table of level 2, flooded': (2, _flood), 'a walk between the stores': (2, _between), 'half an entry': (2, _crooked)}
+    'a table of level 2, flooded': (2, _flood), 'a walk between the stores': (2, _between),
+    'half an entry': (2, _crooked)}
 
-# %% ../../nbs/lab/07_unsync_life.ipynb #b23b8015
+# %% ../../nbs/lab/07_unsync_life.ipynb #ebd6b5a3
 @dataclass(frozen=True)
 class Lived:
     "What an event left behind."
@@ -154,11 +164,12 @@ def live(
     for event in acts(one, _events(one)):
         answer = machine.happen(event)
         flooding = max((sp.write_flooding for sp in shadow_pages_of(machine.vm, one.frame)), default=0)
-        steps.append(Lived(event, answer, shadow_state(machine.vm, one.frame), marks_of(machine.vm), is_mapped_writable(machine.vm, one.frame),
+        steps.append(Lived(event, answer, shadow_state(machine.vm, one.frame), marks_of(machine.vm),
+                           is_mapped_writable(machine.vm, one.frame),
                            tuple(both_entries(machine, one, n) for n in range(len(machine.vcpus))), flooding))
     return tuple(steps)
 
-# %% ../../nbs/lab/07_unsync_life.ipynb #9a79628a
+# %% ../../nbs/lab/07_unsync_life.ipynb #4ebc84b0
 def show_life(
     life: str = 'let go, then MOV to CR3',
     mode: str = '4-level',
@@ -167,12 +178,15 @@ def show_life(
     "The life of a table so far."
     steps, level = live(life, mode), LIVES[life][0] if life in LIVES else 0
     done = steps[:max(0, step)]
-    rows = [Event(n, f"vCPU {one.event['vcpu']}", f"{one.event['says']}: {answer_text(one.answer)}", (*_states(one), *([one.flooding] if level > 1 else [])))
+    def states(one): return (*_states(one), *([one.flooding] if level > 1 else []))
+    rows = [Event(n, f"vCPU {one.event['vcpu']}", f"{one.event['says']}: {answer_text(one.answer)}", states(one))
             for n, one in enumerate(done, 1)]
-    columns = ('its shadow', 'marks', 'its frame', "guest's entry", "KVM's entry", *(['stores counted'] if level > 1 else []))
+    columns = ('its shadow', 'marks', 'its frame', "guest's entry", "KVM's entry",
+               *(['stores counted'] if level > 1 else []))
     return Timeline(columns, rows, f"a table of level {level}, {mode} guest: {life}, {len(done)} of {len(steps)}")
 
 def _states(one):
     watched = {True: 'writable', False: 'watched', None: 'not mapped'}[one.writable]
-    told = dict.fromkeys('none' if spte is None else f"{spte:#x}{', stale' if spte != gpte else ''}" for gpte, spte in one.entries)
+    told = dict.fromkeys('none' if spte is None else f"{spte:#x}{', stale' if spte != gpte else ''}" for gpte,
+                         spte in one.entries)
     return one.shadow, one.marks, watched, f"{one.entries[0][0]:#x}", '; '.join(told)
