@@ -27,8 +27,9 @@ from ..mmu.page_fault import last_entry
 from ..mmu.spte import is_executable, is_last, is_present, is_writable
 from ..mmu.vcpu import Outcome, access
 
-# %% ../../nbs/lab/08_wp0.ipynb #f5c88af3
-ACTS = {'supervisor read': 0, 'supervisor write': WRITE, 'supervisor fetch': FETCH, 'user read': USER, 'user write': USER | WRITE, 'user fetch': USER | FETCH}
+# %% ../../nbs/lab/08_wp0.ipynb #8e1a4f5b
+ACTS = {'supervisor read': 0, 'supervisor write': WRITE, 'supervisor fetch': FETCH, 'user read': USER,
+        'user write': USER | WRITE, 'user fetch': USER | FETCH}
 WITH_AC = ' with AC=1'     # After an act of the supervisor: between STAC and CLAC
 
 def wp_machine(
@@ -109,7 +110,7 @@ def all_entries(
             left.append((*way, what))
     return found
 
-# %% ../../nbs/lab/08_wp0.ipynb #2d939442
+# %% ../../nbs/lab/08_wp0.ipynb #4735c019
 def show_pair(
     page: str = 'read-only page',      # A name in `PAGES`
     wp: bool = False,                  # CR0.WP
@@ -123,11 +124,13 @@ def show_pair(
     for rights, acts in found.items():
         free = [what for what, (ended, exits, _) in acts.items() if ended == 'done' and not exits]
         refused = [what for what, (ended, *_) in acts.items() if ended == 'fault']
-        nodes.append(Node(str(rights), '\n'.join([str(rights), *_line('no exit: ', free), *_line('refused: ', refused)]), 'shadow' if rights.present else 'ignored'))
+        lines = [str(rights), *_line('no exit: ', free), *_line('refused: ', refused)]
+        nodes.append(Node(str(rights), '\n'.join(lines), 'shadow' if rights.present else 'ignored'))
         for what, (ended, _, after) in acts.items():
             if after != rights: edges.setdefault((str(rights), str(after)), []).append(what)
+    caption = f"{page}, CR0.WP={wp:d} SMEP={smep:d} SMAP={smap:d}, {mode} guest: {len(found) - 1} "
     return Graph(nodes, [Edge(a, b, _grouped(acts), 'taken') for (a, b), acts in edges.items()],
-                 caption=f"{page}, CR0.WP={wp:d} SMEP={smep:d} SMAP={smap:d}, {mode} guest: {len(found) - 1} {'entry' if len(found) == 2 else 'entries'}")
+                 caption=caption + ('entry' if len(found) == 2 else 'entries'))
 
 def _grouped(acts):
     "Accesses by who makes them."
@@ -139,7 +142,7 @@ def _grouped(acts):
 
 def _line(lead, acts): return [lead + group for group in _grouped(acts).split('; ')] if acts else []
 
-# %% ../../nbs/lab/08_wp0.ipynb #79c7dee8
+# %% ../../nbs/lab/08_wp0.ipynb #011f1462
 def show_turns(
     acts: str = 'user read, supervisor write, user read, supervisor write, supervisor read, user fetch',
     page: str = 'read-only page',
@@ -147,12 +150,15 @@ def show_turns(
     smep: bool = False,
     npt: bool = False,         # The hardware walks the guest's tables and knows WP itself
 ) -> Timeline:
-    "One access after the other, and KVM's entry after each. `AC=1` is written behind an act: 'supervisor write with AC=1'."
+    "One access after the other, and KVM's entry after each; 'supervisor write with AC=1' is an act, too."
     machine, rows = wp_machine(wp, smep, WITH_AC in acts, host='svm npt' if npt else 'svm shadow'), []
     for n, what in enumerate((one.strip() for one in acts.split(',') if one.strip()), 1):
         ended = act(machine, page, what)
         said = 'a fault' if ended.what == 'fault' else ended.what
-        rows.append(Event(n, what.split()[0], f"{what.split(maxsplit=1)[-1]}: {said}, {ended.exits} exit{'s' * (ended.exits != 1)}", (str(rights_of(machine, page)) if not npt else 'of frames only', sum_exits(rows, ended))))
-    return Timeline(("KVM's entry", 'exits so far'), rows, f"{page}, CR0.WP={wp:d}, {'NPT' if npt else 'shadow paging'}")
+        told = f"{what.split(maxsplit=1)[-1]}: {said}, {ended.exits} exit{'s' * (ended.exits != 1)}"
+        entry = 'of frames only' if npt else str(rights_of(machine, page))
+        rows.append(Event(n, what.split()[0], told, (entry, sum_exits(rows, ended))))
+    return Timeline(("KVM's entry", 'exits so far'), rows,
+                    f"{page}, CR0.WP={wp:d}, {'NPT' if npt else 'shadow paging'}")
 
 def sum_exits(rows: list, ended: Outcome) -> int: return (rows[-1].states[1] if rows else 0) + ended.exits
