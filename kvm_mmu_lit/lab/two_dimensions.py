@@ -49,7 +49,7 @@ def two_walks(
         if given not in known: raise ValueError(f"{name} {given!r}: one of {', '.join(known)}")
     return nested_guest(guest, nested).walk(SMALL_PAGES[page][0] + 0x10, WRITE)
 
-# %% ../../nbs/lab/09_two_dimensions.ipynb #045ab715
+# %% ../../nbs/lab/09_two_dimensions.ipynb #a6a05ca2
 def draw_reads(
     walk: NestedWalk,
     step: int,             # Reads made so far
@@ -60,13 +60,17 @@ def draw_reads(
     level = done[-1].guest_level if done else None
     group = [read for read in done if read.guest_level == level]
     for read in group:
-        if read.nested_level: boxes.append(_box(f"N{read.nested_level}", read.address, read.index, read.entry, walk.steps[-1].fmt, read.nested_level, 'shadow', 1))
+        if read.nested_level:
+            boxes.append(_box(f"N{read.nested_level}", read.address, read.index, read.entry, walk.steps[-1].fmt,
+                              read.nested_level, 'shadow', 1))
     whole = sum(read.guest_level == level and read.nested_level > 0 for read in reads)
     found = sum(read.nested_level > 0 for read in group) == whole and group
     if found: boxes.append(Box(f"at {Hex(_outer(walk, level))}", kind='frame', lane=1))
     if not done: boxes.append(Box('nothing read yet', kind='ignored', lane=1))
-    return Chain(tuple(boxes), f"{len(done)} of {len(reads)} reads. {_said(done[-1], walk) if done else 'The walk begins at ' + str(Hex(walk.gva))}",
-                 ("the guest's tables, in its own memory", f"the nested tables, on the way to {Hex(_inner(walk, level))}" if done else 'the nested tables'))
+    said = _said(done[-1], walk) if done else f"The walk begins at {Hex(walk.gva)}"
+    towards = f", on the way to {Hex(_inner(walk, level))}" if done else ''
+    return Chain(tuple(boxes), f"{len(done)} of {len(reads)} reads. {said}",
+                 ("the guest's tables", f"the nested tables{towards}"))
 
 def _own_boxes(walk, done):
     "The guest's tables; filled once read."
@@ -74,7 +78,10 @@ def _own_boxes(walk, done):
     boxes = []
     for step in walk.inner.steps:
         if step.table is None: boxes.append(Box('PDPTRs', (Slot(step.index, 'a register', 'taken'),), 'guest'))
-        else: boxes.append(_box(f"L{step.level}", step.pte_gpa(fmt), step.index, step.gpte, fmt, step.level, 'guest', 0, '' if step.level not in read else 'taken'))
+        else:
+            state = 'taken' if step.level in read else ''
+            boxes.append(_box(f"L{step.level}", step.pte_gpa(fmt), step.index, step.gpte, fmt, step.level, 'guest', 0,
+                              state))
     whole = len(done) == len(walk.reads)
     return boxes + [Box(f"page {Hex(walk.l2_gpa & ~0xfff)}", kind='frame' if whole else 'ignored')]
 
@@ -108,7 +115,7 @@ def show_reads(
     if step < 0: raise ValueError(f"step {step}: the first is 0, when nothing has been read")
     return draw_reads(walk, min(step, len(walk.reads)))
 
-# %% ../../nbs/lab/09_two_dimensions.ipynb #0338bb22
+# %% ../../nbs/lab/09_two_dimensions.ipynb #96e4e66d
 def show_counter(
     guest: str = '4level',
     nested: str = '4level',
@@ -117,21 +124,25 @@ def show_counter(
 ) -> Grid:
     "The counter: which read it was, for every entry read so far."
     walk = two_walks(guest, nested, page)
-    grid = draw_nested_walk(walk, f"{guest} over {nested}: {min(max(step, 0), len(walk.reads))} of {len(walk.reads)} reads")
+    made = min(max(step, 0), len(walk.reads))
+    grid = draw_nested_walk(walk, f"{guest} over {nested}: {made} of {len(walk.reads)} reads")
     cells = [[cell if cell is not None and cell <= step else None for cell in row] for row in grid.cells]
     return Grid(grid.rows, grid.columns, cells, grid.caption, grid.kind)
 
-# %% ../../nbs/lab/09_two_dimensions.ipynb #b9608464
+# %% ../../nbs/lab/09_two_dimensions.ipynb #d9811b33
 def show_costs(
     page: str = 'user data',   # One of `WALKED`
 ) -> Grid:
     "Reads for every guest over all nested tables, counted."
-    return Grid(GUESTS, NESTED, [[len(two_walks(guest, nested, page).reads) for nested in NESTED] for guest in GUESTS], f"{page}: reads for one byte, guest's format by nested format", 'guest')
+    return Grid(GUESTS, NESTED, [[len(two_walks(guest, nested, page).reads) for nested in NESTED] for guest in GUESTS],
+                f"{page}: reads for one byte, guest's format by nested format", 'guest')
 
-# %% ../../nbs/lab/09_two_dimensions.ipynb #60419b39
-L2_ROOT, NESTED_ROOT, L2_AT = 0x1000, 0x2_0000, 0x60_0000      # L2's tables in its own memory; L1's nested tables; where L2's memory begins
+# %% ../../nbs/lab/09_two_dimensions.ipynb #ad71cbb8
+# L2's tables in its own memory, L1's nested tables, and where L2's memory begins.
+L2_ROOT, NESTED_ROOT, L2_AT = 0x1000, 0x2_0000, 0x60_0000
 L2_PAGES = {0x40_0000: 0x2_0000, 0x40_1000: 0x2_1000}          # L2's addresses, and where its tables lead
-NESTED_HOSTS = {'svm npt': (*FORMAT_OF,)[1:], 'vmx ept': ('4-level', '5-level')}     # Modes of L1 that are tried on a host
+NESTED_HOSTS = {'svm npt': (*FORMAT_OF,)[1:],
+                'vmx ept': ('4-level', '5-level')}     # Modes of L1 that are tried on a host
 
 def nested_machine(
     host: str = 'svm npt',     # A name in `NESTED_HOSTS`
@@ -141,7 +152,9 @@ def nested_machine(
     running: bool = True,      # Has L1 entered L2 already?
 ) -> Machine:
     "The lab's guest as a hypervisor: its L2 has tables and two pages, all of them mapped by L1's nested tables."
-    if host not in NESTED_HOSTS or l1 not in NESTED_HOSTS[host]: raise ValueError(f"{host!r} with L1 in {l1!r}: {'; '.join(f'{one} has ' + ', '.join(modes) for one, modes in NESTED_HOSTS.items())}")
+    if l1 not in NESTED_HOSTS.get(host, ()):
+        known = '; '.join(f"{one} has {', '.join(modes)}" for one, modes in NESTED_HOSTS.items())
+        raise ValueError(f"{host!r} with L1 in {l1!r}: {known}")
     if l2 not in MODES: raise ValueError(f"L2 in {l2!r}: one of {', '.join(MODES)}")
     if levels not in (4, 5): raise ValueError(f"EPT of {levels} levels: 4 or 5")
     machine, ept = lab_machine(host, l1), host == 'vmx ept'
@@ -150,7 +163,8 @@ def nested_machine(
     for gva, gpa in L2_PAGES.items():
         if FORMAT_OF[l2]: map_page(inner, L2_ROOT, FORMATS[FORMAT_OF[l2]], gva, gpa, tables, 0x7, 0x7)
     write_gpa(memory, L2_AT, read_gpa(inner, 0, 0x1_0000))
-    for gpa in [*range(0x1000, 0x1_0000, 0x1000), *L2_PAGES.values()]: map_page(memory, NESTED_ROOT, fmt, gpa, L2_AT + gpa, free, *bits)
+    for gpa in [*range(0x1000, 0x1_0000, 0x1000), *L2_PAGES.values()]:
+        map_page(memory, NESTED_ROOT, fmt, gpa, L2_AT + gpa, free, *bits)
     if running: machine.happen(enter(machine, l2, levels if ept else 0))
     return machine
 
@@ -164,28 +178,31 @@ def l2_page(l2: str, n: int = 0) -> int:
     "The address of L2's first or second page; without paging it is the frame's."
     return list(L2_PAGES.items())[n][0 if FORMAT_OF[l2] else 1]
 
-# %% ../../nbs/lab/09_two_dimensions.ipynb #798da5d2
+# %% ../../nbs/lab/09_two_dimensions.ipynb #6a72d458
 def processor_reads(
     vcpu: Vcpu,
     gva: int,              # Mapped all the way
 ) -> int:                  # Entries the processor reads when its TLB misses
     "Count them in the tables as they are."
-    if not vcpu.host.has_tdp: return sum(sp is not None for _, sp, _, _ in host_walk(vcpu, gva))      # pae_root is in registers
+    if not vcpu.host.has_tdp: return sum(sp is not None for _, sp, _,
+                                         _ in host_walk(vcpu, gva))      # pae_root is in registers
     def below(addr): return vcpu.mmu.root_role.level - min(level for level, *_ in host_walk(vcpu, addr)) + 1
     walk = nested_walker(vcpu).walk(gva).inner if vcpu.is_nested else guest_walk(vcpu, gva)
     return sum(below(step.pte_gpa(walk.fmt)) + 1 for step in walk.steps if step.table is not None) + below(walk.gpa)
 
-# %% ../../nbs/lab/09_two_dimensions.ipynb #68eacaca
+# %% ../../nbs/lab/09_two_dimensions.ipynb #b4cdd3e8
 def live_costs() -> Grid:
-    "Reads of a TLB miss on live machines: a guest of each mode, and an L2 of each mode below L1s with different nested tables."
+    "Reads of a TLB miss on live machines: a guest of each mode, and an L2 of each mode below different L1s."
     rows, cells = [], []
     for host in HOST_KINDS:
         rows.append(f'a guest, {host}')
-        cells.append([_first_page(lab_machine(host, mode), lambda machine: page_address(machine, 'user page')) for mode in MODES])
+        cells.append([_first_page(lab_machine(host, mode), lambda machine: page_address(machine, 'user page'))
+                      for mode in MODES])
     for host, modes in NESTED_HOSTS.items():
         for l1, levels in [(mode, 4) for mode in modes] + ([('4-level', 5)] if host == 'vmx ept' else []):
             rows.append(f"L2, {host}, L1 {f'EPT of {levels}' if host == 'vmx ept' else 'NPT'}, {l1}")
-            cells.append([_first_page(nested_machine(host, l1, l2, levels), lambda machine, l2=l2: l2_page(l2)) for l2 in MODES])
+            cells.append([_first_page(nested_machine(host, l1, l2, levels), lambda machine, l2=l2: l2_page(l2))
+                          for l2 in MODES])
     return Grid(rows, tuple(MODES), cells, 'entries the processor reads for one byte, by the mode of who runs', 'guest')
 
 def _first_page(machine, where):

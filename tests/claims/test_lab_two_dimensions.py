@@ -25,7 +25,7 @@ def test_n_levels_over_m_levels_are_n_1_m_1_1_reads_pdptes_are_registers_and_cou
             assert len(two_walks(guest, nested).reads) == (n + 1) * (m + 1) - 1
 
 
-@pytest.mark.claim('nbs/lab/09_two_dimensions.ipynb', '1a378f1a', 'the counter is right: memory that counts by itself was read as often, at the same addresses')
+@pytest.mark.claim('nbs/lab/09_two_dimensions.ipynb', 'a5509b95', 'the counter is right: memory that counts by itself was read as often, at the same addresses')
 def test_the_counter_is_right_memory_that_counts_by_itself_was_read_as_often_at_the_same_addresses():
     class Counting:
         def __init__(self, words, size, seen): self.words, self.size, self.seen = words, size, seen
@@ -39,7 +39,8 @@ def test_the_counter_is_right_memory_that_counts_by_itself_was_read_as_often_at_
         for nested in NESTED:
             for page in WALKED:
                 walker, seen = nested_guest(guest, nested), []
-                if FORMATS[guest].root_level: walker._words.words = Counting(walker._words.words, FORMATS[guest].entry_size, seen)
+                if FORMATS[guest].root_level:
+                    walker._words.words = Counting(walker._words.words, FORMATS[guest].entry_size, seen)
                 walker.nested.words = Counting(walker.nested.words, FORMATS[nested].entry_size, seen)
                 walk = walker.walk(SMALL_PAGES[page][0] + 0x10, WRITE)
                 assert seen == [read.address for read in walk.reads], (guest, nested, page)
@@ -68,7 +69,8 @@ def test_an_l2_under_npt_costs_the_processor_what_a_guest_without_a_hypervisor_c
             assert cells == tuple((n + 1) * (m + 1) - 1 for n in (0, 2, 2, 4, 5)), row
 
 
-@pytest.mark.claim('nbs/lab/09_two_dimensions.ipynb', 'a0de0e0c', "shadow paging walks one dimension: as many reads as the guest's own levels in memory, and two for a guest without paging")
+@pytest.mark.claim('nbs/lab/09_two_dimensions.ipynb', '77d48e1a', "shadow paging walks one dimension: as many reads as the guest's own levels in memory, and two for a guest without paging")
 def test_shadow_paging_walks_one_dimension_as_many_reads_as_the_guest_s_own_levels_in_memory_and_two_for_a_guest_without_paging():
     grid = live_costs()
-    for host in ('svm shadow', 'vmx shadow'): assert grid.cells[grid.rows.index(f'a guest, {host}')] == tuple(max(n, 2) for n in (0, 2, 2, 4, 5))
+    for host in ('svm shadow', 'vmx shadow'):
+        assert grid.cells[grid.rows.index(f'a guest, {host}')] == tuple(max(n, 2) for n in (0, 2, 2, 4, 5))
