@@ -35,10 +35,12 @@ from ..mmu.play import answer_text
 from ..mmu.spte import is_last, is_present, spte_pfn
 from ..review.theorem import FORMAT_OF, nested_walker
 
-# %% ../../nbs/lab/10_triangle.ipynb #2cdcf0c8
+# %% ../../nbs/lab/10_triangle.ipynb #4add8451
 HYPERVISORS = {   # name -> (host, mode of L1, levels of L1's EPT)
-    'NPT, L1 4-level': ('svm npt', '4-level', 0), 'NPT, L1 5-level': ('svm npt', '5-level', 0), 'NPT, L1 PAE': ('svm npt', 'PAE', 0), 'NPT, L1 2-level': ('svm npt', '2-level', 0),
-    'EPT of 4 levels': ('vmx ept', '4-level', 4), 'EPT of 5 levels': ('vmx ept', '4-level', 5), 'no nested paging': ('svm shadow', '4-level', 0)}
+    'NPT, L1 4-level': ('svm npt', '4-level', 0), 'NPT, L1 5-level': ('svm npt', '5-level', 0),
+    'NPT, L1 PAE': ('svm npt', 'PAE', 0), 'NPT, L1 2-level': ('svm npt', '2-level', 0),
+    'EPT of 4 levels': ('vmx ept', '4-level', 4), 'EPT of 5 levels': ('vmx ept', '4-level', 5),
+    'no nested paging': ('svm shadow', '4-level', 0)}
 L1_VIEW = 0x50_0000        # Where L1 maps the frame of L2's first page for itself
 
 def hypervisor_machine(
@@ -50,7 +52,8 @@ def hypervisor_machine(
     if l2 not in MODES: raise ValueError(f"L2 in {l2!r}: one of {', '.join(MODES)}")
     host, l1, levels = HYPERVISORS[hypervisor]
     nested = 'no' not in hypervisor.split()
-    if not nested and not FORMAT_OF[l2]: raise ValueError(f"L2 in {l2!r} without nested paging would run on L1's memory as it is: it needs tables")
+    if not nested and not FORMAT_OF[l2]:
+        raise ValueError(f"L2 in {l2!r} without nested paging would run on L1's memory as it is: it needs tables")
     machine = nested_machine(host, l1, l2, levels or 4, running=False) if nested else _bare(l2)
     map_page(machine.vm.memory, 0x1000, FORMATS[FORMAT_OF[l1]], L1_VIEW, L2_AT + L2_PAGES[0x40_0000], [], 0x7, 0x7)
     event = enter(machine, l2, levels)
@@ -60,7 +63,8 @@ def hypervisor_machine(
 def _bare(l2):
     "L2's tables in L1's memory, leading to L1's frames."
     machine, free = lab_machine('svm shadow', '4-level'), list(range(0x21, 0x60))
-    for gva, gpa in L2_PAGES.items(): map_page(machine.vm.memory, NESTED_ROOT, FORMATS[FORMAT_OF[l2]], gva, L2_AT + gpa, free, 0x7, 0x7)
+    for gva, gpa in L2_PAGES.items(): map_page(machine.vm.memory, NESTED_ROOT, FORMATS[FORMAT_OF[l2]], gva,
+                                               L2_AT + gpa, free, 0x7, 0x7)
     return machine
 
 def story_of(
@@ -70,7 +74,8 @@ def story_of(
 ) -> tuple:                # (`Machine`, (what happened, how it ended) of each, how many there are)
     "L1 starts L2, L2 reads a byte, leaves, and L1 reads the same byte."
     machine, start = hypervisor_machine(hypervisor, l2)
-    events = [start, dict(do='read', vcpu=0, at=l2_page(l2), user=True), dict(do='leave_l2', vcpu=0), dict(do='read', vcpu=0, at=L1_VIEW)]
+    reads, looks = dict(do='read', vcpu=0, at=l2_page(l2), user=True), dict(do='read', vcpu=0, at=L1_VIEW)
+    events = [start, reads, dict(do='leave_l2', vcpu=0), looks]
     says = ('L1 starts L2', 'L2 reads', 'L2 exits to L1', 'L1 reads')
     done = [(what, machine.happen(event)) for what, event in list(zip(says, events))[:max(0, step)]]
     return machine, done, len(events)
@@ -108,7 +113,7 @@ def addresses(
     walk = NestedWalker(memory or machine.vm.memory, known.inner.regs, known.nested.regs, known.nested.fmt).walk(gva)
     return gva, walk.l2_gpa, walk.gpa, walk
 
-# %% ../../nbs/lab/10_triangle.ipynb #29e760d5
+# %% ../../nbs/lab/10_triangle.ipynb #80c63d2a
 def show_triangle(
     hypervisor: str = 'NPT, L1 4-level',   # A name in `HYPERVISORS`
     l2: str = '4-level',                   # Mode of L2
@@ -119,12 +124,14 @@ def show_triangle(
     machine, done, total = story_of(hypervisor, l2, step)
     vcpu, nested = machine.vcpus[0], l2_gpa is not None
     by_l1 = seen_by(vcpu, 'root_mmu', gpa if nested else L1_VIEW) if nested or not vcpu.guest_mode else []
-    by_l2 = seen_by(vcpu, 'guest_mmu' if nested else 'root_mmu', l2_gpa if nested else gva) if nested or vcpu.guest_mode else []
+    by_l2 = seen_by(vcpu, 'guest_mmu' if nested else 'root_mmu', l2_gpa if nested
+                    else gva) if nested or vcpu.guest_mode else []
     frames = {frame for frame in (host_page(by_l1), host_page(by_l2)) if frame is not None}
     host = f"host frame {min(frames):#x}" if frames else 'host frame, not mapped yet'
     nodes = [Node('L2', f"L2's address\n{Hex(gva)}", 'guest')]
     if nested: nodes.append(Node('L2 memory', f"in L2's memory\n{Hex(l2_gpa)}", 'guest'))
-    nodes += [Node('L1 memory', f"in L1's memory\n{Hex(gpa)}", 'guest'), Node('host', host, 'frame' if frames else 'ignored')]
+    nodes += [Node('L1 memory', f"in L1's memory\n{Hex(gpa)}", 'guest'),
+              Node('host', host, 'frame' if frames else 'ignored')]
     own, at = 'L2\'s tables' if FORMAT_OF[l2] else 'no paging', 'L2 memory' if nested else 'L2'
     edges = [Edge('L2', 'L2 memory', own, 'guest')] if nested else []
     edges.append(Edge(at, 'L1 memory', "L1's nested tables" if nested else own, 'guest'))
@@ -133,10 +140,11 @@ def show_triangle(
     if frames:
         if host_page(by_l2) is not None: edges.append(Edge(at, 'host', built, 'taken'))
         if host_page(by_l1) is not None: edges.append(Edge('L1 memory', 'host', mine, 'shadow'))
-    last = f"{done[-1][0]}: {'done' if done[-1][1] in (True, None) else answer_text(done[-1][1])}" if done else 'L1 runs'
+    what, ended = done[-1] if done else ('L1 runs', None)
+    last = what if ended in (True, None) else f"{what}: {answer_text(ended)}"
     return Graph(nodes, edges, caption=f"{hypervisor}, {l2} L2, {len(done)} of {total}. {last}")
 
-# %% ../../nbs/lab/10_triangle.ipynb #3c39bb39
+# %% ../../nbs/lab/10_triangle.ipynb #5741d008
 def show_built(
     hypervisor: str = 'NPT, L1 4-level',   # A name in `HYPERVISORS`, with nested paging
     l2: str = '4-level',                   # Mode of L2
@@ -156,8 +164,10 @@ def show_built(
         for level, sp, index, entry in way:
             whose = f"level {level}" if sp is not None else 'pae_root'
             if sp is not None and sp.has_gptes and sp.gfn in frames: links.append((frames[sp.gfn], len(boxes), ''))
-            boxes.append(Box(whose, (Slot(index if sp is not None else '', _short(vm, sp, entry, level), 'taken' if entry else ''),), 'shadow', lane=lane))
-        boxes.append(Box('host', kind='frame', lane=lane) if host_page(way) is not None else Box('nothing yet' if way else 'no root yet', kind='ignored', lane=lane))
+            boxes.append(Box(whose, (Slot(index if sp is not None else '', _short(vm, sp, entry, level), 'taken'
+                                          if entry else ''),), 'shadow', lane=lane))
+        boxes.append(Box('host', kind='frame', lane=lane) if host_page(way) is not None
+                     else Box('nothing yet' if way else 'no root yet', kind='ignored', lane=lane))
     names = ("L2's tables", "L1's nested tables", "KVM's, for L2", "KVM's, for L1")
     last = done[-1][0] if done else 'L1 runs'
     return Chain(tuple(boxes), f"{hypervisor}, {l2} L2, {len(done)} of {total}: {last}", names, tuple(links))
@@ -170,10 +180,12 @@ def _short(vm, sp, entry, level):
 def _guest_boxes(walk, lane):
     "The tables of one walk, each with its slot."
     fmt = walk.fmt
-    boxes = [Box('PDPTRs' if step.table is None else f"level {step.level} {Hex(step.table)}", (Slot(step.index, flags_text(step.gpte, step.level, fmt), 'taken'),), 'guest', lane=lane) for step in walk.steps]
+    boxes = [Box('PDPTRs' if step.table is None else f"level {step.level} {Hex(step.table)}",
+                 (Slot(step.index, flags_text(step.gpte, step.level, fmt), 'taken'),
+                  ), 'guest', lane=lane) for step in walk.steps]
     return boxes + [Box(f"{Hex(walk.gpa & ~0xfff)}", kind='frame', lane=lane)]
 
-# %% ../../nbs/lab/10_triangle.ipynb #95e6aeb6
+# %% ../../nbs/lab/10_triangle.ipynb #5a6f1144
 MISSING = ("nothing", "KVM's shadow", "an entry of L1's nested tables", "an entry of L2's tables")
 
 def missing(
@@ -188,7 +200,9 @@ def missing(
     nested, own = (walk, walk) if l2_gpa is None else (walk.steps[-1], walk.inner)
     if what == MISSING[1]: machine.happen(dict(do='unmap', start=gpa >> PAGE_SHIFT, end=(gpa >> PAGE_SHIFT) + 1))
     for name, table, base in ((MISSING[2], nested, 0), (MISSING[3], own, L2_AT if l2_gpa is not None else 0)):
-        if what == name and table.steps: machine.happen(dict(do='store', vcpu=0, gpa=base + table.steps[-1].pte_gpa(table.fmt), value=0, size=table.fmt.entry_size))
+        if what == name and table.steps:
+            machine.happen(dict(do='store', vcpu=0, gpa=base + table.steps[-1].pte_gpa(table.fmt), value=0,
+                                size=table.fmt.entry_size))
     machine.happen(dict(do='invlpg', vcpu=0, at=gva))
     vcpu.tlb.entries.clear()
     ended = machine.happen(dict(do='read', vcpu=0, at=gva, user=True))

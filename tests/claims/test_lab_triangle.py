@@ -31,7 +31,7 @@ def test_both_ways_of_kvm_s_end_at_the_same_host_frame_which_is_the_one_behind_l
             assert ways[0] == ways[1] and frame_of(machine.vm, ways[0]) == gpa >> PAGE_SHIFT == L2_AT + l2_gpa >> PAGE_SHIFT
 
 
-@pytest.mark.claim('nbs/lab/10_triangle.ipynb', '03199289', "KVM's tables for L2 shadow L1's nested tables, each of those on the way exactly once, and none of L2's own")
+@pytest.mark.claim('nbs/lab/10_triangle.ipynb', 'b998e3e7', "KVM's tables for L2 shadow L1's nested tables, each of those on the way exactly once, and none of L2's own")
 def test_kvm_s_tables_for_l2_shadow_l1_s_nested_tables_each_of_those_on_the_way_exactly_once_and_none_of_l2_s_own():
     for hypervisor in HYPERVISORS:
         if hypervisor == 'no nested paging': continue
@@ -39,18 +39,20 @@ def test_kvm_s_tables_for_l2_shadow_l1_s_nested_tables_each_of_those_on_the_way_
             machine, *_ = story_of(hypervisor, l2)
             _, l2_gpa, _, walk = addresses(hypervisor, l2)
             way = [sp for _, sp, _, _ in seen_by(machine.vcpus[0], 'guest_mmu', l2_gpa) if sp is not None and sp.has_gptes]
-            assert [sp.gfn for sp in way] == [step.table >> PAGE_SHIFT for step in walk.steps[-1].steps if step.table is not None], (hypervisor, l2)
+            assert [sp.gfn for sp in way] == [step.table >> PAGE_SHIFT for step in walk.steps[-1].steps
+                                              if step.table is not None], (hypervisor, l2)
             own = {L2_AT + step.table >> PAGE_SHIFT for step in walk.inner.steps if step.table is not None}
             assert not own & {sp.gfn for sp in machine.vm.pages.values() if sp.has_gptes}
 
 
-@pytest.mark.claim('nbs/lab/10_triangle.ipynb', '6b61dbe6', "without nested paging it is L2's own tables that are shadowed, and L2's address leads to the frame in one step")
+@pytest.mark.claim('nbs/lab/10_triangle.ipynb', '14d850b2', "without nested paging it is L2's own tables that are shadowed, and L2's address leads to the frame in one step")
 def test_without_nested_paging_it_is_l2_s_own_tables_that_are_shadowed_and_l2_s_address_leads_to_the_frame_in_one_step():
     for l2 in ('2-level', 'PAE', '4-level'):
         machine, *_ = story_of('no nested paging', l2, 2)
         gva, _, gpa, walk = addresses('no nested paging', l2)
         way = seen_by(machine.vcpus[0], 'root_mmu', gva)
-        assert [sp.gfn for _, sp, _, _ in way if sp is not None and sp.has_gptes] == [step.table >> PAGE_SHIFT for step in walk.steps if step.table is not None], l2
+        own = [step.table >> PAGE_SHIFT for step in walk.steps if step.table is not None]
+        assert [sp.gfn for _, sp, _, _ in way if sp is not None and sp.has_gptes] == own, l2
         assert frame_of(machine.vm, host_page(way)) == gpa >> PAGE_SHIFT
 
 
