@@ -14,12 +14,13 @@ Choose a story, or paste one of your own. Move along it, and read what KVM did a
 __all__ = ['KINDS', 'KIND_OF', 'STORIES', 'Happened', 'Counted', 'lane_of', 'run', 'flip', 'Swimlanes', 'read_story', 'show_run',
            'draw_run']
 
-# %% ../../nbs/lab/11_timeline.ipynb #834bd09c
+# %% ../../nbs/lab/11_timeline.ipynb #48baa6a1
 import json
 from collections import Counter
 from dataclasses import dataclass, field
 
-from ..draw.ink import BLACK, EDGE, FAINT, PALE, Canvas, Picture, columns, fold, ink, plain, text_width, titled
+from ..draw.ink import (BLACK, EDGE, FAINT, PALE, Canvas, Picture, columns, fold, ink, plain, text_width,
+                                  titled)
 from ..guest.addresses import PAGE_SHIFT
 from ..mmu.machine import Machine
 from ..mmu.play import Played, Scenario, answer_text, event_text, make_scenario, play
@@ -50,7 +51,7 @@ class Happened:
         "How often that happened there."
         return next((n for where, what, n in self.counts if (where, what) == (lane, kind)), 0)
 
-# %% ../../nbs/lab/11_timeline.ipynb #0114dd90
+# %% ../../nbs/lab/11_timeline.ipynb #e35f5534
 @dataclass
 class Counted:
     "Listens to a machine, and counts by lane and kind."
@@ -69,7 +70,8 @@ class Counted:
             name = text.partition(':')[0]
             kind = KIND_OF.get(name) or KIND_OF.get(f'kvm_mmu_{name}')
             if kind is None or name == 'get_page' and 'created True' not in text: continue
-            for where in [f'vCPU {vcpu.index}' for vcpu in self.machine.vcpus] if name == 'flush_remote' else [lane]: self.seen[where, kind] += 1
+            everybody = [f'vCPU {vcpu.index}' for vcpu in self.machine.vcpus]
+            for where in everybody if name == 'flush_remote' else [lane]: self.seen[where, kind] += 1
         fault = getattr(step.answer, 'fault', None)
         if fault is not None: self.seen[lane, 'refused by the guest'] += 1
         counts = tuple((*key, n) for key, n in sorted(self.seen.items()))
@@ -100,12 +102,13 @@ def run(
 
 def flip(machine: Machine):
     "The lowest bit of the frame number in the newest leaf there is."
-    leaves = [(sp, index) for sp in machine.vm.pages.values() for index, spte in sorted(sp.sptes.items()) if is_present(spte) and is_last(spte, sp.role.level)]
+    leaves = [(sp, index) for sp in machine.vm.pages.values() for index, spte in sorted(sp.sptes.items())
+              if is_present(spte) and is_last(spte, sp.role.level)]
     if not leaves: raise ValueError(f"after event {machine.steps} KVM has no entry yet in which a bit could flip")
     sp, index = leaves[-1]
     sp.sptes[index] ^= 1 << PAGE_SHIFT
 
-# %% ../../nbs/lab/11_timeline.ipynb #218489c7
+# %% ../../nbs/lab/11_timeline.ipynb #09ce4e49
 @dataclass(frozen=True)
 class Swimlanes(Picture):
     "A story, with one event looked at."
@@ -138,26 +141,37 @@ class Swimlanes(Picture):
         lines = [f"{one.number}. {lane_of(one.event)}: {event_text(one.event)}: {ended}", *one.did[:self.told]]
         return lines + ([f"and {len(one.did) - self.told} more"] if len(one.did) > self.told else [])
 
+    def told_of(self, one: Happened) -> str:
+        "What KVM did at an event, lane by lane."
+        lanes = [(lane, [f"{kind} {one.count(lane, kind)}" for kind in KINDS if one.count(lane, kind)])
+                 for lane in self.lanes]
+        return '; '.join(f"{lane}: {', '.join(told)}" for lane, told in lanes if told)
+
     def __str__(self):
         rows = [('', 'who', 'what', 'how it ended', 'what KVM did')]
         for one in self.happened:
-            told = '; '.join(f"{lane}: " + ', '.join(f"{kind} {one.count(lane, kind)}" for kind in KINDS if one.count(lane, kind)) for lane in self.lanes if any(where == lane for where, *_ in one.counts))
-            rows.append((('> ' if one.played.number == self.at else '') + str(one.played.number), one.lane, event_text(one.played.event), ('!! ' + one.played.broken) if one.played.broken else answer_text(one.played.answer), told))
-        return titled(self.caption, '\n'.join([columns(rows, right=(0,)), *(line for text in self.story() for line in fold(text, 100))]))
+            played, mark = one.played, '> ' * (one.played.number == self.at)
+            ended = f"!! {played.broken}" if played.broken else answer_text(played.answer)
+            rows.append((f"{mark}{played.number}", one.lane, event_text(played.event), ended, self.told_of(one)))
+        lines = [line for text in self.story() for line in fold(text, 100)]
+        return titled(self.caption, '\n'.join([columns(rows, right=(0,)), *lines]))
 
     def svg(self):
         canvas = Canvas()
         top, shown = canvas.title(self.caption), self.window()
-        left = 14 + max([text_width(kind, 11, mono=False) for lane in self.lanes for kind in self.kinds(lane)] + [60]) + 14
+        kinds = [text_width(kind, 11, mono=False) for lane in self.lanes for kind in self.kinds(lane)]
+        left = 14 + max([*kinds, 60]) + 14
         names = [_short(one.played.event) for one in shown]
         top += max([text_width(name, 11) for name in names], default=0) + 8
         bottom = top + sum(_LANE + _ROW * len(self.kinds(lane)) for lane in self.lanes)
-        for n, (one, name) in enumerate(zip(shown, names)): _draw_column(canvas, self, one, name, left + n * _COLUMN, top, bottom)
+        for n, (one, name) in enumerate(zip(shown, names)):
+            _draw_column(canvas, self, one, name, left + n * _COLUMN, top, bottom)
         for lane in self.lanes: top = _draw_lane(canvas, self, lane, shown, left, top)
-        for i, line in enumerate(line for text in self.story() for line in fold(text, 104)): canvas.text(14, top + 24 + 17 * i, line, BLACK, 12, bold=i == 0)
+        lines = [(line, n == 0) for n, text in enumerate(self.story()) for line in fold(text, 104)]
+        for i, (line, bold) in enumerate(lines): canvas.text(14, top + 24 + 17 * i, line, BLACK, 12, bold=bold)
         return canvas.svg(self.caption)
 
-# %% ../../nbs/lab/11_timeline.ipynb #8aa6aae1
+# %% ../../nbs/lab/11_timeline.ipynb #0d03d891
 def _short(event):
     "An event's name above its column: without what is written."
     text = plain(event_text(event))
@@ -168,8 +182,10 @@ _COLUMN, _LANE, _ROW = 27, 30, 21      # Width of an event; heights of a lane's 
 def _draw_column(canvas, picture, one, name, x, top, bottom):
     "The name of an event above its column, and the shade of the one that is looked at."
     number = one.played.number
-    if number == picture.at: canvas.box(x, top - text_width(name, 11) - 8, _COLUMN, bottom - top + text_width(name, 11) + 8, PALE)
-    canvas.text(x + _COLUMN / 2 - 4, top - text_width(name, 11) - 3, name, ink('refused').line if one.played.broken else BLACK, 11, turned=True, bold=number == picture.at)
+    if number == picture.at: canvas.box(x, top - text_width(name, 11) - 8, _COLUMN,
+                                        bottom - top + text_width(name, 11) + 8, PALE)
+    canvas.text(x + _COLUMN / 2 - 4, top - text_width(name, 11) - 3, name, ink('refused').line if one.played.broken
+                else BLACK, 11, turned=True, bold=number == picture.at)
 
 def _draw_lane(canvas, picture, lane, shown, left, top):
     "A lane with its events and its kinds; return where the next one starts."
@@ -180,58 +196,77 @@ def _draw_lane(canvas, picture, lane, shown, left, top):
         if one.lane != lane: continue
         colours, middle = ink('refused' if one.played.broken else 'neutral'), left + (n + 0.5) * _COLUMN
         canvas.box(middle - 10, top + 7, 20, 18, colours.fill, colours.line, radius=9)
-        canvas.text(middle, top + 20, '!!' if one.played.broken else one.played.number, colours.text, 10.5, anchor='middle', bold=bool(one.played.broken))
+        canvas.text(middle, top + 20, '!!' if one.played.broken else one.played.number, colours.text, 10.5,
+                    anchor='middle', bold=bool(one.played.broken))
     for i, kind in enumerate(picture.kinds(lane)):
         y, colours = top + _LANE + _ROW * i, ink(KINDS[kind][0])
         canvas.text(24, y + 14, kind, FAINT, 11, mono=False)
         for n, one in enumerate(shown):
             count = one.count(lane, kind)
-            canvas.box(left + n * _COLUMN + 2, y + 1, _COLUMN - 4, _ROW - 3, colours.fill if count else 'none', colours.line if count else EDGE, width=1 if count else 0.6)
+            canvas.box(left + n * _COLUMN + 2, y + 1, _COLUMN - 4, _ROW - 3, colours.fill if count else 'none',
+                       colours.line if count else EDGE, width=1 if count else 0.6)
             if count: canvas.text(left + (n + 0.5) * _COLUMN, y + 14, count, colours.text, 11, anchor='middle')
     return top + _LANE + _ROW * len(picture.kinds(lane))
 
-# %% ../../nbs/lab/11_timeline.ipynb #7512946e
+# %% ../../nbs/lab/11_timeline.ipynb #aea26e53
 def _scenario(says, events, host='svm shadow', mode='4-level', vcpus=2):
-    "The machine the stories have in common: tables in frames 1 to 8, four pages at 0x400000, whose entries are in frame 5."
-    tables = dict(root=0x1000, format='4level', frames=list(range(2, 9)), map=[dict(at=0, to=0, pages=16, bits=3), dict(at=0x40_0000, to=0x10_0000, pages=4, bits=7)])
-    return dict(says=says, host=host, mode=mode, cr3=0x1000, vcpus=vcpus, prefetch=False, memory=[dict(base=0, size=0x40_0000)], tables=[tables], events=events)
+    "What the stories have in common: tables in frames 1 to 8, four pages at 0x400000, whose entries are in frame 5."
+    low, pages = dict(at=0, to=0, pages=16, bits=3), dict(at=0x40_0000, to=0x10_0000, pages=4, bits=7)
+    tables = dict(root=0x1000, format='4level', frames=list(range(2, 9)), map=[low, pages])
+    return dict(says=says, host=host, mode=mode, cr3=0x1000, vcpus=vcpus, prefetch=False,
+                memory=[dict(base=0, size=0x40_0000)], tables=[tables], events=events)
 
 def _at(do, n, at, value=None): return dict(do=do, vcpu=n, at=at, **({} if value is None else dict(value=value)))
+
+def _cr3(n): return dict(do='set_cr3', vcpu=n, value=0x1000)
 
 def _late_flush():
     use = [_at('write', 0, 0x40_0000, 1), _at('read', 1, 0x40_0000)]
     edit = [_at('write', 0, 0x5000, 0x10_1067), _at('read', 1, 0x40_0000), _at('read', 0, 0x40_0000)]
-    flush = [_at('invlpg', 1, 0x40_0000), _at('read', 1, 0x40_0000), _at('read', 0, 0x40_0000), dict(do='set_cr3', vcpu=0, value=0x1000), _at('read', 0, 0x40_0000), _at('write', 1, 0x5008, 0)]
-    return _scenario("an edit, and a late flush", [*use, *edit, *flush])
+    flush = [_at('invlpg', 1, 0x40_0000), _at('read', 1, 0x40_0000), _at('read', 0, 0x40_0000)]
+    whole = [_cr3(0), _at('read', 0, 0x40_0000), _at('write', 1, 0x5008, 0)]
+    return _scenario("an edit, and a late flush", [*use, *edit, *flush, *whole])
 
 def _taken():
     reads = [_at('write', n, 0x40_0000 + 0x1000 * page, 7) for page in (0, 1) for n in (0, 1)]
-    return _scenario("the host takes memory away", [*reads, dict(do='unmap', start=0x100, end=0x101), *reads, dict(do='change_pte', gfn=0x101), _at('read', 0, 0x40_1000), _at('write', 1, 0x40_1000, 9), dict(do='age', start=0, end=0x400), _at('read', 0, 0x40_1000)])
+    merged = [dict(do='change_pte', gfn=0x101), _at('read', 0, 0x40_1000), _at('write', 1, 0x40_1000, 9)]
+    aged = [dict(do='age', start=0, end=0x400), _at('read', 0, 0x40_1000)]
+    return _scenario("the host takes memory away",
+                     [*reads, dict(do='unmap', start=0x100, end=0x101), *reads, *merged, *aged])
 
 def _migration(host):
     writes = [_at('write', n, 0x40_0000 + 0x1000 * page, 7) for n, page in ((0, 0), (1, 1))]
-    rounds = [dict(do='get_dirty_log', slot=0), writes[0], writes[0], writes[1], dict(do='get_dirty_log', slot=0), writes[1]]
-    return _scenario(f"migration, {host}", [*writes, dict(do='start_dirty_log', slot=0), *writes, *rounds, dict(do='stop_dirty_log', slot=0), writes[0]], host)
+    start, asks, stop = (dict(do=f'{do}_dirty_log', slot=0) for do in ('start', 'get', 'stop'))
+    rounds = [asks, writes[0], writes[0], writes[1], asks, writes[1]]
+    return _scenario(f"migration, {host}", [*writes, start, *writes, *rounds, stop, writes[0]], host)
 
 def _fork():
     pages = [_at('read', 0, 0x40_0000 + 0x1000 * page) for page in range(4)]
     edits = [_at('write', 0, 0x5000 + 8 * page, 0x10_0065 + 0x1000 * page) for page in range(4)]
-    return _scenario("a fork: every entry becomes read-only", [*pages, *edits, dict(do='set_cr3', vcpu=0, value=0x1000), *pages[:2], dict(_at('write', 0, 0x40_0000, 1), user=True), _at('write', 0, 0x5000, 0x10_3067), _at('invlpg', 0, 0x40_0000), _at('write', 0, 0x40_0000, 1)], vcpus=1)
+    copied = [_at('write', 0, 0x5000, 0x10_3067), _at('invlpg', 0, 0x40_0000), _at('write', 0, 0x40_0000, 1)]
+    refused = dict(_at('write', 0, 0x40_0000, 1), user=True)
+    return _scenario("a fork: every entry becomes read-only", [*pages, *edits, _cr3(0), *pages[:2], refused, *copied],
+                     vcpus=1)
 
 def _race():
     middle = dict(at='guest tables walked', event=_at('write', 1, 0x5000, 0))
-    return _scenario("an entry goes while KVM builds from it", [_at('read', 1, 0x5000), dict(_at('read', 0, 0x40_0000), meanwhile=middle), _at('read', 1, 0x40_0000), _at('write', 1, 0x5000, 0x10_2067), _at('read', 0, 0x40_0000)])
+    raced = dict(_at('read', 0, 0x40_0000), meanwhile=middle)
+    after = [_at('read', 1, 0x40_0000), _at('write', 1, 0x5000, 0x10_2067), _at('read', 0, 0x40_0000)]
+    return _scenario("an entry goes while KVM builds from it", [_at('read', 1, 0x5000), raced, *after])
 
-STORIES = {'an edit, and a late flush': _late_flush, 'a fork': _fork, 'memory taken away': _taken, 'migration, shadow paging': lambda: _migration('svm shadow'),
-           'migration, EPT': lambda: _migration('vmx ept'), 'a race': _race}
+STORIES = {'an edit, and a late flush': _late_flush, 'a fork': _fork, 'memory taken away': _taken,
+           'migration, shadow paging': lambda: _migration('svm shadow'),
+           'migration, EPT': lambda: _migration('vmx ept'),
+           'a race': _race}
 
-# %% ../../nbs/lab/11_timeline.ipynb #fab9a19d
+# %% ../../nbs/lab/11_timeline.ipynb #404be96a
 def read_story(
     text: str,             # A name in `STORIES`, or a scenario as JSON
 ) -> dict:
     "What the reader typed."
     if text in STORIES: return STORIES[text]()
-    if not text.lstrip().startswith('{'): raise ValueError(f"{text[:40]!r}: one of {', '.join(STORIES)}, or a scenario as JSON")
+    if not text.lstrip().startswith('{'):
+        raise ValueError(f"{text[:40]!r}: one of {', '.join(STORIES)}, or a scenario as JSON")
     try: return json.loads(text)
     except (json.JSONDecodeError, RecursionError) as why: raise ValueError(f"no scenario: {why}") from None
 
