@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from kvm_mmu_lit.review.mutants import MUTANTS, STEPS, alive, fingerprint, run_mutants, score
+from kvm_mmu_lit.review.mutants import MUTANTS, NOTHING, STEPS, alive, fingerprint, killed_by, run_mutants, score, survivors
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS, KEPT = ROOT / 'nbs' / 'review' / 'mutants.json', ROOT / '.cache' / 'mutants.json'
@@ -39,6 +39,10 @@ def main():
     wanted = [mutant for mutant in MUTANTS if not asked.names or mutant.name in asked.names]
     known = [mutant for mutant in wanted if mutant.name in found and not asked.names]
     if known: print(f"{len(known)} mutants are known from a run before, of the same code", flush=True)
+    if len(known) < len(wanted):
+        healthy = killed_by(NOTHING, ROOT / 'kvm_mmu_lit', asked.seed, asked.steps)
+        if not survivors([healthy]): sys.exit(f"the book fails without any mistake: {healthy['story'] or healthy['test']}")
+        print(f"{time.monotonic() - started:6.0f} s  no mistake: nothing fails", flush=True)
     run_mutants(ROOT / 'kvm_mmu_lit', tuple(mutant for mutant in wanted if mutant not in known), asked.seed, asked.steps, asked.jobs, tell)
     old = {record['name']: record for record in json.loads(RECORDS.read_text())} if RECORDS.exists() else {}
     records = [found.get(mutant.name) or old.get(mutant.name) for mutant in MUTANTS]

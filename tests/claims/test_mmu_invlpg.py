@@ -75,3 +75,16 @@ def test_under_tdp_nothing_is_shadowed_and_nothing_is_looked_at_only_the_process
     vcpu.log.clear()
     invalidate_gva(vcpu, vcpu.mmu, 0x40_0000)
     assert [did.what for did in vcpu.log] == ['invalidate_gva', 'flush_gva']
+
+
+@pytest.mark.claim('nbs/mmu/16_invlpg.ipynb', '9d5dfee7', 'what INVLPG takes out of a stale table every processor forgets, even if nothing can be made in its place')
+def test_what_invlpg_takes_out_of_a_stale_table_every_processor_forgets_even_if_nothing_can_be_made_in_its_place():
+    for stale, gpte in ((False, 0), (True, 0), (True, 0x10_1067), (True, 0x5000_0067)):
+        vcpu, = guest()
+        sp, index = shadow_of(vcpu)
+        if stale: try_to_unsync(vcpu.vm, 0x5, True, False)
+        write_entry(vcpu.vm.memory, 0x5000, 8, gpte)      # The last leads to no memory at all
+        flushes = vcpu.vm.flushes
+        invalidate_gva(vcpu, vcpu.mmu, 0x40_0000)
+        assert vcpu.vm.flushes == flushes + stale
+        assert bool(rmap_entries(vcpu.vm, 0x100, 1)) == (not stale) and is_present(sp.sptes.get(index, 0)) == (not stale or gpte == 0x10_1067)

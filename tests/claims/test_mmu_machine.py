@@ -9,7 +9,7 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global FORMATS, draw_host_walk, eptp_of, map_page, predict, small_machine, svm_host, vmx_host, write_entry
+    global FORMATS, draw_host_walk, enter_guest, eptp_of, expect_fail, map_page, predict, small_machine, svm_host, vmx_host, write_entry
     from kvm_mmu_lit.guest.addresses import FORMATS
     from kvm_mmu_lit.guest.gpte import map_page
     from kvm_mmu_lit.mmu.hardware import draw_host_walk
@@ -24,6 +24,9 @@ def setup_cells():
 
     from kvm_mmu_lit.guest.memory import write_entry
     from kvm_mmu_lit.mmu.nested_switch import eptp_of
+
+    from fastcore.test import expect_fail
+    from kvm_mmu_lit.mmu.reload import enter_guest
 
     from kvm_mmu_lit.draw.exercise import predict
 
@@ -83,3 +86,23 @@ def test_the_processor_marks_l2_s_entries_behind_l1_s_nested_tables_and_leaves_l
         before = bytes(memory.slot(1).page(1))
         assert machine.happen(dict(do='read', vcpu=0, at=0x40_0000)).gpa == 0x30_0000
         assert bytes(memory.slot(1).page(1)) == before and memory.words(8)[0x301][0] == memory.words(8)[1][0] | 0x20
+
+
+@pytest.mark.claim('nbs/mmu/24_machine.ipynb', 'beb81ac6', "L2's MOV to CR3 with nested paging moves no root and calls nothing of KVM's; without nested paging it looks for a root")
+def test_l2_s_mov_to_cr3_with_nested_paging_moves_no_root_and_calls_nothing_of_kvm_s_without_nested_paging_it_looks_for_a_root():
+    for nested, looks in ((dict(nested_pgd=0x2000), False), ({}, True)):
+        machine = new_machine(svm_host(4, npt=not looks), ram((0, 1 << 22)))
+        vcpu, (cr0, cr4, efer) = machine.vcpus[0], map(int, MODES['4-level'])
+        machine.happen(dict(do='enter_l2', vcpu=0, cr0=cr0, cr3=0x3000, cr4=cr4, efer=efer, **nested))
+        enter_guest(vcpu)
+        root = vcpu.mmu.root.hpa
+        vcpu.log.clear()
+        assert machine.happen(dict(do='set_cr3', vcpu=0, value=0x4000)) is None and vcpu.cr3 == 0x4000
+        assert any(did.what == 'new_pgd' for did in vcpu.log) == looks and (vcpu.mmu.root.hpa != root) == looks
+
+
+@pytest.mark.claim('nbs/mmu/24_machine.ipynb', 'cc133ed4', 'INVEPT and INVVPID are refused where there is no EPT, on SVM and in L2')
+def test_invept_and_invvpid_are_refused_where_there_is_no_ept_on_svm_and_in_l2():
+    for host, events in ((svm_host(4), ('invept', 'invvpid')), (vmx_host(4, 0), ('invept',))):
+        for do in events:
+            with expect_fail(ValueError, contains=do): new_machine(host).happen(dict(do=do, vcpu=0))

@@ -248,3 +248,29 @@ def test_an_entry_that_fails_leaves_l1_s_registers_mmu_and_root_as_they_were():
         assert not enter_l2(vcpu, l2_state('2-level', 1 << 60, eptp_of(pointer('N')))) and enter_guest(vcpu)
         assert before == (vcpu.cr0, vcpu.cr3, vcpu.cr4, vcpu.efer, vcpu.mmu_is, vcpu.walk_mmu_is, vcpu.guest_mode, vcpu.l1)
         assert vcpu.mmu.root_role == role and vcpu.mmu.root.valid
+
+
+@pytest.mark.claim('nbs/mmu/19_nested_switch.ipynb', '34b5c3fd', 'on SVM both ways, in and out, bring the root entered up to date and make the processor forget what it had of it')
+def test_on_svm_both_ways_in_and_out_bring_the_root_entered_up_to_date_and_make_the_processor_forget_what_it_had_of_it():
+    for host, nested_pgd in ((svm_host(4, npt=False), None), (svm_host(4), pointer('N'))):
+        vcpu = hypervisor('4-level', host)
+        for way in (lambda: enter_l2(vcpu, l2_state('4-level', pointer('X'), nested_pgd)), lambda: leave_l2(vcpu)):
+            way()
+            assert {'MMU_SYNC', 'TLB_FLUSH_CURRENT'} <= vcpu.requests
+            vcpu.requests.clear()
+
+
+@pytest.mark.claim('nbs/mmu/19_nested_switch.ipynb', 'd8fd750f', "INVVPID without EPT drops the roots of L2 and no other, with EPT it is the processor's affair")
+def test_invvpid_without_ept_drops_the_roots_of_l2_and_no_other_with_ept_it_is_the_processor_s_affair():
+    for host, nested_pgd in ((vmx_host(4, 0), None), (vmx_host(4, 4), eptp_of(pointer('N')))):
+        vcpu = hypervisor('4-level', host)
+        enter_l2(vcpu, l2_state('4-level', pointer('X'), nested_pgd))
+        enter_guest(vcpu)
+        leave_l2(vcpu)
+        enter_guest(vcpu)
+        mmu = vcpu.guest_mmu if nested_pgd else vcpu.root_mmu
+        def roots(): return [to_shadow_page(vcpu.vm, root.hpa).role.guest_mode for root in (mmu.root, *mmu.prev_roots) if root.valid]
+        before = roots()
+        vcpu.log.clear()
+        invvpid(vcpu)
+        assert 1 in before and roots() == (before if nested_pgd else [0]) and vcpu.log[0].what == 'flush_l2'

@@ -105,3 +105,35 @@ def test_a_frame_the_host_takes_away_while_the_fault_looks_for_it_is_not_mapped(
         if name == 'faulted in': vcpu.vm.mmu_seq += 1
     vcpu.vm.interleave = take_away
     assert direct_page_fault(vcpu, Fault(0x10_0000, U, is_tdp=True)) == 'RETRY' and not is_present(last_entry(vcpu, 0x10_0000)[2])
+
+
+@pytest.mark.claim('nbs/mmu/15_page_fault.ipynb', '17381fe2', 'the table below an entry stays only if it is of this frame and of these rights')
+def test_the_table_below_an_entry_stays_only_if_it_is_of_this_frame_and_of_these_rights():
+    vcpu, = guest(svm_host(4, tdp_mmu=False))
+    direct_page_fault(vcpu, Fault(0x10_0000, U, is_tdp=True))
+    _, sp, index = next(iter(shadow_walk(vcpu.vm, vcpu.mmu, 0x10_0000)))
+    child = vcpu.vm.pages[sp.sptes[index] & SPTE_ADDRESS]
+    assert get_child(vcpu, sp, index, child.gfn, True, 7) is None
+    assert get_child(vcpu, sp, index, child.gfn + 1, True, 7).gfn == child.gfn + 1
+    assert get_child(vcpu, sp, index, child.gfn, True, 5).role.access == 5
+
+
+@pytest.mark.claim('nbs/mmu/15_page_fault.ipynb', '087c48e9', 'a leaf that takes the place of one of another frame makes every processor forget, the same leaf again does not')
+def test_a_leaf_that_takes_the_place_of_one_of_another_frame_makes_every_processor_forget_the_same_leaf_again_does_not():
+    vcpu, = guest(svm_host(4, tdp_mmu=False))
+    vm, fault = vcpu.vm, Fault(0x10_0000, U, is_tdp=True, map_writable=True)
+    direct_page_fault(vcpu, Fault(0x10_0000, U, is_tdp=True))
+    sp, index, spte = last_entry(vcpu, 0x10_0000)
+    set_spte(vcpu, sp, index, 7, 0x100, spte_pfn(spte), fault)          # The second time D is left out
+    for pfn, more in ((spte_pfn(spte), 0), (spte_pfn(spte) + 1, 1)):
+        flushes = vm.flushes
+        set_spte(vcpu, sp, index, 7, 0x100, pfn, fault)
+        assert vm.flushes - flushes == more
+
+
+@pytest.mark.claim('nbs/mmu/15_page_fault.ipynb', 'aeeb39b4', "only a refused write to a present page of a tracked frame is known for a table's before any table is looked at")
+def test_only_a_refused_write_to_a_present_page_of_a_tracked_frame_is_known_for_a_table_s_before_any_table_is_looked_at():
+    vcpu, = guest()
+    vcpu.vm.tracked[0x100] = 1
+    def asked(code, gfn): return is_guest_table_write(vcpu.vm, Fault(gfn << 12, code, gfn=gfn))
+    assert [(code, gfn) for code in (0, W, P, P | W, P | W | RSVD) for gfn in (0x100, 0x101) if asked(code, gfn)] == [(P | W, 0x100)]

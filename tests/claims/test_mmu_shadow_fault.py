@@ -79,3 +79,34 @@ def test_no_entry_ever_grants_the_user_a_write_and_smep_takes_execution_from_the
     for smep in (False, True):
         written, read = wp0_pair(without_wp(smep), 0x40_0000)
         assert written & 6 == 2 and read & 6 == 4 and bool(written >> 63) == smep and not read >> 63
+
+
+@pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', 'd6f08318', "a change of the guest's top entry after the walk is seen as well")
+def test_a_change_of_the_guest_s_top_entry_after_the_walk_is_seen_as_well():
+    vcpu, = guest()
+    def edit(name):
+        if name == 'guest tables walked': write_entry(vcpu.vm.memory, 0x1000, 8, 0)
+    vcpu.vm.interleave = edit
+    assert page_fault(vcpu, 0x40_0000, 0) == ('RETRY', 'RETRY') and not last_entry(vcpu, 0x40_0000)[2]
+
+
+@pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', '8b8480c5', "a guest's large page that has other rights now loses the table below it, and every processor forgets; with the same rights it stays")
+def test_a_guest_s_large_page_that_has_other_rights_now_loses_the_table_below_it_and_every_processor_forgets_with_the_same_rights_it_stays():
+    vcpu, = guest()
+    vm = vcpu.vm
+    write_entry(vm.memory, 0x3010, 8, 0x20_00e7)             # 2 MiB at 0x40_0000, which the host maps small
+    page_fault(vcpu, 0x40_0000, 0)
+    sp, index = next((sp, index) for level, sp, index in shadow_walk(vm, vcpu.mmu, 0x40_0000) if level == 2)
+    for access, stays in ((7, True), (5, False)):
+        flushes = vm.flushes
+        validate_direct(vm, sp, index, access)
+        assert is_present(sp.sptes.get(index, 0)) == stays and vm.flushes == flushes + (not stays)
+
+
+@pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', '9fbd3127', 'a fault that would take more tables than userspace allows makes room first')
+def test_a_fault_that_would_take_more_tables_than_userspace_allows_makes_room_first():
+    vcpu, = guest()
+    vm = vcpu.vm
+    page_fault(vcpu, 0x40_0000, 0)
+    vm.n_max = vm.n_used
+    assert page_fault(vcpu, 0x3000, 0) == ('RETRY', 'FIXED') and vm.n_used <= vm.n_max

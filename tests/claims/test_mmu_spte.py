@@ -102,6 +102,13 @@ def test_over_a_writable_entry_nobody_is_asked_again_and_d_is_not_set_by_this_ca
     assert not wrprot and again == 0x1234e67 & ~NPT.dirty
 
 
+@pytest.mark.claim('nbs/mmu/04_spte.ipynb', '0f145428', "a large page that takes a table's place asks about its frames, though the entry to the table is writable")
+def test_a_large_page_that_takes_a_table_s_place_asks_about_its_frames_though_the_entry_to_the_table_is_writable():
+    asked = []
+    make_spte(NPT, PageRole(level=2), 7, 0x200, old_spte=make_nonleaf_spte(NPT, 0x123_4000, False), protect=lambda: asked.append(True))
+    assert asked and is_writable(make_nonleaf_spte(NPT, 0x123_4000, False))
+
+
 @pytest.mark.claim('nbs/mmu/04_spte.ipynb', 'a9915cd0', 'the 512 pieces of a large entry are the 4 KiB entries that would have been made, apart from A and D of a large page nobody used')
 def test_the_512_pieces_of_a_large_entry_are_the_4_kib_entries_that_would_have_been_made_apart_from_a_and_d_of_a_large_page_nobody_used():
     huge = make_spte(EPT, PageRole(level=2), 7, 0x200)[0]

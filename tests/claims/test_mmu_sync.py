@@ -9,28 +9,102 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global MODES, host_frame, init_mmu, product, ram, rmap_add, rmap_entries, shadow_slots, shadowed, svm_host, write_entry
+    global KvmBug, Table, add_ram, entry_at, expect_fail, explore, is_writable, make_nonleaf_spte, mmio_gen, predict, product, rmap_entries, shadow_slots, shadowed, sptep_of, write_gpa
     from itertools import product
 
-    from kvm_mmu_lit.guest.memory import ram, write_entry
-    from kvm_mmu_lit.mmu.contexts import init_mmu
-    from kvm_mmu_lit.mmu.cpu_role import MODES
-    from kvm_mmu_lit.mmu.rmap import host_frame, rmap_add, rmap_entries
-    from kvm_mmu_lit.mmu.root_role import svm_host
+    from fastcore.test import expect_fail
+    from kvm_mmu_lit.draw.exercise import predict
+    from kvm_mmu_lit.draw.explore import explore
+    from kvm_mmu_lit.draw.table import Table
+    from kvm_mmu_lit.guest.memory import add_ram, write_gpa
+    from kvm_mmu_lit.mmu.contexts import KvmBug
+    from kvm_mmu_lit.mmu.rmap import entry_at, rmap_entries, sptep_of
     from kvm_mmu_lit.mmu.shadow_page import shadow_slots
+    from kvm_mmu_lit.mmu.spte import is_writable, make_nonleaf_spte, mmio_gen
 
     def shadowed(gpte=0x40_067):
         "A vCPU in 4-level paging and the shadow of a level-1 table in frame 0x11, whose slot 3 was built from this entry."
-        vcpu = Vcpu(Vm(svm_host(4, npt=False), ram((0, 1 << 20))))
-        vcpu.cr0, vcpu.cr4, vcpu.efer = map(int, MODES['4-level'])
-        vcpu.vm.vcpus.append(vcpu)
-        init_mmu(vcpu)
-        write_entry(vcpu.vm.memory, 0x11_018, 8, gpte)
-        sp = get_shadow_page(vcpu, 0x11, PageRole(**{**vars(vcpu.mmu.root_role), 'level': 1}))
-        gfn, access = gpte >> 12, 7 if gpte & 2 else 5
-        sp.sptes[3], _ = build_leaf(vcpu.vm, sp, 3, access, gfn, host_frame(vcpu.vm, gfn)[0], False, True, True)
-        rmap_add(vcpu.vm, sp, 3, gfn, access)
-        return vcpu, sp
+        return example_table(gpte)
+
+
+@pytest.mark.claim('nbs/mmu/11_sync.ipynb', '30690da4', 'the table counts, its frame is under no large page, and the frame it maps is writable unless that holds a table in sync')
+def test_the_table_counts_its_frame_is_under_no_large_page_and_the_frame_it_maps_is_writable_unless_that_holds_a_table_in_sync():
+    vcpu, sp = example_table(0x40_067, 0x11_067)
+    assert vcpu.vm.n_used == vcpu.vm.indirect == 1 and vcpu.vm.no_large[2, 0] == 1
+    assert is_writable(sp.sptes[3]) and is_writable(sp.sptes[4]) and sp.unsync      # Slot 4 maps the table itself: KVM let go of it
+
+
+@pytest.mark.claim('nbs/mmu/11_sync.ipynb', '82058c31', 'a leaf that would be writable is noted in the dirty log, any other is not')
+def test_a_leaf_that_would_be_writable_is_noted_in_the_dirty_log_any_other_is_not():
+    for logged, access in product((False, True), (5, 7)):
+        vcpu, sp = shadowed()
+        vcpu.vm.logged, vcpu.vm.dirty = {0} if logged else set(), set()
+        build_leaf(vcpu.vm, sp, 9, access, 0x41, host_frame(vcpu.vm, 0x41)[0], False, True, True)
+        assert vcpu.vm.dirty == ({0x41} if logged and access & 2 else set())
+
+
+@pytest.mark.claim('nbs/mmu/11_sync.ipynb', '156c20cf', "A 4-byte entry's slots are those the chapter on quadrants gives, over every entry of both levels")
+def test_a_4_byte_entry_s_slots_are_those_the_chapter_on_quadrants_gives_over_every_entry_of_both_levels():
+    two = vars(PageRole(level=1, has_4_byte_gpte=1, access=7))
+    for level, entry, quadrant in product((1, 2), range(1024), range(4)):
+        sp = ShadowPage(0x11, PageRole(**{**two, 'level': level, 'quadrant': quadrant}), 0)
+        assert written_entries(sp, 0x11_000 + 4 * entry) == tuple(slot for q, slot in shadow_slots(level, entry) if q == quadrant)
+
+
+@pytest.mark.claim('nbs/mmu/11_sync.ipynb', '313a8cc9', "A store is misaligned when it crosses an entry or is too small to write one, but for a byte at an entry's start")
+def test_a_store_is_misaligned_when_it_crosses_an_entry_or_is_too_small_to_write_one_but_for_a_byte_at_an_entry_s_start():
+    for wide, at, size in product((0, 1), range(16), (1, 2, 4, 8)):
+        sp, entry = ShadowPage(0x11, PageRole(level=1, has_4_byte_gpte=int(not wide), access=7), 0), 8 if wide else 4
+        crosses, small = at // entry != (at + size - 1) // entry, size < 4 and not (size == 1 and at % entry == 0)
+        assert is_misaligned(sp, 0x11_000 + at, size) == (crosses or small)
+
+
+@pytest.mark.claim('nbs/mmu/11_sync.ipynb', 'b55f167f', 'The third store in a row into a table above level 1 makes KVM give it up; a level-1 table never floods')
+def test_the_third_store_in_a_row_into_a_table_above_level_1_makes_kvm_give_it_up_a_level_1_table_never_floods():
+    upper, lower = (ShadowPage(0x11, PageRole(level=level, access=7), 0) for level in (2, 1))
+    assert [is_flooding(upper) for _ in range(3)] == [False, False, True] and not any(is_flooding(lower) for _ in range(9))
+
+
+@pytest.mark.claim('nbs/mmu/11_sync.ipynb', '5b08d030', 'A store into the table empties the slot it hits and no other, and asks for a flush if something was there')
+def test_a_store_into_the_table_empties_the_slot_it_hits_and_no_other_and_asks_for_a_flush_if_something_was_there():
+    for gpa, hit in ((0x11_018, True), (0x11_01c, True), (0x11_010, False), (0x12_018, False)):
+        vcpu, sp = shadowed()
+        flushes = vcpu.vm.flushes
+        pte_write(vcpu, gpa, 4)
+        assert (not sp.sptes.get(3)) == hit == (vcpu.vm.flushes > flushes)
+
+
+@pytest.mark.claim('nbs/mmu/11_sync.ipynb', '140f80c6', 'no entry survives whose guest entry a store changed, for every place, size and mode; an aligned store costs no other entry')
+def test_no_entry_survives_whose_guest_entry_a_store_changed_for_every_place_size_and_mode_an_aligned_store_costs_no_other_entry():
+    for mode, entry in (('4-level', 8), ('PAE', 8), ('2-level', 4)):
+        for at, size in product(range(3 * entry, 6 * entry), (1, 2, 4, 8)):
+            vcpu, sp = example_table(0x40_067, 0x41_067, 0x42_067, 0x43_067, mode=mode)
+            before = {index: read_gpte(vcpu.vm, sp, index) for index in sp.sptes}
+            write_gpa(vcpu.vm.memory, 0x1_1000 + at, b'\xa5' * size)
+            pte_write(vcpu, 0x1_1000 + at, size)
+            changed = {index for index, old in before.items() if read_gpte(vcpu.vm, sp, index) != old}
+            assert changed and not changed & set(sp.sptes) and sp.role.invalid == is_misaligned(sp, at, size) | 0
+            if not sp.role.invalid: assert set(before) - set(sp.sptes) == changed
+
+
+@pytest.mark.claim('nbs/mmu/11_sync.ipynb', '4ee68fb5', 'a store of either half of an 8-byte entry empties its slot, in PAE and in 4-level paging')
+def test_a_store_of_either_half_of_an_8_byte_entry_empties_its_slot_in_pae_and_in_4_level_paging():
+    for mode, half in product(('PAE', '4-level'), (0, 4)):
+        vcpu, sp = example_table(0x40_067, 0x41_067, mode=mode)
+        pte_write(vcpu, 0x11_018 + half, 4)
+        assert set(sp.sptes) == {4}
+
+
+@pytest.mark.claim('nbs/mmu/11_sync.ipynb', '189db866', 'three stores into a directory give up its shadow and all that is stale below, two and a walk between do not')
+def test_three_stores_into_a_directory_give_up_its_shadow_and_all_that_is_stale_below_two_and_a_walk_between_do_not():
+    for walked_between in (False, True):
+        vcpu, lower = shadowed()
+        upper = add_shadow_page(vcpu.vm, ShadowPage(0x12, replace(lower.role, level=2), vcpu.vm.alloc_page()))
+        account_page(vcpu.vm, upper)
+        for n in range(3):
+            if walked_between and n == 2: upper.write_flooding = 0      # As a walk does
+            pte_write(vcpu, 0x12_000, 8)
+        assert (upper.spt in vcpu.vm.pages) == walked_between and lower.spt in vcpu.vm.pages
 
 
 @pytest.mark.claim('nbs/mmu/11_sync.ipynb', 'ec984493', "After a sync every entry grants what the guest's grants now, or is gone")
@@ -44,6 +118,39 @@ def test_after_a_sync_every_entry_grants_what_the_guest_s_grants_now_or_is_gone(
         if stays: assert bool(spte & 2) == (gpte & 0x42 == 0x42) and bool(spte & 4) == bool(gpte & 4)
 
 
+@pytest.mark.claim('nbs/mmu/11_sync.ipynb', 'a9fe7618', "a sync keeps exactly the entries whose guest entry is present, used and of the same frame, with the guest's rights, for all 64 new entries")
+def test_a_sync_keeps_exactly_the_entries_whose_guest_entry_is_present_used_and_of_the_same_frame_with_the_guest_s_rights_for_all_64_new_entries():
+    for bits, frame in product(range(32), (0x40, 0x41)):
+        present, w, u, a, d = (bits >> n & 1 for n in range(5))
+        gpte = frame << 12 | present | w << 1 | u << 2 | a << 5 | d << 6
+        vcpu, sp = shadowed()
+        write_entry(vcpu.vm.memory, 0x11_018, 8, gpte)
+        sync_page(vcpu, sp)
+        assert (3 in sp.sptes) == bool(present and a and frame == 0x40) == (rmap_entries(vcpu.vm, 0x40, 1) == [sptep_of(sp, 3)])
+        if 3 in sp.sptes:
+            assert is_writable(sp.sptes[3]) == bool(w and d) and bool(sp.sptes[3] & vcpu.vm.masks.user) == bool(u)
+            assert page_gfn(sp, 3) == 0x40 and page_access(sp, 3) == 1 | (2 if w and d else 0) | (4 if u else 0)
+
+
+@pytest.mark.claim('nbs/mmu/11_sync.ipynb', '41d3c348', 'a sync never builds: slots that were empty stay empty, whatever the guest has written there')
+def test_a_sync_never_builds_slots_that_were_empty_stay_empty_whatever_the_guest_has_written_there():
+    vcpu, sp = shadowed()
+    for index in range(512):
+        if index != 3: write_entry(vcpu.vm.memory, 0x1_1000 + 8 * index, 8, 0x40_067)
+    assert not sync_page(vcpu, sp) and set(sp.sptes) == {3}
+
+
+@pytest.mark.claim('nbs/mmu/11_sync.ipynb', '22100e66', 'a table that cannot be read, or is met by a vCPU without paging, is zapped and not synced')
+def test_a_table_that_cannot_be_read_or_is_met_by_a_vcpu_without_paging_is_zapped_and_not_synced():
+    for trouble in ('no slot', 'no paging'):
+        vcpu, sp = shadowed()
+        if trouble == 'no slot': sp.gfn = 0x500
+        else:
+            vcpu.cr0, vcpu.cr4, vcpu.efer = map(int, MODES['nonpaging'])
+            init_mmu(vcpu)
+        assert sync_page(vcpu, sp) == -1 and 3 in sp.sptes
+
+
 @pytest.mark.claim('nbs/mmu/11_sync.ipynb', '375fc53d', 'A lookup of a stale table brings its entries up to date and leaves it stale; a sync of its parents ends that')
 def test_a_lookup_of_a_stale_table_brings_its_entries_up_to_date_and_leaves_it_stale_a_sync_of_its_parents_ends_that():
     vcpu, sp = shadowed()
@@ -52,32 +159,94 @@ def test_a_lookup_of_a_stale_table_brings_its_entries_up_to_date_and_leaves_it_s
     assert find_shadow_page(vcpu, 0x11, sp.role) is sp and not sp.sptes.get(3) and sp.unsync
 
 
-@pytest.mark.claim('nbs/mmu/11_sync.ipynb', '5b08d030', 'A store into the table empties the slot it hits and no other, and asks for a flush if something was there')
-def test_a_store_into_the_table_empties_the_slot_it_hits_and_no_other_and_asks_for_a_flush_if_something_was_there():
-    for gpa, hit in ((0x11_018, True), (0x11_01c, True), (0x11_010, False), (0x12_018, False)):
+@pytest.mark.claim('nbs/mmu/11_sync.ipynb', 'b9d3cb4f', 'two vCPUs that ask for the same frame and role get the same table, and the log says who made it')
+def test_two_vcpus_that_ask_for_the_same_frame_and_role_get_the_same_table_and_the_log_says_who_made_it():
+    vcpu, sp = shadowed()
+    other = Vcpu(vcpu.vm, 1)
+    other.cr0, other.cr4, other.efer = vcpu.cr0, vcpu.cr4, vcpu.efer
+    init_mmu(other)
+    role = replace(sp.role, level=2)
+    assert get_shadow_page(vcpu, 0x20, role) is get_shadow_page(other, 0x20, role)
+    assert vcpu.log[-1]['created'] and not other.log[-1]['created'] and vcpu.vm.n_used == 2
+
+
+@pytest.mark.claim('nbs/mmu/11_sync.ipynb', '791fff69', "a hit forgets the guest's stores, a miss does not")
+def test_a_hit_forgets_the_guest_s_stores_a_miss_does_not():
+    vcpu, sp = shadowed()
+    sp.write_flooding = 2
+    assert find_shadow_page(vcpu, 0x11, replace(sp.role, access=5)) is None and sp.write_flooding == 2
+    assert find_shadow_page(vcpu, 0x11, sp.role) is sp and sp.write_flooding == 0
+
+
+@pytest.mark.claim('nbs/mmu/11_sync.ipynb', '29fbb99d', 'a stale table is given up when its frame becomes a table above level 1, a table in sync is not')
+def test_a_stale_table_is_given_up_when_its_frame_becomes_a_table_above_level_1_a_table_in_sync_is_not():
+    for stale in (False, True):
         vcpu, sp = shadowed()
-        flushes = vcpu.vm.flushes
-        pte_write(vcpu, gpa, 4)
-        assert (not sp.sptes.get(3)) == hit == (vcpu.vm.flushes > flushes)
+        if stale: try_to_unsync(vcpu.vm, 0x11, True, False)
+        assert find_shadow_page(vcpu, 0x11, replace(sp.role, level=2)) is None
+        assert bool(sp.role.invalid) == stale
 
 
-@pytest.mark.claim('nbs/mmu/11_sync.ipynb', '156c20cf', "A 4-byte entry's slots are those the chapter on quadrants gives, over every entry of both levels")
-def test_a_4_byte_entry_s_slots_are_those_the_chapter_on_quadrants_gives_over_every_entry_of_both_levels():
-    two = vars(PageRole(level=1, has_4_byte_gpte=1, access=7))
-    for level, entry, quadrant in product((1, 2), range(1024), range(4)):
-        sp = ShadowPage(0x11, PageRole(**{**two, 'level': level, 'quadrant': quadrant}), 0)
-        assert written_entries(sp, 0x11_000 + 4 * entry) == tuple(slot for q, slot in shadow_slots(level, entry) if q == quadrant)
+@pytest.mark.claim('nbs/mmu/11_sync.ipynb', '2a6da755', 'a lookup for a last-level table leaves other stale tables of its frame alone')
+def test_a_lookup_for_a_last_level_table_leaves_other_stale_tables_of_its_frame_alone():
+    vcpu, sp = shadowed()
+    try_to_unsync(vcpu.vm, 0x11, True, False)
+    assert find_shadow_page(vcpu, 0x11, replace(sp.role, access=5)) is None and sp.unsync and sp.spt in vcpu.vm.pages
 
 
-@pytest.mark.claim('nbs/mmu/11_sync.ipynb', 'b55f167f', 'The third store in a row into a table above level 1 makes KVM give it up; a level-1 table never floods')
-def test_the_third_store_in_a_row_into_a_table_above_level_1_makes_kvm_give_it_up_a_level_1_table_never_floods():
-    upper, lower = (ShadowPage(0x11, PageRole(level=level, access=7), 0) for level in (2, 1))
-    assert [is_flooding(upper) for _ in range(3)] == [False, False, True] and not any(is_flooding(lower) for _ in range(9))
+@pytest.mark.claim('nbs/mmu/11_sync.ipynb', '44b344e3', 'a sync that takes a right or a frame away owes a flush, once; there is nothing left to owe then')
+def test_a_sync_that_takes_a_right_or_a_frame_away_owes_a_flush_once_there_is_nothing_left_to_owe_then():
+    for gpte in (0x40_065, 0x40_063, 0x41_067, 0x0):
+        vcpu, sp = shadowed()
+        write_entry(vcpu.vm.memory, 0x11_018, 8, gpte)
+        assert [sync_page(vcpu, sp) for _ in range(2)] == [1, 0], f"{gpte:#x}"
 
 
-@pytest.mark.claim('nbs/mmu/11_sync.ipynb', '313a8cc9', "A store is misaligned when it crosses an entry or is too small to write one, but for a byte at an entry's start")
-def test_a_store_is_misaligned_when_it_crosses_an_entry_or_is_too_small_to_write_one_but_for_a_byte_at_an_entry_s_start():
-    for wide, at, size in product((0, 1), range(16), (1, 2, 4, 8)):
-        sp, entry = ShadowPage(0x11, PageRole(level=1, has_4_byte_gpte=int(not wide), access=7), 0), 8 if wide else 4
-        crosses, small = at // entry != (at + size - 1) // entry, size < 4 and not (size == 1 and at % entry == 0)
-        assert is_misaligned(sp, 0x11_000 + at, size) == (crosses or small)
+@pytest.mark.claim('nbs/mmu/11_sync.ipynb', '77e8477e', 'before tables are brought up to date no processor may write them any more, and what the sync took away is forgotten after it')
+def test_before_tables_are_brought_up_to_date_no_processor_may_write_them_any_more_and_what_the_sync_took_away_is_forgotten_after_it():
+    for nothing_new, wanted in ((True, ['flush_remote', 'kvm_mmu_sync_page']), (False, ['flush_remote', 'kvm_mmu_sync_page', 'flush_remote'])):
+        vcpu, sp = shadowed()
+        vm, did = vcpu.vm, []
+        parent = get_shadow_page(vcpu, 0x12, replace(sp.role, level=2))
+        parent.sptes[0] = make_nonleaf_spte(vm.masks, sp.spt, False)
+        sp.parents.append(sptep_of(parent, 0))
+        for at, entry in ((0x11_020, 0x11_067), (0x11_018, 0x40_065)): write_entry(vm.memory, at, 8, entry)
+        if nothing_new: sync_page(vcpu, sp)
+        sp.sptes[4] = build_leaf(vm, sp, 4, 7, 0x11, host_frame(vm, 0x11)[0], False, True, True)[0] & ~(vm.masks.accessed | vm.masks.dirty)
+        rmap_add(vm, sp, 4, 0x11, 7)                          # The table maps its own frame, writable: it has gone stale
+        vm.watch = lambda event: did.append(event.what)
+        sync_children(vcpu, parent)
+        assert [what for what in did if what in wanted] == wanted and not sp.unsync
+
+
+@pytest.mark.claim('nbs/mmu/11_sync.ipynb', 'b87a194e', 'a lookup that takes something away makes every processor forget it')
+def test_a_lookup_that_takes_something_away_makes_every_processor_forget_it():
+    vcpu, sp = shadowed()
+    try_to_unsync(vcpu.vm, 0x11, True, False)
+    write_entry(vcpu.vm.memory, 0x11_018, 8, 0)
+    flushes = vcpu.vm.flushes
+    find_shadow_page(vcpu, 0x11, sp.role)
+    assert vcpu.vm.flushes == flushes + 1
+
+
+@pytest.mark.claim('nbs/mmu/11_sync.ipynb', '220724ab', 'a sync makes an old MMIO entry current, though a slot has the frame by now')
+def test_a_sync_makes_an_old_mmio_entry_current_though_a_slot_has_the_frame_by_now():
+    vcpu, sp = shadowed()
+    write_entry(vcpu.vm.memory, 0x11_028, 8, 0x50_0067)
+    mark_mmio(vcpu, sp, 5, 0x500, 7)
+    add_ram(vcpu.vm.memory, 0x50_0000, 0x1000)
+    vcpu.vm.generation += 1
+    assert mmio_gen(sp.sptes[5]) == vcpu.vm.generation - 1
+    sync_page(vcpu, sp)
+    assert mmio_gen(sp.sptes[5]) == vcpu.vm.generation and vcpu.vm.memory.slot(0x500)
+
+
+@pytest.mark.claim('nbs/mmu/11_sync.ipynb', '40948d46', "an entry that remembers MMIO goes when the guest's names another frame, and takes over its rights otherwise")
+def test_an_entry_that_remembers_mmio_goes_when_the_guest_s_names_another_frame_and_takes_over_its_rights_otherwise():
+    for gpte, stays in ((0x50_0067, True), (0x50_0065, True), (0x51_0067, False), (0x0, False)):
+        vcpu, sp = shadowed()
+        mark_mmio(vcpu, sp, 5, 0x500, 7)
+        before = sp.sptes[5]
+        write_entry(vcpu.vm.memory, 0x11_028, 8, gpte)
+        sync_page(vcpu, sp)
+        assert (5 in sp.sptes) == stays and (not stays or (sp.sptes[5] == before) == bool(gpte & 2))
