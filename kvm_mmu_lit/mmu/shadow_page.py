@@ -55,7 +55,7 @@ class ShadowPage:
         "A guest table stands behind it. KVM: `sp_has_gptes` (mmu/mmu.c)."
         return not self.role.direct and not self.role.passthrough
 
-# %% ../../nbs/mmu/05_shadow_page.ipynb #32b42364
+# %% ../../nbs/mmu/05_shadow_page.ipynb #3e938313
 class Moved(dict):
     "Frame -> (host frame, may it be written) where the host put another page behind it; knows the way back."
 
@@ -70,6 +70,7 @@ class Moved(dict):
         self.gfns[there[0]], self.newest = gfn, max(self.newest, there[0])
         self.within |= {(level, gfn >> 9 * (level - 1)) for level in (2, 3)}
 
+# %% ../../nbs/mmu/05_shadow_page.ipynb #b5c03ab3
 @dataclass
 class Vm:
     "A virtual machine: memory, vCPUs, and every table KVM built for it. KVM: `struct kvm`, `struct kvm_arch` (asm/kvm_host.h)."
