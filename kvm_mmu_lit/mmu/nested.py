@@ -162,14 +162,14 @@ def catches_page_fault(
     differs = error_code & 0xffff & catch.mask != catch.match
     return differs != catch.bit
 
-# %% ../../nbs/mmu/27_nested.ipynb #0531beea
+# %% ../../nbs/mmu/27_nested.ipynb #775f835e
 EXITS = {'NPF': 0x400, 'EPT violation': 48, 'EPT misconfiguration': 49, 'log full': 62}     # EXITCODE on SVM, exit reason on VMX
 
 @dataclass(frozen=True)
 class Told:
     "How an access of L2 ended, by who hears of it."
     to: str                # 'nobody', 'L2' or 'L1'
-    what: str = 'done'     # 'done', 'mmio', '#PF', '#GP', or the exit L1 gets
+    what: str = 'done'     # 'done', 'mmio', '#PF', '#GP', or the exit L1 gets: a key of `EXITS`, '#PF intercepted', 'shutdown of L2'
     number: int = 0        # The vector in L2; for L1 the exit code or reason
     code: int = 0          # Error code or EXITINFO1, for EPT the exit qualification
     addr: int = 0          # CR2, EXITINFO2 or the guest-physical address; when nobody is told, where the byte is in L1's memory
@@ -189,12 +189,19 @@ def told(
     if not vcpu.guest_mode: raise ValueError("L1 runs: start L2 first")
     ended, vendor = access(vcpu, gva, kind), vcpu.host.vendor
     fault = ended.fault
+    if ended.what == 'dead': return _triple_fault(vcpu, ended.exits)
     if fault is None: return Told('nobody', ended.what, 0, 0, ended.gpa, ended.exits)
     if fault.to == 'L1': return Told('L1', fault.what, EXITS[fault.what], fault.error_code, fault.addr, ended.exits)
     if fault.what != '#PF' or not catches_page_fault(catch, vendor, fault.error_code):
         return Told('L2', fault.what, 14 if fault.what == '#PF' else 13, fault.error_code, fault.addr, ended.exits)
     leave_l2(vcpu)
     return Told('L1', '#PF intercepted', 0x40 + 14 if vendor == 'svm' else 0, fault.error_code, fault.addr, ended.exits)
+
+def _triple_fault(vcpu, exits):
+    "L2 shuts down; an L1 on SVM is taken to have asked for that. KVM: `nested_svm_triple_fault` (svm/nested.c), `nested_vmx_triple_fault` (vmx/nested.c)."
+    vcpu.requests.discard('TRIPLE_FAULT')
+    leave_l2(vcpu)
+    return Told('L1', 'shutdown of L2', 0x7f if vcpu.host.vendor == 'svm' else 2, exits=exits)
 
 # %% ../../nbs/mmu/27_nested.ipynb #fc3f88a6
 def wrongs(fmt: GpteFormat) -> dict:

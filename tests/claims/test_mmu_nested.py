@@ -179,3 +179,15 @@ def test_l1_in_pae_mode_changes_a_pdpte_of_its_nested_tables_kvm_s_walk_sees_it_
     assert told(vcpu, PAGE, USER).addr == L2_AT + FRAME
     machine.happen(dict(do='leave_l2', vcpu=0)), machine.happen(start)
     assert told(vcpu, PAGE, USER).addr == L2_AT + FRAME + 0x1000
+
+
+@pytest.mark.claim('nbs/mmu/27_nested.ipynb', 'd0f885bb', "A top table of L1's that leads where no memory is shuts L2 down, on every kind of nested tables, and L1 hears of that")
+def test_a_top_table_of_l1_s_that_leads_where_no_memory_is_shuts_l2_down_on_every_kind_of_nested_tables_and_l1_hears_of_that():
+    for hypervisor in NESTED:
+        machine, start = l1_machine(hypervisor, '4-level')
+        if hypervisor == 'NPT, PAE': write_entry(machine.vm.memory, NESTED_ROOT, 8, RAM_END | 1)
+        else: start = {**start, 'nested_pgd': start['nested_pgd'] - NESTED_ROOT + RAM_END}
+        machine.happen(start)
+        heard = told(machine.vcpus[0], PAGE, USER)
+        assert (heard.to, heard.what) == ('L1', 'shutdown of L2') and not machine.vcpus[0].guest_mode
+        assert machine.happen(dict(do='read', vcpu=0, at=0)).what != 'dead'
