@@ -42,7 +42,7 @@ def writes_own_table(tables, walked: Walked, user: bool) -> tuple:
     gfns = [gfn for level, gfn in walked.table_gfns.items() if level >= walked.level]
     return any((gfn ^ walked.gfn) & mask == 0 for gfn in gfns), walked.gfn in gfns
 
-# %% ../../nbs/mmu/17_shadow_fault.ipynb #5ff67adc
+# %% ../../nbs/mmu/17_shadow_fault.ipynb #a5d437a2
 def fetch(
     vcpu: Vcpu,
     fault: Fault,
@@ -52,7 +52,7 @@ def fetch(
     vm, tables = vcpu.vm, guest_tables(vcpu, vcpu.mmu)
     top = vcpu.mmu.cpu_role.base.level
     if gpte_changed(vcpu, tables, walked, 2 if top == 3 else top): return 'RETRY'
-    way = shadow_walk(vm, vcpu.mmu, fault.addr)
+    way, level = shadow_walk(vm, vcpu.mmu, fault.addr), 0
     for level, sp, index in way:
         if level <= walked.level: break
         sp.write_flooding = 0
@@ -62,6 +62,7 @@ def fetch(
         if child is not None: link(vm, sp, index, child)
     hugepage_adjust(vm, fault)
     tell_requested(vm, fault)
+    if not level: return 'EFAULT'          # The root's own entry is empty: 6.1 warns and gives up
     while True:
         sp.write_flooding = 0
         if vm.nx_huge_pages: fault.pfn, fault.goal_level = disallowed_hugepage_adjust(sp.sptes.get(index, 0), level, fault.goal_level, fault.gfn, fault.pfn)
@@ -121,14 +122,14 @@ def rewrite_for_wp0(vcpu: Vcpu, fault: Fault, walked: Walked):
     walked.pte_access = (walked.pte_access | ACC_WRITE) & ~ACC_USER
     if role.ext.cr4_smep: walked.pte_access &= ~ACC_EXEC
 
-# %% ../../nbs/mmu/17_shadow_fault.ipynb #aa9c962c
+# %% ../../nbs/mmu/17_shadow_fault.ipynb #a302b5d6
 NESTED_GUEST_PAGE = 1 << 33 | 2 | 1    # `PFERR_NESTED_GUEST_PAGE`
 
 def page_fault(
     vcpu: Vcpu,
     addr: int,             # CR2, or with TDP a guest-physical address
     error_code: int,
-) -> tuple:                # (what is to be done: 'RETRY' or 'EMULATE', one of `RET_PF` or '' when no handler was asked)
+) -> tuple:                # (what is to be done: 'RETRY', 'EMULATE', or 'EFAULT' for userspace, one of `RET_PF` or '' when no handler was asked)
     "The way into the MMU. KVM: `kvm_mmu_page_fault`, `kvm_mmu_do_page_fault` (mmu/mmu.c)."
     vm, mmu = vcpu.vm, vcpu.mmu
     kvm_bug_on(not mmu.root.valid, f"a page fault at {addr:#x}, and there is no root")
@@ -143,6 +144,7 @@ def page_fault(
         result = handler(vcpu, fault)
         vcpu.writes_own_table = fault.writes_own_table
         vcpu.did('pf_ret', ret=result, handler=mmu.fault)
+    if result == 'EFAULT': return _done(vcpu, 'EFAULT', result)
     if result != 'EMULATE': return _done(vcpu, 'RETRY', result if asked else '')
     if direct and error_code & NESTED_GUEST_PAGE == NESTED_GUEST_PAGE:
         unprotect_gfn(vm, addr >> PAGE_SHIFT)

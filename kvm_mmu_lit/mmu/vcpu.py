@@ -32,11 +32,11 @@ from .shadow_page import Vm
 from .sync import pte_write
 from .tlb import processor_access
 
-# %% ../../nbs/mmu/23_vcpu.ipynb #2dc2e9c5
+# %% ../../nbs/mmu/23_vcpu.ipynb #ba19bd89
 @dataclass(frozen=True)
 class Outcome:
     "How an access ended."
-    what: str              # 'done', 'fault', 'mmio', 'exit to L1' or 'dead'
+    what: str              # 'done', 'fault', 'mmio', 'exit to L1', 'dead' or, where `KVM_RUN` fails, 'EFAULT'
     gpa: int = 0           # In the memory slots' space, when it is 'done' or 'mmio'
     value: int = 0         # What was read
     fault: 'Injected | None' = None
@@ -78,11 +78,12 @@ def _told_by_processor(vcpu, found):
     code = int(getattr(fault, 'error_code', 0))
     return Injected('guest', '#PF' if hasattr(fault, 'error_code') else '#GP', getattr(fault, 'gva', 0), code)
 
-# %% ../../nbs/mmu/23_vcpu.ipynb #fc9b3fad
+# %% ../../nbs/mmu/23_vcpu.ipynb #8b29f739
 def handle_exit(vcpu: Vcpu, found: Exit, gva: int, kind: int, value: 'int | None', size: int) -> tuple:
     "() when the guest may try again, else the beginning of an `Outcome`. KVM: `kvm_handle_page_fault` (mmu/mmu.c), `npf_interception` (svm/svm.c), `handle_ept_violation` (vmx/vmx.c)."
     vcpu.injected, vcpu.npf_info = None, found.error_code if vcpu.host.has_tdp else None
     what, _ = page_fault(vcpu, found.addr, found.error_code)
+    if what == 'EFAULT': return 'EFAULT',
     ended = _injected(vcpu) if vcpu.injected is not None else emulate(vcpu, gva, kind, value, size) if what == 'EMULATE' else ()
     vcpu.npf_info = None
     return ended

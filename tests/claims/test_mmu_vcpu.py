@@ -9,13 +9,14 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global FORMATS, HOLE, KvmBug, MODES, add_slot, get_dirty_log, guest, invlpg, map_page, ram, set_cr3, start_dirty_log, svm_host, vmx_host, with_device, write_entry
+    global FORMATS, HOLE, KvmBug, L2State, MODES, add_slot, enter_l2, get_dirty_log, guest, invlpg, map_page, ram, set_cr3, start_dirty_log, svm_host, vmx_host, with_device, write_entry
     from kvm_mmu_lit.guest.addresses import FORMATS
     from kvm_mmu_lit.guest.gpte import map_page
     from kvm_mmu_lit.guest.memory import ram
     from kvm_mmu_lit.mmu.contexts import KvmBug
     from kvm_mmu_lit.mmu.cpu_role import MODES
     from kvm_mmu_lit.mmu.host_events import get_dirty_log, start_dirty_log
+    from kvm_mmu_lit.mmu.nested_switch import L2State, enter_l2
     from kvm_mmu_lit.mmu.root_role import svm_host, vmx_host
 
     def guest(host=svm_host(4, npt=False), vcpus=1, **vm):
@@ -65,6 +66,23 @@ def test_a_store_that_kvm_makes_for_the_guest_dirties_its_page_also_when_it_stor
         start_dirty_log(vcpu.vm, 0)
         stored = access(vcpu, 0x2010, WRITE, value)
         assert stored.emulated and stored.value == (before if value is None else value) and 2 in get_dirty_log(vcpu.vm, 0)
+
+
+@pytest.mark.claim('nbs/mmu/23_vcpu.ipynb', 'c1fdacc6', "A nested table's top entry that appears after VMRUN makes KVM_RUN fail in 6.1; the next VMRUN repairs it")
+def test_a_nested_table_s_top_entry_that_appears_after_vmrun_makes_kvm_run_fail_in_6_1_the_next_vmrun_repairs_it():
+    memory, (cr0, cr4, efer) = ram((0, 1 << 22)), map(int, MODES['PAE'])
+    map_page(memory, 0x20_000, FORMATS['pae'], 0x3000, 0x10_3000, [0x21, 0x22], 0x7, 0x7)
+    entry = read_gpa(memory, 0x20_000, 8)
+    write_gpa(memory, 0x20_000, bytes(8))
+    vcpu = new_vcpu(Vm(svm_host(4), memory), cr0=cr0, cr3=0x1000, cr4=cr4, efer=efer)
+    inner = L2State(0, 0, 0, 0, 0x20_000)
+    enter_l2(vcpu, inner)
+    enter_guest(vcpu)
+    write_gpa(memory, 0x20_000, entry)
+    assert access(vcpu, 0x3000, 0).what == 'EFAULT' == access(vcpu, 0x3000, 0).what
+    leave_l2(vcpu)
+    enter_l2(vcpu, inner)
+    assert access(vcpu, 0x3000, 0).gpa == 0x10_3000
 
 
 @pytest.mark.claim('nbs/mmu/23_vcpu.ipynb', 'd9d766d8', "The second access to a device needs no walk: not even its entry's end is noticed before the guest flushes")
