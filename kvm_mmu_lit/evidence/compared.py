@@ -22,7 +22,7 @@ from .mmu_states import MmuState, RecordedRoot, Snapshot
 from ..mmu.contexts import INVALID_PAGE, Mmu, Vcpu
 from ..mmu.shadow_page import Vm
 
-# %% ../../nbs/evidence/18_compared.ipynb #18c3c7cb
+# %% ../../nbs/evidence/18_compared.ipynb #3965fdad
 @dataclass
 class Addresses:
     "Which table of the model is which table of the recorded kernel."
@@ -43,6 +43,10 @@ class Addresses:
         "One of our addresses as the recorded kernel would print it."
         if not ours or ours == INVALID_PAGE: return 'none'
         return f'{self.theirs[ours]:#x}' if ours in self.theirs else f'a table the record has not ({ours:#x})'
+
+    def number(self, ours: int) -> int:
+        "The same as a number; a table the record has not gets an odd one, which equals none."
+        return self.theirs.get(ours, ours | 1)
 
     def word(self, ours: int) -> int:
         "An entry of ours as the recorded kernel would have it: its address in place of ours."
@@ -86,7 +90,7 @@ def requests_of(
     "The pending requests that concern the MMU, by name."
     return {name for name, bit in REQUEST_BITS.items() if recorded.requests >> bit & 1}
 
-# %% ../../nbs/evidence/18_compared.ipynb #c9ccbc1b
+# %% ../../nbs/evidence/18_compared.ipynb #1769462f
 class Row(NamedTuple):
     "One thing that was compared."
     aspect: str        # One of `ASPECTS`
@@ -94,7 +98,7 @@ class Row(NamedTuple):
     recorded: object
     model: object
 
-ASPECTS = {'calls': "functions, in order, with arguments and results", 'tables': "tables found, made and taken away", 'roles': "cpu_role and root_role of both MMUs, cpu_role of nested_mmu",
+ASPECTS = {'events': "walks, faults, and what KVM did to tables and entries, event by event", 'calls': "functions, in order, with arguments and results", 'tables': "tables found, made and taken away", 'roles': "cpu_role and root_role of both MMUs, cpu_role of nested_mmu",
            'roots': "root and prev_roots of both MMUs, and which MMU is in charge", 'entries': "the words of pae_root, and the PDPTE registers",
            'requests': "what is pending for the MMU", 'registers': "CR0, CR3, CR4, EFER, L2 or not, SMM or not", 'memory': "the guest's page tables and VMCBs at the end"}
 

@@ -9,33 +9,19 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global DATA, Mmu, Path, counts, cpu_role, expect_fail, load_scenario, make_event, nested, out_of_sync, page_role, read_gpa, shadow, tree
+    global DATA, Path, expect_fail, host_frame, load_scenario, make_event, nested, read_gpa, shadow
     from pathlib import Path
 
     from fastcore.test import expect_fail
     from kvm_mmu_lit.evidence.ftrace import make_event
     from kvm_mmu_lit.evidence.scenarios import load_scenario
     from kvm_mmu_lit.guest.memory import read_gpa
-    from kvm_mmu_lit.mmu.contexts import Mmu
-    from kvm_mmu_lit.mmu.cpu_role import cpu_role, page_role
+    from kvm_mmu_lit.mmu.rmap import host_frame
 
     DATA = next(folder / 'tests/data/kvm-traces' for folder in (Path.cwd(), *Path.cwd().parents) if (folder / 'tests/data/kvm-traces').is_dir())
 
     nested = load_scenario(DATA / 's32_nested_npt_2level')
     shadow = load_scenario(DATA / 's01_shadow_64_cr3')
-
-    def tree():
-        "Two roots over one table of level 3, and a table of level 1 below."
-        linked = Linked(Vm(host_of(shadow), memory=None))
-        for spt, level in ((0xa000, 4), (0xb000, 4), (0x3000, 3), (0x2000, 2), (0x1000, 1)): linked.vm.pages[spt] = ShadowPage(spt >> 12, page_role(0x3700 | level), spt)
-        for parent, index, child in ((0xa000, 0, 0x3000), (0xb000, 7, 0x3000), (0x3000, 0, 0x2000), (0x2000, 2, 0x1000)): linked.link(parent, index, child)
-        return linked
-
-    def out_of_sync(linked, table):
-        linked.vm.pages[table].unsync = True
-        linked.mark_parents(table)
-
-    def counts(linked): return {hex(spt): sp.unsync_children for spt, sp in linked.vm.pages.items()}
 
 
 @pytest.mark.claim('nbs/evidence/17_below.ipynb', '0a09ec11', 'a guest on NPT is offered protection keys, one on shadow paging is not')
@@ -49,6 +35,15 @@ def test_nobody_is_offered_vmx_and_pcid_only_where_the_recording_patched_it_in()
     with_pcid = load_scenario(DATA / 's50_shadow_64_pcid')
     assert [bool(cr4_missing(scenario) & Cr4.PCIDE) for scenario in (shadow, nested, with_pcid)] == [True, True, False]
     assert all(cr4_missing(scenario) & Cr4.VMXE for scenario in (shadow, nested, with_pcid))
+
+
+@pytest.mark.claim('nbs/evidence/17_below.ipynb', '364292a4', 'What is heard is what is read, with the address of each entry, and nobody listens to plain bytes')
+def test_what_is_heard_is_what_is_read_with_the_address_of_each_entry_and_nobody_listens_to_plain_bytes():
+    memory, told = HeardMemory(shadow.memory().slots), []
+    memory.hear = lambda gpa, size, value: told.append((gpa, size)) or 5
+    assert memory.words(8)[0x101][3] == 5 and memory.words(4)[0x101][3] == 5
+    assert told == [(0x10_1018, 8), (0x10_100c, 4)]
+    assert read_gpa(memory, 0x10_1000, 8) == read_gpa(shadow.memory(), 0x10_1000, 8) and len(told) == 2
 
 
 @pytest.mark.claim('nbs/evidence/17_below.ipynb', '8fb7a63e', 'a faulting step stores nothing, the same step without a fault does')
@@ -65,6 +60,13 @@ def test_a_faulting_step_stores_nothing_the_same_step_without_a_fault_does():
     assert store(step, fault, after) == before != store(step, after) == write['val'].to_bytes(write['size'], 'little')
 
 
+@pytest.mark.claim('nbs/evidence/17_below.ipynb', '28baa7f6', 'an 8-byte entry that a 32-bit guest stores in two halves is stored half by half')
+def test_an_8_byte_entry_that_a_32_bit_guest_stores_in_two_halves_is_stored_half_by_half():
+    stores = Stores(shadow, shadow.memory())
+    stores.waiting = [(0x10_3000, 0x8000_0001_0000_2003, 8)]
+    assert [stores.data_at(gpa, 4) for gpa in (0x10_3000, 0x10_3004, 0x10_3006)] == [b'\x03\x20\x00\x00', b'\x01\x00\x00\x80', None]
+
+
 @pytest.mark.claim('nbs/evidence/17_below.ipynb', '47b33d4b', 'a slot that userspace takes away is a hole, and comes back with the same bytes')
 def test_a_slot_that_userspace_takes_away_is_a_hole_and_comes_back_with_the_same_bytes():
     slots = load_scenario(DATA / 's12_shadow_64_obsolete')
@@ -76,34 +78,14 @@ def test_a_slot_that_userspace_takes_away_is_a_hole_and_comes_back_with_the_same
     assert read_gpa(stores.memory, gpa, 4) == b'kept'
 
 
-@pytest.mark.claim('nbs/evidence/17_below.ipynb', '66062ef5', 'a root counts a table that another root has brought up to date, until it is synced itself')
-def test_a_root_counts_a_table_that_another_root_has_brought_up_to_date_until_it_is_synced_itself():
-    linked = tree()
-    out_of_sync(linked, 0x1000)
-    linked.clear(0xa000)
-    assert not linked.vm.pages[0x1000].unsync
-    assert [linked.vm.pages[root].unsync_children for root in (0xa000, 0xb000)] == [0, 1]
-    linked.clear(0xb000)
-    assert not linked.vm.pages[0xb000].unsync_children
-
-
-@pytest.mark.claim('nbs/evidence/17_below.ipynb', '90922d70', 'a table that is zapped takes its marks along, and no walk finds it')
-def test_a_table_that_is_zapped_takes_its_marks_along_and_no_walk_finds_it():
-    linked = tree()
-    out_of_sync(linked, 0x1000)
-    linked.zap(0x2000)
-    assert not linked.vm.pages[0x2000].unsync_children and not linked.parents[0x2000] and not linked.children[0x2000]
-    root = Mmu('root_mmu', cpu_role=cpu_role(0x80_0000_0000 | 1 << 32 | 0x3704), root_role=page_role(0x3704))
-    root.root.hpa = 0xa000
-    assert linked.at(root, 0x40_0000, 3) == 0x3000 and linked.at(root, 0x40_0000, 2) is None
-
-
-@pytest.mark.claim('nbs/evidence/17_below.ipynb', 'b475dc87', "every store into a 4-byte table concerns one part of it, and every entry of KVM's has one store that reaches it")
-def test_every_store_into_a_4_byte_table_concerns_one_part_of_it_and_every_entry_of_kvm_s_has_one_store_that_reaches_it():
-    for level, parts in ((1, 2), (2, 4)):
-        tables = [ShadowPage(1, page_role(0x3710 | level | quadrant << 5), 0x1000) for quadrant in range(parts)]
-        reached = [(sp.role.quadrant, index) for gpa in range(0x1000, 0x2000, 4) for sp in tables for index in written_entries(sp, gpa)]
-        assert sorted(reached) == [(quadrant, index) for quadrant in range(parts) for index in range(512)]
+@pytest.mark.claim('nbs/evidence/17_below.ipynb', '08926897', 'A frame the trace has not told of is not at hand; one it told of is where it said, and a hole is a hole')
+def test_a_frame_the_trace_has_not_told_of_is_not_at_hand_one_it_told_of_is_where_it_said_and_a_hole_is_a_hole():
+    vm = Vm(host_of(shadow), shadow.memory())
+    vm.moved = HostFrames(vm)
+    vm.moved[0x80] = 0x3f2a, True
+    assert host_frame(vm, 0x80) == (0x3f2a, True) and host_frame(vm, 0x81) is None and host_frame(vm, 0xd_0000) is None
+    vm.moved.known_only = False
+    assert host_frame(vm, 0x81) is not None
 
 
 @pytest.mark.claim('nbs/evidence/17_below.ipynb', '0863b0fb', 'nothing can be taken under a name that is not on the list')
