@@ -12,7 +12,7 @@ hypervisor in between has: two sets are all the processor ever walks.
 
 # %% auto #0
 __all__ = ['GUESTS', 'NESTED', 'WALKED', 'L2_ROOT', 'NESTED_ROOT', 'L2_AT', 'L2_PAGES', 'NESTED_HOSTS', 'two_walks', 'draw_reads',
-           'show_reads', 'show_counter', 'show_costs', 'nested_machine', 'enter', 'l2_page', 'processor_reads',
+           'show_reads', 'show_counter', 'show_walk_costs', 'nested_machine', 'enter', 'l2_page', 'processor_reads',
            'live_costs']
 
 # %% ../../nbs/lab/09_two_dimensions.ipynb #b7162132
@@ -129,8 +129,8 @@ def show_counter(
     cells = [[cell if cell is not None and cell <= step else None for cell in row] for row in grid.cells]
     return Grid(grid.rows, grid.columns, cells, grid.caption, grid.kind)
 
-# %% ../../nbs/lab/09_two_dimensions.ipynb #d9811b33
-def show_costs(
+# %% ../../nbs/lab/09_two_dimensions.ipynb #275c1411
+def show_walk_costs(
     page: str = 'user data',   # One of `WALKED`
 ) -> Grid:
     "Reads for every guest over all nested tables, counted."
