@@ -226,7 +226,7 @@ def _broken(vm: Vm, number: 'int | str', why: str):
     "Stop the story: an invariant does not hold."
     raise broken_invariant(vm, number, why)
 
-# %% ../../nbs/review/16_theorem.ipynb #549842d3
+# %% ../../nbs/review/16_theorem.ipynb #0f3453f8
 KINDS = (0, WRITE, USER, USER | WRITE, FETCH, USER | FETCH)
 SAMPLE = [(page, kind) for page in (*PAGES, LARGE + 0x1000, LARGE + 0x18_000, 0x18_000, 0x20_000) for kind in KINDS]      # What is looked at
 
@@ -264,6 +264,7 @@ class Story:
         for one in (event, inner or {}):
             if one.get('do') == 'write' or 'at' in one and one is inner: self._used(one['at'])
         self._flushed(event, answer, before)
+        if inner is not None and event['do'] == 'write' and answer.what == 'done': self._reached(event['at'], answer.gpa >> PAGE_SHIFT)
         self._told(event, answer)
         self._logged(event, answer)
         for one in (event, inner or {}): self._stored(one)
@@ -312,6 +313,14 @@ class Story:
                 allowed = self.allowed[n].setdefault((here[1], *here[4:]), {})
                 for key, frame in known.items():
                     if type(frame) is Unmarked or key[0] >> 12 == gva >> 12 and frame is not None: allowed.setdefault(key, set()).add(frame)
+
+    def _reached(self, gva, frame):
+        "Where a store went that was interrupted: the tables it went by may have been new, and it may have written over them."
+        for n, seen in enumerate(self.known):
+            for here, _ in seen:
+                allowed = self.allowed[n].setdefault((here[1], *here[4:]), {})
+                for key in SAMPLE:
+                    if key[0] >> 12 == gva >> 12: allowed.setdefault(key, set()).add(frame)
 
     def _told(self, event, answer):
         "A fault's error code makes sense; and what is computed twice is computed once."
