@@ -45,23 +45,25 @@ def example_tables(
         mark_parents_unsync(vm, sps[n])
     return vm, sps
 
-# %% ../../nbs/mmu/09_zap.ipynb #c59f504e
+# %% ../../nbs/mmu/09_zap.ipynb #d6f253dd
 def draw_links(
     vm: Vm,
     caption: str = '',
 ) -> Graph:
     "Every table, what leads where, and what the leaves map."
-    nodes = [(f'{sp.spt:x}', f"level {sp.role.level}, frame {sp.gfn:#x}" + (f"\nheld {sp.root_count} times" if sp.root_count else '') + ('\nzapped' if sp.role.invalid else ''),
-              'refused' if sp.role.invalid else 'shadow') for sp in vm.pages.values()]
-    edges = []
+    nodes, edges = [(f'{sp.spt:x}', _table_label(sp), 'refused' if sp.role.invalid else 'shadow') for sp in vm.pages.values()], []
     for sp in vm.pages.values():
         for index, spte in sorted(sp.sptes.items()):
             if not is_present(spte): continue
             leaf = is_last(spte, sp.role.level)
             name = f'frame {(spte & SPTE_ADDRESS) >> 12:#x}' if leaf else f'{spte & SPTE_ADDRESS:x}'
-            if leaf: nodes.append((name, f"host {name}", 'guest'))
+            if leaf: nodes.append((name, f"host {name}", 'frame'))
             edges.append((f'{sp.spt:x}', name, f"slot {index}"))
     return Graph(list(dict.fromkeys(nodes)), edges, caption=caption)
+
+def _table_label(sp):
+    held = f"\nheld by {sp.root_count}" if sp.root_count else ''
+    return f"level {sp.role.level}, frame {sp.gfn:#x}{held}" + '\nzapped' * bool(sp.role.invalid)
 
 # %% ../../nbs/mmu/09_zap.ipynb #b90af8e3
 def drop_parent_pte(vm: Vm, child: ShadowPage, parent: ShadowPage, index: int):
