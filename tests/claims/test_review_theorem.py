@@ -9,8 +9,10 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global Efer, PLAIN, draw_host_walk, entry_of, other, used
+    global Efer, PLAIN, draw_host_walk, entry_of, is_present, is_rsvd_spte, other, used, zero_check_of
     from kvm_mmu_lit.guest.registers import Efer
+    from kvm_mmu_lit.mmu.page_fault import zero_check_of
+    from kvm_mmu_lit.mmu.spte import is_present, is_rsvd_spte
 
     PLAIN = Setting('shadow', '4-level')
 
@@ -65,3 +67,12 @@ def test_after_a_fault_for_a_reserved_bit_the_stale_entry_of_that_address_still_
     assert fault.error_code & 9 == 9
     vcpu.tlb.entries.clear()
     assert truth(vcpu, page, 0) is None and answer_of(vcpu, page, 0) == f"frame {old:#x}"
+
+
+@pytest.mark.claim('nbs/review/16_theorem.ipynb', '6f07752a', 'for an L1 without NX the workaround for large pages sets a bit that KVM itself takes for reserved, and the guest gets its page')
+def test_for_an_l1_without_nx_the_workaround_for_large_pages_sets_a_bit_that_kvm_itself_takes_for_reserved_and_the_guest_gets_its_page():
+    story = Story(Setting('NPT', '2-level', 'nonpaging', True), 1, everything=True)
+    for event in (dict(do='nx_huge_pages', on=True), dict(do='enter_l2', vcpu=0, cr0=0, cr3=0, cr4=0, efer=0, nested_pgd=ROOTS['N'])): story.do(event)
+    assert story.do(dict(do='write', vcpu=0, at=PAGES[0])).what == 'done'
+    warned = [sp for sp in story.vm.pages.values() for spte in sp.sptes.values() if is_present(spte) and is_rsvd_spte(zero_check_of(story.vm, sp), spte, sp.role.level)]
+    assert warned and all(sp.role.guest_mode and not sp.role.efer_nx and sp.role.level > 1 for sp in warned)
