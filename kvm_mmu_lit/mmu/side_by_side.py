@@ -144,7 +144,7 @@ def show_sides(
     rows.append(('', 'together', '', *(str(sum(played[engine][2], Cost())) for engine in ENGINES)))
     return Table(('', 'step', 'what can be seen', *ENGINES), rows, f"{below}{', large host pages' if large else ''}: x exits, t tables made, e entries, r reads of guest entries, f flushes")
 
-# %% ../../nbs/mmu/28_side_by_side.ipynb #5a4fa3ba
+# %% ../../nbs/mmu/28_side_by_side.ipynb #f784d528
 def draw_built(
     machines: dict,        # Name -> `Machine`
     caption: str = '',
@@ -156,7 +156,7 @@ def draw_built(
         nodes.append(Node(engine, engine, 'neutral'))
         for sp in pages:
             leaves = sum(is_present(spte) and is_last(spte, sp.role.level) for spte in sp.sptes.values())
-            what = f"level {sp.role.level}" + (f", shadows {sp.gfn:#x}" if sp.has_gptes else f", from {sp.gfn:#x}") + (f"\n{leaves} leaves" if leaves else '')
+            what = f"level {sp.role.level}" + (f", shadows {sp.gfn:#x}" if sp.has_gptes else f", from {sp.gfn:#x}") + (f"\n{leaves} {'leaf' if leaves == 1 else 'leaves'}" if leaves else '')
             nodes.append(Node(f"{engine} {sp.spt:#x}", what, 'shadow'))
             if sp.role.level == machine.vm.vcpus[0].mmu.root_role.level: edges.append(Edge(engine, f"{engine} {sp.spt:#x}"))
             for index, spte in sorted(sp.sptes.items()):
