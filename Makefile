@@ -53,7 +53,7 @@ serve: site ## the site on loopback, live figures included
 	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory _docs 8000
 lab: $(READY) ## JupyterLab on the book; notebooks are saved clean
 	$(BIN)/jupyter lab $(AS_ROOT) --ContentsManager.pre_save_hook=nbdev.clean.clean_jupyter nbs
-bench: $(READY) ## speed and memory, beside volatility3 and SPIN and of the whole machine; a quarter of an hour; BENCH=--record writes it down
+bench: $(READY) ## speed and memory, beside volatility3 and SPIN and of the whole machine, up to a million pages; half an hour; BENCH=--record writes it down
 	@sh tools/system.sh spin gcc libc6-dev
 	$(BIN)/python -c 'import sys; from kvm_mmu_lit.evidence.benchmarks import main; main(sys.argv[1:])' $(BENCH)
 	$(BIN)/python -c 'import sys; from kvm_mmu_lit.evidence.exploring_speed import main; main(sys.argv[1:])' $(BENCH)
