@@ -226,7 +226,7 @@ def _broken(vm: Vm, number: 'int | str', why: str):
     "Stop the story: an invariant does not hold."
     raise broken_invariant(vm, number, why)
 
-# %% ../../nbs/review/16_theorem.ipynb #0f3453f8
+# %% ../../nbs/review/16_theorem.ipynb #b811169b
 KINDS = (0, WRITE, USER, USER | WRITE, FETCH, USER | FETCH)
 SAMPLE = [(page, kind) for page in (*PAGES, LARGE + 0x1000, LARGE + 0x18_000, 0x18_000, 0x20_000) for kind in KINDS]      # What is looked at
 
@@ -291,10 +291,18 @@ class Story:
     def _flushed_by_register(self, event, before, after):
         n, do, pcide = event['vcpu'], event['do'], before[2] & Cr4.PCIDE
         def here(pcid): return lambda cr3, pgd, l2: (self.setting.svm or (pgd, l2) == after[4:]) and (pcid is None or pcid_of(cr3) == pcid)
-        if do == 'set_cr3' and not (pcide and event['value'] & CR3_NOFLUSH): self._forget_all(n, here(pcid_of(event['value']) if pcide else None))
+        if do == 'set_cr3' and pcide and event['value'] & CR3_NOFLUSH: self._kept(n, (after[1], *after[4:]))
+        elif do == 'set_cr3': self._forget_all(n, here(pcid_of(event['value']) if pcide else None))
         elif do == 'invpcid' and event['kind'] == 0: self._forget(n, event['at'], event['pcid'])
         elif do == 'invpcid': self._forget_all(n, here(event['pcid'] if event['kind'] == 1 else None))
         elif flushes(do, before, after): self._forget_all(n, here(None))
+
+    def _kept(self, n, world):
+        "Back in a world nobody has flushed, maybe under other flags than when it was left."
+        allowed = self.allowed[n].setdefault(world, {})
+        for (here, _), known in self.known[n].items():
+            for key, frame in known.items() if (here[1], *here[4:]) == world else ():
+                if frame is not None: allowed.setdefault(key, set()).add(frame)
 
     def _entered(self, n, after):
         "SVM: into L2 or out of it with a flush of the context entered."
