@@ -232,6 +232,16 @@ def test_before_tables_are_brought_up_to_date_no_processor_may_write_them_any_mo
         assert [what for what in did if what in wanted] == wanted and not sp.unsync
 
 
+@pytest.mark.claim('nbs/mmu/11_sync.ipynb', '25b4835f', "what the levels above refuse, a sync does not grant, whatever the guest's entry says")
+def test_what_the_levels_above_refuse_a_sync_does_not_grant_whatever_the_guest_s_entry_says():
+    for access in (7, 5, 3):
+        vcpu, sp = shadowed()
+        sp.role = replace(sp.role, access=access)
+        write_entry(vcpu.vm.memory, 0x11_018, 8, 0x40_067)
+        sync_page(vcpu, sp)
+        assert (sp.sptes[3] & 2, sp.sptes[3] & 4) == (access & 2, access & 4)
+
+
 @pytest.mark.claim('nbs/mmu/11_sync.ipynb', 'b87a194e', 'a lookup that takes something away makes every processor forget it')
 def test_a_lookup_that_takes_something_away_makes_every_processor_forget_it():
     vcpu, sp = shadowed()
