@@ -248,7 +248,7 @@ def progress(text: str):
     "Say how far a long piece of work is, if somebody watches."
     if sys.stderr.isatty(): print(f"\r\x1b[K{text}", end='', file=sys.stderr, flush=True)
 
-# %% ../nbs/cli.ipynb #d87b4bdf
+# %% ../nbs/cli.ipynb #026a5d8b
 def later(name: str, text: str, module: str = 'cli_review'):
     "A command whose module is imported only when it runs."
     def run(args) -> int: return getattr(import_module(f'kvm_mmu_lit.{module}'), name)(args)
@@ -280,6 +280,8 @@ def add_kvm_commands(command):
     sub.add_argument('--events', action='append', metavar='NAME', help='only these events; repeat for several')
     sub.add_argument('--limit', type=parse_number, default=200, metavar='N', help='lines to print (default 200)')
     sub.add_argument('--mmu', default='root_mmu', choices=('root_mmu', 'guest_mmu'), help='whose root cache to draw')
+    sub.add_argument('--replay', action='store_true', help='drive the model with a recorded run: rate of equal lines, and what was taken from the record; exit 1 if a line differs')
+    sub.add_argument('--beside', type=parse_number, default=0, metavar='N', help='the first N compared lines beside the model\'s; implies --replay')
     sub.add_argument('--changes', type=parse_number, default=40, metavar='N', help='changes of the root cache to draw (default 40)')
 
 def add_machine_commands(command):

@@ -10,7 +10,7 @@ says what root a vCPU gets and who would cache it, `review` searches histories f
 # %% auto #0
 __all__ = ['GUESTS', 'HOSTS', 'read_role', 'role_of_args', 'role_rows', 'run_role', 'differences', 'root_word', 'find_mmu',
            'run_roots', 'run_review', 'covered', 'run_replay', 'read_small', 'spelled', 'roots_in', 'run_trace',
-           'recorded_at', 'read_events']
+           'recorded_at', 'read_events', 'run_trace_replay']
 
 # %% ../nbs/cli_review.ipynb #9c945d61
 import json
@@ -199,10 +199,11 @@ def roots_in(
     letter = mmu[0].upper()
     return tuple(str(RecordedRoot(event.fields[f'{letter}{i}p'], event.fields[f'{letter}{i}h'])) for i in ('', 0, 1, 2))
 
-# %% ../nbs/cli_review.ipynb #5077f832
+# %% ../nbs/cli_review.ipynb #65abcf15
 def run_trace(args) -> int:
     "`kvm-mmu trace`: a trace line by line with its role words spelled out, what it holds, and the root cache as it was. The folder of a recorded run also says which roots are pae_root. Exit code 2: a malformed line, with its number."
     from kvm_mmu_lit.cli import emit, progress
+    if args.replay or args.beside: return run_trace_replay(args)
     for name in ('limit', 'changes'):
         if getattr(args, name) < 0: raise ValueError(f"--{name} {getattr(args, name)}: 0 or more")
     scenario = recorded_at(args.file)
@@ -248,3 +249,18 @@ def read_events(events, args, progress) -> dict:
     strange = [name for name in args.events or () if not counts[name] and not is_known(name)]
     if strange: raise ValueError(f"no event is called {', '.join(strange)}; {args.file} holds {', '.join(sorted(counts))}")
     return {'counts': +counts, 'shown': shown, 'changes': changes, 'more': more, 'lost': lost, 'chosen': chosen}
+
+# %% ../nbs/cli_review.ipynb #6e83c537
+def run_trace_replay(args) -> int:
+    "`kvm-mmu trace --replay`: how much of a recorded run is the model's, line by line, and what it was lent."
+    from kvm_mmu_lit.cli import emit, progress
+    from kvm_mmu_lit.evidence.beside import draw_lines, rate_of, replay_json, replay_text
+    from kvm_mmu_lit.evidence.replay import replay
+    scenario = recorded_at(args.file)
+    if scenario is None: raise ValueError(f"{args.file}: a replay needs the folder of a recorded run: scenario.json and mem.npz beside trace.txt.xz")
+    if args.beside < 0: raise ValueError(f"--beside {args.beside}: 0 or more")
+    run = replay(scenario, lambda at: progress(f"{at:,} events"))
+    progress('')
+    rate = rate_of(run)
+    emit(args, replay_text(run, args.beside), replay_json(run), lambda: draw_lines(run, 0, args.beside or 24))
+    return int(rate.equal != rate.compared)

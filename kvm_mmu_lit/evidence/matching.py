@@ -41,7 +41,7 @@ EFFECTS = {'new_pgd', 'new_pgd_ret', 'init_mmu', 'init_mmu_ret', 'init_npt', 'in
 COMPARED = CAUSES | ENTRIES | EFFECTS
 MAY_BE_INLINED = {'unload', 'unload_ret', 'reset_context'}
 
-# %% ../../nbs/evidence/19_matching.ipynb #5e893f60
+# %% ../../nbs/evidence/19_matching.ipynb #40d90c62
 class Moment(NamedTuple):
     "The roots when a function that changes them returned."
     event: TraceEvent
@@ -60,6 +60,7 @@ class Run:
     at: int = 0                # Next event
     rows: list = field(default_factory=list)         # Of `Row`
     rules: Counter = field(default_factory=Counter)  # What was borrowed, and how often
+    uses: list = field(default_factory=list)         # Of (line, rule): where it was borrowed
     history: list = field(default_factory=list)      # Of `Moment`
     sregs: 'dict | None' = None          # Registers userspace is about to set
     vmcb: int = 0                        # Of the L2 that runs
@@ -91,6 +92,7 @@ class Run:
         "Take something from the record."
         if rule not in RULES: raise ValueError(f"no rule is called {rule!r}")
         self.rules[rule] += 1
+        if self.events: self.uses.append((self.events[min(self.at, len(self.events) - 1)].line, rule))
         return value
 
     def mmu_of(self, event: TraceEvent, field: str) -> str:

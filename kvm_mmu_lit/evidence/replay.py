@@ -260,18 +260,18 @@ def borrowed(
     names += [f'unknown event {name} {count:,}' for name, count in sorted(run.scenario.trace.unknown.items())]
     return 'but taken from the record: ' + (', '.join(names) or 'nothing') + (f"; {run.scenario.trace.lost:,} events were lost in the recording" if run.scenario.trace.lost else '')
 
-# %% ../../nbs/evidence/20_replay.ipynb #2b5b11c8
+# %% ../../nbs/evidence/20_replay.ipynb #cab0a44a
 def damaged(
     scenario: Scenario,
-    at: int,               # Which event
+    which: int,            # Number of the event
     **fields,              # New values; none drops the event
 ) -> Scenario:
     "A copy of a scenario with one event changed."
     events = list(scenario.trace.events)
-    event = events[at]
+    event = events[which]
     if set(fields) - set(event.fields): raise ValueError(f"{event.name} at line {event.line} has no {', '.join(sorted(set(fields) - set(event.fields)))}")
-    if fields: events[at] = replace(event, fields={**event.fields, **fields})
-    else: del events[at]
+    if fields: events[which] = replace(event, fields={**event.fields, **fields})
+    else: del events[which]
     return replace(scenario, trace=replace(scenario.trace, events=tuple(events)))
 
 def notices(
