@@ -9,7 +9,7 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global FORMATS, MODES, Vm, child_role, draw_way, enter_guest, get_shadow_page, guest, last_entry, link, map_page, new_vcpu, ram, rmap_entries, shadow_of, svm_host, to_shadow_page, try_to_unsync, vmx_host, write_entry
+    global FORMATS, MODES, Vm, child_role, draw_way, enter_guest, get_shadow_page, guest, last_entry, link, map_page, new_vcpu, ram, replace, rmap_entries, shadow_of, svm_host, to_shadow_page, try_to_unsync, vmx_host, write_entry
     from kvm_mmu_lit.guest.addresses import FORMATS
     from kvm_mmu_lit.guest.gpte import map_page
     from kvm_mmu_lit.guest.memory import ram, write_entry
@@ -44,6 +44,8 @@ def setup_cells():
         write_entry(vcpu.vm.memory, 0x5000 + 8 * index, 8, 0x10_0067)
         prefetch_gpte(vcpu, tables, sp, index, 0x10_0067, False)
         return sp, index
+
+    from dataclasses import replace
 
 
 @pytest.mark.claim('nbs/mmu/16_invlpg.ipynb', 'd87ac017', "INVLPG touches an entry only below a stale table, and then makes of it what the guest's entry says now")
@@ -88,3 +90,13 @@ def test_what_invlpg_takes_out_of_a_stale_table_every_processor_forgets_even_if_
         invalidate_gva(vcpu, vcpu.mmu, 0x40_0000)
         assert vcpu.vm.flushes == flushes + stale
         assert bool(rmap_entries(vcpu.vm, 0x100, 1)) == (not stale) and is_present(sp.sptes.get(index, 0)) == (not stale or gpte == 0x10_1067)
+
+
+@pytest.mark.claim('nbs/mmu/16_invlpg.ipynb', '3ecec4fd', 'a neighbour mapped along gets no right that its table lacks')
+def test_a_neighbour_mapped_along_gets_no_right_that_its_table_lacks():
+    for access in (7, 5, 3):
+        vcpu, = guest()
+        sp, index = shadow_of(vcpu)
+        sp.role = replace(sp.role, access=access)
+        prefetch_gpte(vcpu, guest_tables(vcpu, vcpu.mmu), sp, index + 1, 0x10_1067, False)
+        assert sp.sptes[index + 1] & 6 == access & 6

@@ -9,7 +9,7 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global FORMATS, KvmBug, MODES, enter_guest, expect_fail, guest, large_key, map_page, new_vcpu, product, ram, svm_host, vmx_host, write_entry
+    global FORMATS, KvmBug, MODES, add_ram, enter_guest, expect_fail, guest, large_key, map_page, new_vcpu, product, ram, svm_host, vmx_host, write_entry
     from itertools import product
 
     from fastcore.test import expect_fail
@@ -31,6 +31,8 @@ def setup_cells():
         machine = Vm(host, memory, **{'prefetch': False, **vm})
         for _ in range(vcpus): enter_guest(new_vcpu(machine, cr0=cr0, cr3=0x1000, cr4=cr4, efer=efer))
         return machine.vcpus
+
+    from kvm_mmu_lit.guest.memory import add_ram
 
 
 @pytest.mark.claim('nbs/mmu/15_page_fault.ipynb', '702e9b94', 'Asked again about a page it has mapped writable, KVM leaves D out, once, and then finds nothing to do')
@@ -137,3 +139,10 @@ def test_only_a_refused_write_to_a_present_page_of_a_tracked_frame_is_known_for_
     vcpu.vm.tracked[0x100] = 1
     def asked(code, gfn): return is_guest_table_write(vcpu.vm, Fault(gfn << 12, code, gfn=gfn))
     assert [(code, gfn) for code in (0, W, P, P | W, P | W | RSVD) for gfn in (0x100, 0x101) if asked(code, gfn)] == [(P | W, 0x100)]
+
+
+@pytest.mark.claim('nbs/mmu/15_page_fault.ipynb', '9b03e5a6', 'a write to memory the guest may only read is emulated, and no entry is made for it')
+def test_a_write_to_memory_the_guest_may_only_read_is_emulated_and_no_entry_is_made_for_it():
+    vcpu, = guest(svm_host(4))
+    add_ram(vcpu.vm.memory, 0x50_0000, 0x1000, readonly=True)
+    assert [faultin(vcpu, Fault(0x50_0000, code, is_tdp=True, gfn=0x500), 7) for code in (U, U | W)] == ['CONTINUE', 'EMULATE']

@@ -110,3 +110,21 @@ def test_a_fault_that_would_take_more_tables_than_userspace_allows_makes_room_fi
     page_fault(vcpu, 0x40_0000, 0)
     vm.n_max = vm.n_used
     assert page_fault(vcpu, 0x3000, 0) == ('RETRY', 'FIXED') and vm.n_used <= vm.n_max
+
+
+@pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', '26ffa6b8', 'the table below a read-only entry is one without the right to write')
+def test_the_table_below_a_read_only_entry_is_one_without_the_right_to_write():
+    vcpu, = guest()
+    write_entry(vcpu.vm.memory, 0x3010, 8, 0x5065)
+    page_fault(vcpu, 0x40_0000, 0)
+    sp, _, spte = last_entry(vcpu, 0x40_0000)
+    assert (sp.role.level, int(sp.role.access)) == (1, 5) and not spte & 2
+
+
+@pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', '292f6199', 'a fault during which the host took something away is tried again')
+def test_a_fault_during_which_the_host_took_something_away_is_tried_again():
+    vcpu, = guest()
+    def take(name):
+        if name == 'faulted in': vcpu.vm.mmu_seq += 1
+    vcpu.vm.interleave = take
+    assert page_fault(vcpu, 0x40_0000, 0) == ('RETRY', 'RETRY') and not last_entry(vcpu, 0x40_0000)[2]
