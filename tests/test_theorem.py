@@ -81,7 +81,7 @@ def test_what_fails_is_told_short():
     class Broken(Stories):
         @initialize(seed=st.integers(0, 9))
         def begin(self, seed): self.story, self.seed = Story(Setting('shadow', '4-level', vcpus=2), seed), seed
-    with patch.object(reload, 'sync_roots', lambda vcpu: None), pytest.raises(AssertionError) as failed: play(Broken, 60)
+    with patch.object(reload, 'sync_roots', lambda vcpu: None), pytest.raises(AssertionError) as failed: play(Broken, 400)
     title, *events = str(failed.value).split('\n')
     assert title.startswith('shadow, 4-level guest, 2 vCPUs, seed ') and 'KvmBug: 5' in title
     assert 1 <= len(events) <= 8 and all(json.loads(event)['do'] for event in events)

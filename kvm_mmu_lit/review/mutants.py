@@ -9,8 +9,8 @@ shows a hole in stories and tests.
 
 # %% auto #0
 __all__ = ['TABLE_MUTANTS', 'GUEST_MUTANTS', 'FAULT_MUTANTS', 'ROOT_MUTANTS', 'HOST_MUTANTS', 'MUTANTS', 'STORIES', 'SETTINGS',
-           'STEPS', 'PATIENCE', 'NOTHING', 'Mutant', 'with_mistake', 'run_python', 'by_stories', 'by_tests', 'tests_of',
-           'killed_by', 'fingerprint', 'run_mutants', 'survivors', 'alive', 'score', 'mutants_table']
+           'STEPS', 'PATIENCE', 'NOTHING', 'Mutant', 'with_mistake', 'run_python', 'by_stories', 'by_tests',
+           'checks_of', 'killed_by', 'fingerprint', 'run_mutants', 'survivors', 'alive', 'score', 'mutants_table']
 
 # %% ../../nbs/review/18_mutants.ipynb #58e615e2
 import hashlib
@@ -207,7 +207,7 @@ def run_python(work: Path, arguments: list) -> tuple:
     except subprocess.TimeoutExpired: return None, ''
     return done.returncode, (done.stdout + done.stderr).strip()
 
-# %% ../../nbs/review/18_mutants.ipynb #cbe09e4f
+# %% ../../nbs/review/18_mutants.ipynb #f18babae
 def by_stories(work: Path, seed: int, steps: int) -> str:
     "The story that kills it, or ''."
     status, said = run_python(work, ['-c', STORIES, str(seed), str(steps)])
@@ -225,18 +225,18 @@ def by_tests(work: Path, groups: list) -> str:
         if status: return failed[0].split(' - ')[0].split(' ', 1)[1].removeprefix('tests/') if failed else f"{files[0]}: {said.splitlines()[-1][:80]}"
     return ''
 
-def tests_of(mutant: Mutant, work: Path) -> list:
+def checks_of(mutant: Mutant, work: Path) -> list:
     "Groups of test files: its chapter's, then what other chapters of Part II claim."
     own = [f'tests/claims/test_mmu_{mutant.module}.py', f'tests/test_{mutant.module}.py']
     return [own, sorted({f'tests/claims/{path.name}' for path in (work / 'tests' / 'claims').glob('test_mmu_*.py')} - {*own})]
 
-# %% ../../nbs/review/18_mutants.ipynb #afd19670
+# %% ../../nbs/review/18_mutants.ipynb #9355ebe3
 def killed_by(mutant: Mutant, package: Path, seed: int = 1, steps: int = STEPS) -> dict:
     "What becomes of a mutant: a record for the table."
     with tempfile.TemporaryDirectory() as directory:
         work = with_mistake(mutant, package, Path(directory))
         story = by_stories(work, seed, steps)
-        test = '' if story or mutant.lives else by_tests(work, tests_of(mutant, work))
+        test = '' if story or mutant.lives else by_tests(work, checks_of(mutant, work))
     return dict(name=mutant.name, module=mutant.module, story=story, test=test, lives=mutant.lives)
 
 NOTHING = Mutant('no mistake', 'zap', 'MIN_FREE, REFILL = 5, 25', 'MIN_FREE, REFILL = 5, 25', "nothing: whatever kills this one proves nothing of the others")
