@@ -207,7 +207,7 @@ def run_python(work: Path, arguments: list) -> tuple:
     except subprocess.TimeoutExpired: return None, ''
     return done.returncode, (done.stdout + done.stderr).strip()
 
-# %% ../../nbs/review/18_mutants.ipynb #f18babae
+# %% ../../nbs/review/18_mutants.ipynb #bb10d9fd
 def by_stories(work: Path, seed: int, steps: int) -> str:
     "The story that kills it, or ''."
     status, said = run_python(work, ['-c', STORIES, str(seed), str(steps)])
@@ -226,8 +226,8 @@ def by_tests(work: Path, groups: list) -> str:
     return ''
 
 def checks_of(mutant: Mutant, work: Path) -> list:
-    "Groups of test files: its chapter's, then what other chapters of Part II claim."
-    own = [f'tests/claims/test_mmu_{mutant.module}.py', f'tests/test_{mutant.module}.py']
+    "Groups of test files: its chapter's and the stories told by hand, then what other chapters of Part II claim."
+    own = [f'tests/claims/test_mmu_{mutant.module}.py', f'tests/test_{mutant.module}.py', 'tests/test_stale_tables.py']
     return [own, sorted({f'tests/claims/{path.name}' for path in (work / 'tests' / 'claims').glob('test_mmu_*.py')} - {*own})]
 
 # %% ../../nbs/review/18_mutants.ipynb #9355ebe3
