@@ -9,27 +9,31 @@ the part that all guests share, and the whole of it for guests whose addresses n
 
 # %% auto #0
 __all__ = ['RET_PF', 'P', 'W', 'U', 'RSVD', 'F', 'PREFETCH_GROUP', 'Fault', 'shadow_walk', 'walk_start_from', 'last_entry',
-           'get_child', 'link', 'faultin', 'cache_mmio', 'mmio_in_cache', 'is_stale', 'is_guest_table_write',
-           'hugepage_adjust', 'tell_requested', 'base_gfn', 'set_spte', 'direct_prefetch', 'direct_map',
-           'direct_page_fault', 'tdp_fault', 'may_be_fast', 'is_access_allowed', 'fast_page_fault', 'zero_check_of',
-           'has_reserved', 'handle_mmio', 'draw_way']
+           'draw_way', 'get_child', 'link', 'faultin', 'cache_mmio', 'mmio_in_cache', 'is_stale',
+           'is_guest_table_write', 'hugepage_adjust', 'tell_requested', 'base_gfn', 'set_spte', 'may_be_fast',
+           'is_access_allowed', 'fast_page_fault', 'draw_log_round', 'direct_prefetch', 'direct_map',
+           'direct_page_fault', 'tdp_fault', 'zero_check_of', 'has_reserved', 'handle_mmio', 'show_answers']
 
-# %% ../../nbs/mmu/15_page_fault.ipynb #3c807e9a
+# %% ../../nbs/mmu/15_page_fault.ipynb #4121ce00
 from dataclasses import dataclass
 from functools import lru_cache
 
 from ..draw.graph import Graph
+from ..draw.timeline import Timeline
 from ..guest.addresses import PAGE_SHIFT
+from ..guest.memory import add_ram, ram
 from ..guest.permissions import Pferr
 from ..guest.reserved import RsvdBits
 from .contexts import INVALID_PAGE, Vcpu, kvm_bug_on
-from .cpu_role import PageRole
+from .cpu_role import MODES, PageRole
+from .reload import enter_guest
 from .rmap import host_frame, is_logged, is_tracked, mark_dirty, rmap_add, set_translation, spte_update, sptep_of, drop_spte, page_gfn
-from .roots import walk_start
+from .root_role import svm_host, vmx_host
+from .roots import new_vcpu, walk_start
 from .shadow_page import ShadowPage, Vm, child_role, is_obsolete_sp, to_shadow_page
 from .spte import (ACC_USER, ACC_WRITE, GEN_BITS, SPTE_ADDRESS, SPTE_WRITABLE, is_access_track, is_executable, is_large, is_last, is_mmio,
                                   is_mmu_writable, is_present, is_rsvd_spte, is_writable, make_mmio_spte, make_nonleaf_spte, mmio_access, mmio_gen, mmio_gfn,
-                                  reset_shadow_zero_check, restore_access_track, spte_pfn)
+                                  reset_shadow_zero_check, restore_access_track, spte_pfn, writable_state)
 from .sync import build_leaf, get_shadow_page, mark_mmio, remote_flush_or_zap
 from .tdp_mmu import disallowed_hugepage_adjust, max_mapping_level, remote_flush, tdp_map
 from .unsync import mark_parents_unsync
@@ -88,6 +92,20 @@ def last_entry(vcpu: Vcpu, addr: int) -> tuple:
     sp, index = None, 0
     for _, sp, index in shadow_walk(vcpu.vm, vcpu.mmu, addr): pass
     return sp, index, sp.sptes.get(index, 0) if sp else 0
+
+# %% ../../nbs/mmu/15_page_fault.ipynb #bd17fcb7
+def draw_way(
+    vcpu: Vcpu,
+    addr: int,
+    caption: str = '',
+) -> Graph:
+    "The tables from the root down to an address, and the entry taken in each, as they are now."
+    way = [(level, sp, index, sp.sptes.get(index, 0)) for level, sp, index in shadow_walk(vcpu.vm, vcpu.mmu, addr)]
+    nodes = [(str(level), f"level {level}" + (f", frame {sp.gfn:#x}" if sp.has_gptes else ''), 'shadow') for level, sp, _, _ in way]
+    level, _, _, spte = way[-1]
+    nodes.append(('end', f"host frame {spte_pfn(spte):#x}" if is_present(spte) else 'nothing', 'guest' if is_present(spte) else 'refused'))
+    edges = [(str(level), str(level - 1) if i + 1 < len(way) else 'end', f"slot {index}: {spte:#x}", 'taken') for i, (level, _, index, spte) in enumerate(way)]
+    return Graph(nodes, edges, caption=caption or f"KVM's way to {addr:#x}")
 
 # %% ../../nbs/mmu/15_page_fault.ipynb #95a8cfba
 def get_child(
@@ -214,6 +232,65 @@ def set_spte(
     else: rmap_add(vm, sp, index, gfn, access)
     return 'EMULATE' if wrprot and fault is not None and fault.write else 'SPURIOUS' if same else 'FIXED'
 
+# %% ../../nbs/mmu/15_page_fault.ipynb #eb90814d
+def may_be_fast(vm: Vm, fault: Fault) -> bool:
+    "KVM: `page_fault_can_be_fast` (mmu/mmu.c)."
+    if fault.rsvd: return False
+    if not fault.present: return not vm.host.ad
+    return fault.write
+
+def is_access_allowed(masks, fault: Fault, spte: int) -> bool:
+    "KVM: `is_access_allowed` (mmu/mmu.c)."
+    if fault.exec: return is_executable(masks, spte)
+    if fault.write: return is_writable(spte)
+    return bool(spte & 1)
+
+def fast_page_fault(
+    vcpu: Vcpu,
+    fault: Fault,
+) -> str:                  # 'INVALID': not for here
+    "Give a right back that KVM took only to notice the access. KVM: `fast_page_fault`, `fast_pf_fix_direct_spte` (mmu/mmu.c)."
+    vm, result = vcpu.vm, 'INVALID'
+    if not may_be_fast(vm, fault): return result
+    for _ in range(5):
+        sp, index, spte = last_entry(vcpu, fault.addr)
+        if not is_present(spte) or not is_last(spte, sp.role.level): break
+        if is_access_allowed(vm.masks, fault, spte):
+            result = 'SPURIOUS'
+            break
+        new = restore_access_track(vm.masks, spte) if not vm.host.ad and is_access_track(vm.masks, spte) else spte
+        if fault.write and is_mmu_writable(vm.masks, spte):
+            new |= SPTE_WRITABLE
+            if sp.role.level > 1 and is_logged(vm, fault.gfn): break
+        if new == spte or not is_access_allowed(vm.masks, fault, new): break
+        vm.point('fast page fault')
+        if sp.sptes.get(index, 0) != spte: continue
+        sp.sptes[index] = new
+        if is_writable(new) and not is_writable(spte): mark_dirty(vm, page_gfn(sp, index))
+        result = 'FIXED'
+        break
+    vm.did('fast_page_fault', vcpu=vcpu.index, gva=fault.addr, error_code=fault.error_code, sp=sp, index=index, old=spte,
+           new=sp.sptes.get(index, 0) if sp else 0, spurious=result == 'SPURIOUS', fixed=result == 'FIXED')
+    return result
+
+# %% ../../nbs/mmu/15_page_fault.ipynb #9b61cbe9
+def draw_log_round(
+    vcpu: Vcpu,
+    addr: int = 0x10_0000,     # A page under TDP that is mapped writable
+) -> Timeline:
+    "A page, its right to write taken for the log and given back without the lock."
+    vm, rows = vcpu.vm, []
+    def note(who, what, answer=''):
+        spte = last_entry(vcpu, addr)[2]
+        rows.append((len(rows) + 1, who, what, (answer, writable_state(vm.masks, spte), len(vm.dirty))))
+    note('KVM', 'has mapped a page')
+    vm.logged.add(vm.memory.slot(addr >> PAGE_SHIFT).base_gfn)
+    sp, index, spte = last_entry(vcpu, addr)
+    sp.sptes[index] = spte & ~SPTE_WRITABLE
+    note('KVM', 'takes W to log writes')
+    for n in (1, 2): note('guest', f"writes, fault {n}", fast_page_fault(vcpu, Fault(addr, P | W | U, is_tdp=True)))
+    return Timeline(('answer', 'HOST, MMU, W', 'frames in the log'), rows, "a round of the dirty log, without the lock")
+
 # %% ../../nbs/mmu/15_page_fault.ipynb #79462c4b
 def direct_prefetch(vcpu: Vcpu, sp: ShadowPage, index: int):
     "Map the neighbours in memory of a page that was needed. KVM: `direct_pte_prefetch`, `__direct_pte_prefetch`, `direct_pte_prefetch_many` (mmu/mmu.c)."
@@ -281,47 +358,6 @@ def tdp_fault(vcpu: Vcpu, fault: Fault, root: ShadowPage) -> str:
     return tdp_map(vm, root, fault.gfn, fault.pfn, fault.goal_level, make, mmio, fault.huge_page_disallowed, fault.write,
                    adjust if vm.nx_huge_pages else None, fault.req_level)
 
-# %% ../../nbs/mmu/15_page_fault.ipynb #eb90814d
-def may_be_fast(vm: Vm, fault: Fault) -> bool:
-    "KVM: `page_fault_can_be_fast` (mmu/mmu.c)."
-    if fault.rsvd: return False
-    if not fault.present: return not vm.host.ad
-    return fault.write
-
-def is_access_allowed(masks, fault: Fault, spte: int) -> bool:
-    "KVM: `is_access_allowed` (mmu/mmu.c)."
-    if fault.exec: return is_executable(masks, spte)
-    if fault.write: return is_writable(spte)
-    return bool(spte & 1)
-
-def fast_page_fault(
-    vcpu: Vcpu,
-    fault: Fault,
-) -> str:                  # 'INVALID': not for here
-    "Give a right back that KVM took only to notice the access. KVM: `fast_page_fault`, `fast_pf_fix_direct_spte` (mmu/mmu.c)."
-    vm, result = vcpu.vm, 'INVALID'
-    if not may_be_fast(vm, fault): return result
-    for _ in range(5):
-        sp, index, spte = last_entry(vcpu, fault.addr)
-        if not is_present(spte) or not is_last(spte, sp.role.level): break
-        if is_access_allowed(vm.masks, fault, spte):
-            result = 'SPURIOUS'
-            break
-        new = restore_access_track(vm.masks, spte) if not vm.host.ad and is_access_track(vm.masks, spte) else spte
-        if fault.write and is_mmu_writable(vm.masks, spte):
-            new |= SPTE_WRITABLE
-            if sp.role.level > 1 and is_logged(vm, fault.gfn): break
-        if new == spte or not is_access_allowed(vm.masks, fault, new): break
-        vm.point('fast page fault')
-        if sp.sptes.get(index, 0) != spte: continue
-        sp.sptes[index] = new
-        if is_writable(new) and not is_writable(spte): mark_dirty(vm, page_gfn(sp, index))
-        result = 'FIXED'
-        break
-    vm.did('fast_page_fault', vcpu=vcpu.index, gva=fault.addr, error_code=fault.error_code, sp=sp, index=index, old=spte,
-           new=sp.sptes.get(index, 0) if sp else 0, spurious=result == 'SPURIOUS', fixed=result == 'FIXED')
-    return result
-
 # %% ../../nbs/mmu/15_page_fault.ipynb #5206720b
 @lru_cache(maxsize=None)
 def _zero_check(host, kind, efer_nx, phys_bits, gbpages): return reset_shadow_zero_check(host, PageRole(level=5, efer_nx=efer_nx), kind, phys_bits, gbpages)
@@ -364,16 +400,34 @@ def handle_mmio(
     cache_mmio(vcpu, gva, gfn, access)
     return 'EMULATE'
 
-# %% ../../nbs/mmu/15_page_fault.ipynb #bd17fcb7
-def draw_way(
-    vcpu: Vcpu,
-    addr: int,
-    caption: str = '',
-) -> Graph:
-    "The tables from the root down to an address, and the entry taken in each, as they are now."
-    way = [(level, sp, index, sp.sptes.get(index, 0)) for level, sp, index in shadow_walk(vcpu.vm, vcpu.mmu, addr)]
-    nodes = [(str(level), f"level {level}" + (f", frame {sp.gfn:#x}" if sp.has_gptes else ''), 'shadow') for level, sp, _, _ in way]
-    level, _, _, spte = way[-1]
-    nodes.append(('end', f"host frame {spte_pfn(spte):#x}" if is_present(spte) else 'nothing', 'guest' if is_present(spte) else 'refused'))
-    edges = [(str(level), str(level - 1) if i + 1 < len(way) else 'end', f"slot {index}: {spte:#x}", 'taken') for i, (level, _, index, spte) in enumerate(way)]
-    return Graph(nodes, edges, caption=caption or f"KVM's way to {addr:#x}")
+# %% ../../nbs/mmu/15_page_fault.ipynb #d5ce51a6
+def show_answers(
+    page: str = 'memory',      # 'memory', 'a ROM', 'a device' or "a guest's table"
+    write: bool = True,
+    host: str = 'TDP MMU',     # 'TDP MMU', 'old MMU' or 'EPT without A and D'
+) -> Timeline:
+    "One access, again and again, until KVM has nothing more to say."
+    pages = {'memory': 0x10_0000, 'a ROM': 0x50_0000, 'a device': 1 << 40, "a guest's table": 0x10_0000}
+    hosts = {'TDP MMU': (svm_host, {}), 'old MMU': (svm_host, dict(tdp_mmu=False)), 'EPT without A and D': (vmx_host, dict(ad=False))}
+    if page not in pages: raise ValueError(f"page {page!r}: choose one of {', '.join(pages)}")
+    if host not in hosts: raise ValueError(f"host {host!r}: choose one of {', '.join(hosts)}")
+    make, more = hosts[host]
+    vm = Vm(make(4, **more), ram((0, 1 << 22)), prefetch=False)
+    add_ram(vm.memory, 0x50_0000, 0x1000, readonly=True)
+    if page == "a guest's table": vm.tracked[0x100] = 1
+    vcpu = new_vcpu(vm, **dict(zip(('cr0', 'cr4', 'efer'), map(int, MODES['4-level']))))
+    enter_guest(vcpu)
+    return Timeline(('error code', 'answer', 'HOST, MMU, W', 'last entry'), _asked(vcpu, pages[page], write), f"{page}, {'written' if write else 'read'}; {host}")
+
+def _asked(vcpu, addr, write):
+    "What the processor would ask and KVM answer, three times."
+    rows, masks = [], vcpu.vm.masks
+    for n in range(3):
+        spte = last_entry(vcpu, addr)[2]
+        why = (RSVD if masks.is_ept else RSVD | P) if is_mmio(masks, spte) else P if is_present(spte) and spte & 7 else 0
+        code = why if why == RSVD else why | U | W * write
+        answer = handle_mmio(vcpu, addr) if code & RSVD else direct_page_fault(vcpu, Fault(addr, code, is_tdp=True))
+        spte = last_entry(vcpu, addr)[2]
+        state = writable_state(masks, spte) if is_present(spte) else 'MMIO' if is_mmio(masks, spte) else '-'
+        rows.append((n + 1, 'KVM', f"is asked, {'write' if write else 'read'}", (f"{code:#x}", answer, state, f"{spte:#x}")))
+    return rows
