@@ -9,19 +9,28 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global FORMATS, MODES, Vm, child_role, draw_way, enter_guest, get_shadow_page, guest, last_entry, link, map_page, new_vcpu, ram, replace, rmap_entries, shadow_of, svm_host, to_shadow_page, try_to_unsync, vmx_host, write_entry
-    from kvm_mmu_lit.guest.addresses import FORMATS
-    from kvm_mmu_lit.guest.gpte import map_page
-    from kvm_mmu_lit.guest.memory import ram, write_entry
-    from kvm_mmu_lit.mmu.cpu_role import MODES
-    from kvm_mmu_lit.mmu.reload import enter_guest
-    from kvm_mmu_lit.mmu.root_role import svm_host, vmx_host
-    from kvm_mmu_lit.mmu.page_fault import draw_way, last_entry, link
-    from kvm_mmu_lit.mmu.roots import new_vcpu
+    global Cr0, FULL, Grid, Hex, PageFault, Root, Table, add_ram, after_prefetch, cache_mmio, child_role, draw_marks, draw_way, expect_fail, explore, get_shadow_page, guest, is_accessed, last_entry, predict, product, refused, replace, rmap_entries, shadow_of, to_shadow_page, two_roots, unload, vmx_host, walk_addr
+    from dataclasses import replace
+    from itertools import product
+
+    from fastcore.test import expect_fail
+    from kvm_mmu_lit.draw.exercise import predict
+    from kvm_mmu_lit.draw.explore import explore
+    from kvm_mmu_lit.draw.ink import Hex
+    from kvm_mmu_lit.draw.table import Grid, Table
+    from kvm_mmu_lit.guest.memory import add_ram
+    from kvm_mmu_lit.guest.registers import Cr0
+    from kvm_mmu_lit.guest.verdict import PageFault
+    from kvm_mmu_lit.mmu.contexts import Root
+    from kvm_mmu_lit.mmu.guest_tables import walk_addr
+    from kvm_mmu_lit.mmu.page_fault import cache_mmio, draw_way, last_entry
+    from kvm_mmu_lit.mmu.reload import unload
     from kvm_mmu_lit.mmu.rmap import rmap_entries
-    from kvm_mmu_lit.mmu.shadow_page import Vm, child_role, to_shadow_page
+    from kvm_mmu_lit.mmu.root_role import vmx_host
+    from kvm_mmu_lit.mmu.shadow_page import child_role, to_shadow_page
+    from kvm_mmu_lit.mmu.spte import is_accessed
     from kvm_mmu_lit.mmu.sync import get_shadow_page
-    from kvm_mmu_lit.mmu.unsync import try_to_unsync
+    from kvm_mmu_lit.mmu.unsync import draw_marks
 
     def guest(host=svm_host(4, npt=False), vcpus=1, **vm):
         "4-level paging: frames 0 to 15 one to one (entries in frame 4), four pages at 0x40_0000 that lead to frames 0x100 on (entries in frame 5)."
@@ -45,7 +54,96 @@ def setup_cells():
         prefetch_gpte(vcpu, tables, sp, index, 0x10_0067, False)
         return sp, index
 
-    from dataclasses import replace
+    def after_prefetch(gptes, at=3):
+        "The slots filled after a prefetch around a slot, the guest's entries 0 to 15 being these."
+        vcpu, = guest(prefetch=True)
+        sp, index = shadow_of(vcpu)
+        zap_entry(vcpu.vm, sp, index)
+        for i, gpte in enumerate(gptes): write_entry(vcpu.vm.memory, 0x5000 + 8 * i, 8, gpte)
+        pte_prefetch(vcpu, guest_tables(vcpu, vcpu.mmu), sp, at)
+        return {i for i in range(16) if is_present(sp.sptes.get(i, 0))}
+
+    FULL = [0x10_0067 + (i << 12) for i in range(16)]
+
+    def two_roots():
+        "A vCPU with the way to 0x40_0000 below its root, and a cached root that shares it; the table is stale, the guest's entry gone."
+        vcpu, = guest()
+        sp, index = shadow_of(vcpu)
+        old = to_shadow_page(vcpu.vm, vcpu.mmu.root.hpa)
+        spare = get_shadow_page(vcpu, 0x9, old.role)
+        link(vcpu.vm, spare, 0, vcpu.vm.pages[old.sptes[0] & 0xf_ffff_ffff_f000])
+        vcpu.mmu.prev_roots[1] = Root(0x9000, spare.spt)
+        try_to_unsync(vcpu.vm, 0x5, True, False)
+        write_entry(vcpu.vm.memory, 0x5000, 8, 0)
+        return vcpu, spare, sp, index
+
+    def refused(vcpu, code, gva=0x40_0000):
+        "The walk of a guest's own fault."
+        walked = walk_addr(vcpu, vcpu.mmu, gva, code)
+        assert isinstance(walked.fault, PageFault)
+        return walked
+
+
+@pytest.mark.claim('nbs/mmu/16_invlpg.ipynb', '28639726', "an entry nobody asked for is made exactly if the guest's is present, used, and leads to memory the host has at hand")
+def test_an_entry_nobody_asked_for_is_made_exactly_if_the_guest_s_is_present_used_and_leads_to_memory_the_host_has_at_hand():
+    for present, used, gfn in product((0, 1), (0, 0x20), (0x101, 0x500, 0x5_0000)):
+        vcpu, = guest()
+        add_ram(vcpu.vm.memory, 0x50_0000, 0x1000, readonly=True)
+        sp, index = shadow_of(vcpu)
+        gpte = gfn << 12 | 0x46 | used | present
+        made = prefetch_gpte(vcpu, guest_tables(vcpu, vcpu.mmu), sp, index + 1, gpte, False)
+        assert made == is_present(sp.sptes.get(index + 1, 0)) == bool(present and used and gfn == 0x101)
+
+
+@pytest.mark.claim('nbs/mmu/16_invlpg.ipynb', '3ecec4fd', 'a neighbour mapped along gets no right that its table lacks')
+def test_a_neighbour_mapped_along_gets_no_right_that_its_table_lacks():
+    for access in (7, 5, 3):
+        vcpu, = guest()
+        sp, index = shadow_of(vcpu)
+        sp.role = replace(sp.role, access=access)
+        prefetch_gpte(vcpu, guest_tables(vcpu, vcpu.mmu), sp, index + 1, 0x10_1067, False)
+        assert sp.sptes[index + 1] & 6 == access & 6
+
+
+@pytest.mark.claim('nbs/mmu/16_invlpg.ipynb', 'ef2ec573', 'a clean entry is mapped without W, a dirty one with it, and neither counts as used')
+def test_a_clean_entry_is_mapped_without_w_a_dirty_one_with_it_and_neither_counts_as_used():
+    for dirty, writable in product((0, 0x40), (0, 2)):
+        vcpu, = guest()
+        sp, index = shadow_of(vcpu)
+        prefetch_gpte(vcpu, guest_tables(vcpu, vcpu.mmu), sp, index + 1, 0x10_1025 | dirty | writable, False)
+        spte = sp.sptes[index + 1]
+        assert is_writable(spte) == bool(dirty and writable) and not is_accessed(vcpu.vm.masks, spte)
+
+
+@pytest.mark.claim('nbs/mmu/16_invlpg.ipynb', '75b94e32', 'only a neighbour that would be writable is held back from the log; the address of an INVLPG is not')
+def test_only_a_neighbour_that_would_be_writable_is_held_back_from_the_log_the_address_of_an_invlpg_is_not():
+    for logged, writable, mere_neighbour in product((False, True), repeat=3):
+        vcpu, = guest()
+        sp, index = shadow_of(vcpu)
+        if logged: vcpu.vm.logged.add(0)
+        made = prefetch_gpte(vcpu, guest_tables(vcpu, vcpu.mmu), sp, index + 1, 0x10_1067 if writable else 0x10_1065, mere_neighbour)
+        assert made == (not (logged and writable and mere_neighbour))
+        assert vcpu.vm.dirty == ({0x101} if logged and writable and made else set())
+
+
+@pytest.mark.claim('nbs/mmu/16_invlpg.ipynb', '3cc75ee0', "from every slot the group's other entries are mapped, in order, up to the first of which nothing can be made")
+def test_from_every_slot_the_group_s_other_entries_are_mapped_in_order_up_to_the_first_of_which_nothing_can_be_made():
+    for at in range(16):
+        group = [i for i in range(at & ~7, (at & ~7) + 8) if i != at]
+        assert after_prefetch(FULL, at) == set(group)
+        for gap in group: assert after_prefetch(FULL[:gap] + [0] + FULL[gap + 1:], at) == set(group[:group.index(gap)])
+
+
+@pytest.mark.claim('nbs/mmu/16_invlpg.ipynb', '56a8fc7d', 'nothing is prefetched while the host takes frames away, above level 1, or where userspace switched it off')
+def test_nothing_is_prefetched_while_the_host_takes_frames_away_above_level_1_or_where_userspace_switched_it_off():
+    for why in ('', 'invalidating', 'level', 'off'):
+        vcpu, = guest(prefetch=why != 'off')
+        sp, index = shadow_of(vcpu)
+        write_entry(vcpu.vm.memory, 0x5008, 8, 0x10_1067)
+        if why == 'invalidating': vcpu.vm.invalidating = 0, 0
+        if why == 'level': sp.role = replace(sp.role, level=2)
+        pte_prefetch(vcpu, guest_tables(vcpu, vcpu.mmu), sp, index)
+        assert (len(sp.sptes) > 1) == (not why), why
 
 
 @pytest.mark.claim('nbs/mmu/16_invlpg.ipynb', 'd87ac017', "INVLPG touches an entry only below a stale table, and then makes of it what the guest's entry says now")
@@ -71,14 +169,6 @@ def test_other_entries_of_the_stale_table_stay_as_they_are():
     assert is_present(sp.sptes[index]) and sp.unsync
 
 
-@pytest.mark.claim('nbs/mmu/16_invlpg.ipynb', 'be6cb5d2', 'Under TDP nothing is shadowed, and nothing is looked at: only the processor forgets')
-def test_under_tdp_nothing_is_shadowed_and_nothing_is_looked_at_only_the_processor_forgets():
-    vcpu, = guest(svm_host(4))
-    vcpu.log.clear()
-    invalidate_gva(vcpu, vcpu.mmu, 0x40_0000)
-    assert [did.what for did in vcpu.log] == ['invalidate_gva', 'flush_gva']
-
-
 @pytest.mark.claim('nbs/mmu/16_invlpg.ipynb', '9d5dfee7', 'what INVLPG takes out of a stale table every processor forgets, even if nothing can be made in its place')
 def test_what_invlpg_takes_out_of_a_stale_table_every_processor_forgets_even_if_nothing_can_be_made_in_its_place():
     for stale, gpte in ((False, 0), (True, 0), (True, 0x10_1067), (True, 0x5000_0067)):
@@ -92,11 +182,104 @@ def test_what_invlpg_takes_out_of_a_stale_table_every_processor_forgets_even_if_
         assert bool(rmap_entries(vcpu.vm, 0x100, 1)) == (not stale) and is_present(sp.sptes.get(index, 0)) == (not stale or gpte == 0x10_1067)
 
 
-@pytest.mark.claim('nbs/mmu/16_invlpg.ipynb', '3ecec4fd', 'a neighbour mapped along gets no right that its table lacks')
-def test_a_neighbour_mapped_along_gets_no_right_that_its_table_lacks():
-    for access in (7, 5, 3):
+@pytest.mark.claim('nbs/mmu/16_invlpg.ipynb', '0e8e3358', 'the walk stops at the first table with no mark below, and a stale table that no mark leads to is not looked at')
+def test_the_walk_stops_at_the_first_table_with_no_mark_below_and_a_stale_table_that_no_mark_leads_to_is_not_looked_at():
+    for lost in (None, 4, 3, 2):
         vcpu, = guest()
         sp, index = shadow_of(vcpu)
-        sp.role = replace(sp.role, access=access)
-        prefetch_gpte(vcpu, guest_tables(vcpu, vcpu.mmu), sp, index + 1, 0x10_1067, False)
-        assert sp.sptes[index + 1] & 6 == access & 6
+        try_to_unsync(vcpu.vm, 0x5, True, False)
+        write_entry(vcpu.vm.memory, 0x5000, 8, 0)
+        for level, table, slot in shadow_walk(vcpu.vm, vcpu.mmu, 0x40_0000):
+            if level == lost: table.unsync_children = 0            # As if the mark had been forgotten
+        invalidate_gva(vcpu, vcpu.mmu, 0x40_0000)
+        assert is_present(sp.sptes.get(index, 0)) == (lost is not None)
+
+
+@pytest.mark.claim('nbs/mmu/16_invlpg.ipynb', 'bb643dea', 'INVLPG makes the vCPU forget an MMIO access by its page, and by no other')
+def test_invlpg_makes_the_vcpu_forget_an_mmio_access_by_its_page_and_by_no_other():
+    for gva, forgotten in ((0x40_0000, True), (0x40_0fff, True), (0x40_1000, False)):
+        vcpu, = guest()
+        cache_mmio(vcpu, 0x40_0123, 0xfee00, 7)
+        invalidate_gva(vcpu, vcpu.mmu, gva)
+        assert vcpu.mmio == (0 if forgotten else 0x40_0000, 0xfee00, 7, 0)
+
+
+@pytest.mark.claim('nbs/mmu/16_invlpg.ipynb', 'edccac9b', 'without a root every valid one is looked at, the current one first; with one, only that')
+def test_without_a_root_every_valid_one_is_looked_at_the_current_one_first_with_one_only_that():
+    vcpu, spare, sp, index = two_roots()
+    current = vcpu.mmu.root.hpa
+    for root, looked_at in ((INVALID_PAGE, [current, spare.spt]), (current, [current]), (spare.spt, [spare.spt])):
+        vcpu.log.clear()
+        invalidate_gva(vcpu, vcpu.mmu, 0x40_0000, root)
+        assert [did['root'] for did in vcpu.log if did.what == 'invlpg_root'] == looked_at
+
+
+@pytest.mark.claim('nbs/mmu/16_invlpg.ipynb', '18fb7ded', 'a stale entry below a cached root goes, though the current root does not lead there')
+def test_a_stale_entry_below_a_cached_root_goes_though_the_current_root_does_not_lead_there():
+    vcpu, spare, sp, index = two_roots()
+    current = to_shadow_page(vcpu.vm, vcpu.mmu.root.hpa)
+    zap_entry(vcpu.vm, current, 0)
+    assert is_present(sp.sptes[index])
+    invalidate_gva(vcpu, vcpu.mmu, 0x40_0000)
+    assert not is_present(sp.sptes.get(index, 0))
+
+
+@pytest.mark.claim('nbs/mmu/16_invlpg.ipynb', '92779b9b', 'for an address that is not canonical nothing is looked at and nothing flushed; with five levels more addresses are canonical')
+def test_for_an_address_that_is_not_canonical_nothing_is_looked_at_and_nothing_flushed_with_five_levels_more_addresses_are_canonical():
+    for gva, la57, works in ((0x40_0000, 0, True), (1 << 47, 0, False), (1 << 47, 1, True), (1 << 56, 1, False), (0xffff_8000_0000_0000, 0, True)):
+        vcpu, = guest()
+        vcpu.cr4 |= int(Cr4.LA57) * la57
+        vcpu.log.clear()
+        invalidate_gva(vcpu, vcpu.mmu, gva)
+        assert [did.what for did in vcpu.log] == (['invalidate_gva', 'flush_gva', 'invlpg_root'] if works else ['invalidate_gva']), hex(gva)
+
+
+@pytest.mark.claim('nbs/mmu/16_invlpg.ipynb', 'be6cb5d2', 'Under TDP nothing is shadowed, and nothing is looked at: only the processor forgets')
+def test_under_tdp_nothing_is_shadowed_and_nothing_is_looked_at_only_the_processor_forgets():
+    vcpu, = guest(svm_host(4))
+    vcpu.log.clear()
+    invalidate_gva(vcpu, vcpu.mmu, 0x40_0000)
+    assert [did.what for did in vcpu.log] == ['invalidate_gva', 'flush_gva']
+
+
+@pytest.mark.claim('nbs/mmu/16_invlpg.ipynb', '6eb4786a', 'the guest is told what its own tables say, and only a fault with P=1 looks at the shadow')
+def test_the_guest_is_told_what_its_own_tables_say_and_only_a_fault_with_p_1_looks_at_the_shadow():
+    for gpte, code, told in ((0x10_0065, 2, 3), (0x10_0065, 6, 7), (0x10_0061, 4, 5), (0, 0, 0), (0, 2, 2), (0, 4, 4)):
+        vcpu, = guest()
+        sp, index = shadow_of(vcpu)
+        try_to_unsync(vcpu.vm, 0x5, True, False)
+        write_entry(vcpu.vm.memory, 0x5000, 8, gpte)
+        before, walked = sp.sptes[index], refused(vcpu, code)
+        vcpu.log.clear()
+        inject_page_fault(vcpu, walked)
+        assert vcpu.injected == Injected('guest', '#PF', 0x40_0000, told)
+        assert ('invlpg_root' in [did.what for did in vcpu.log]) == (sp.sptes[index] != before) == bool(told & 1)
+
+
+@pytest.mark.claim('nbs/mmu/16_invlpg.ipynb', '8a899b85', "a reserved bit in the guest's tables is told to the guest, and the shadow is left alone")
+def test_a_reserved_bit_in_the_guest_s_tables_is_told_to_the_guest_and_the_shadow_is_left_alone():
+    vcpu, = guest(svm_host(4, npt=False, maxphyaddr=48))
+    sp, index = shadow_of(vcpu)
+    try_to_unsync(vcpu.vm, 0x5, True, False)
+    write_entry(vcpu.vm.memory, 0x5000, 8, 1 << 50 | 0x10_0067)
+    vcpu.log.clear()
+    inject_page_fault(vcpu, refused(vcpu, 0))
+    assert vcpu.injected == Injected('guest', '#PF', 0x40_0000, 9) and [did.what for did in vcpu.log] == ['inject'] and is_present(sp.sptes[index])
+
+
+@pytest.mark.claim('nbs/mmu/16_invlpg.ipynb', '4381513b', "an address without a walk makes a #GP, a full log of L1's an exit to L1, and neither looks at the shadow")
+def test_an_address_without_a_walk_makes_a_gp_a_full_log_of_l1_s_an_exit_to_l1_and_neither_looks_at_the_shadow():
+    for fault, want in ((GeneralProtection("not canonical"), Injected('guest', '#GP', 1 << 47, 0)), (LogFull(), Injected('L1', 'log full', 0, 0))):
+        vcpu, = guest()
+        vcpu.log.clear()
+        inject_page_fault(vcpu, Walked(1 << 47, 0, fault=fault, faulting_mmu='root_mmu'))
+        assert vcpu.injected == want and not vcpu.log
+
+
+@pytest.mark.claim('nbs/mmu/16_invlpg.ipynb', '170b7392', "L1's code is the walk's below, and above what the real exit said, or that it was the page itself")
+def test_l1_s_code_is_the_walk_s_below_and_above_what_the_real_exit_said_or_that_it_was_the_page_itself():
+    for info, low in product((None, 1 << 32 | 4, 1 << 33 | 2, 6), (0, 2, 5, 7)):
+        vcpu, = guest()
+        vcpu.npf_info = info
+        high = 1 << 32 if info is None else info & ~0xffff_ffff
+        assert npf_code(vcpu, low) == high | low
