@@ -9,29 +9,113 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global FORMATS, MODES, Registers, enter_guest, guest, map_page, new_vcpu, page_fault, predict, product, ram, refusals, svm_host, vmx_host
+    global BitStrip, Grid, KvmBug, L2State, Registers, SHADOW, enter_l2, expect_fail, explore, guest, host_frame, make_mmio_spte, predict, product, read_entry, refusals, set_cr0, trip, until_reached, write_entry
     from itertools import product
 
-    from kvm_mmu_lit.guest.addresses import FORMATS
-    from kvm_mmu_lit.guest.gpte import map_page
-    from kvm_mmu_lit.guest.memory import ram
+    from fastcore.test import expect_fail
+    from kvm_mmu_lit.draw.bits import BitStrip
+    from kvm_mmu_lit.draw.exercise import predict
+    from kvm_mmu_lit.draw.explore import explore
+    from kvm_mmu_lit.draw.table import Grid
+    from kvm_mmu_lit.guest.memory import read_entry, write_entry
     from kvm_mmu_lit.guest.permissions import refusals
     from kvm_mmu_lit.guest.registers import Registers
-    from kvm_mmu_lit.mmu.cpu_role import MODES
-    from kvm_mmu_lit.mmu.reload import enter_guest
-    from kvm_mmu_lit.mmu.root_role import svm_host, vmx_host
-    from kvm_mmu_lit.mmu.roots import new_vcpu
-    from kvm_mmu_lit.mmu.shadow_fault import page_fault
+    from kvm_mmu_lit.mmu.contexts import KvmBug
+    from kvm_mmu_lit.mmu.nested_switch import L2State, enter_l2
+    from kvm_mmu_lit.mmu.register_writes import set_cr0
+    from kvm_mmu_lit.mmu.rmap import host_frame
+    from kvm_mmu_lit.mmu.spte import make_mmio_spte
 
-    def guest(host, gva=0x40_0000, bits=0x7):
-        "A vCPU in 4-level paging, its tables at 0x1000, one page mapped."
-        memory, cr0, cr4, efer = ram((0, 1 << 22)), *map(int, MODES['4-level'])
-        map_page(memory, 0x1000, FORMATS['4level'], gva, 0x10_0000, list(range(2, 9)), bits, 0x7)
-        vcpu = new_vcpu(Vm(host, memory, prefetch=False), cr0=cr0, cr3=0x1000, cr4=cr4, efer=efer)
-        enter_guest(vcpu)
-        return vcpu
+    SHADOW = svm_host(4, npt=False)        # No tables below the guest's: KVM shadows
 
-    from kvm_mmu_lit.draw.exercise import predict
+    def guest(host=SHADOW, gva=0x40_0000, bits=0x7, mode='4-level'):
+        "The one-page guest."
+        return one_page_guest(host, mode, gva, bits)
+
+    def trip(entry, kind, host, where=GUEST_FINAL):
+        "What KVM's tables answer for frame 0x100 when its leaf is this entry: None when it gets through, else the code."
+        vcpu = guest(host)
+        page_fault(vcpu, 0x10_0000, WRITE | USER)
+        *_, (_, sp, index, _) = host_walk(vcpu, 0x10_0000)
+        sp.sptes[index] = entry
+        try: tdp_translate(vcpu, 0x10_0008, kind, where)
+        except _Exits as exits: return exits.args[0].error_code
+
+    def until_reached(vcpu, gva=0x40_0010, access=0):
+        "Exits and answers until the access is no exit; gives (the exits, the last answer)."
+        exits = []
+        while isinstance(found := tdp_access(vcpu, gva, access), Exit):
+            exits.append(found)
+            page_fault(vcpu, found.addr, found.error_code)
+        return exits, found
+
+
+@pytest.mark.claim('nbs/mmu/20_hardware.ipynb', 'd6d35d69', 'the constants are the bits the architecture gives them')
+def test_the_constants_are_the_bits_the_architecture_gives_them():
+    assert (PRESENT, WRITE, USER, RSVD, FETCH) == (1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 4) and (GUEST_FINAL, GUEST_PAGE) == (1 << 32, 1 << 33)
+    assert (PG, SMEP, SMAP, LMA) == (1 << 31, 1 << 20, 1 << 21, 1 << 10)
+
+
+@pytest.mark.claim('nbs/mmu/20_hardware.ipynb', '0afdf139', "a 32-bit guest's walk starts at one of four entries, picked by bits 31:30; a 64-bit guest's at a table")
+def test_a_32_bit_guest_s_walk_starts_at_one_of_four_entries_picked_by_bits_31_30_a_64_bit_guest_s_at_a_table():
+    for mode, gva in product(('2-level', 'PAE'), range(0, 1 << 32, 1 << 28)):
+        vcpu = guest(mode=mode)
+        assert root_entry(vcpu, gva) == (3, None, vcpu.mmu.pae_words[gva // (1 << 30)])
+    for mode, levels in (('4-level', 4), ('5-level', 5)):
+        vcpu = guest(svm_host(5, npt=False), mode=mode)
+        assert root_entry(vcpu, 0x40_0000) == (levels, vcpu.mmu.root.hpa, None)
+
+
+@pytest.mark.claim('nbs/mmu/20_hardware.ipynb', '9f4d30e9', 'an L2 under the nested tables of a PAE L1 has a root of four levels; the first knows the lowest 512 GiB and nothing else')
+def test_an_l2_under_the_nested_tables_of_a_pae_l1_has_a_root_of_four_levels_the_first_knows_the_lowest_512_gib_and_nothing_else():
+    vcpu = guest(svm_host(4), mode='PAE')
+    enter_l2(vcpu, L2State(0, 0, 0, 0, 0x1000))
+    enter_guest(vcpu)
+    assert root_entry(vcpu, 0x40_0000) == (3, None, vcpu.mmu.pae_words[0]) != (3, None, 0) and root_entry(vcpu, 1 << 39) == (4, None, 0)
+
+
+@pytest.mark.claim('nbs/mmu/20_hardware.ipynb', '04356b37', 'before KVM has built anything a walk reads one entry; after one fault it reads four, in the slots the address names')
+def test_before_kvm_has_built_anything_a_walk_reads_one_entry_after_one_fault_it_reads_four_in_the_slots_the_address_names():
+    for gva in (0x40_0000, 0x7fff_ffff_f000, 0xffff_8000_0020_3000):
+        vcpu = guest(gva=gva)
+        assert [(level, entry) for level, _, _, entry in host_walk(vcpu, gva)] == [(4, 0)]
+        page_fault(vcpu, gva, 0)
+        assert [(level, index) for level, _, index, _ in host_walk(vcpu, gva)] == [(n, gva >> 12 + 9 * (n - 1) & 511) for n in (4, 3, 2, 1)]
+
+
+@pytest.mark.claim('nbs/mmu/20_hardware.ipynb', '0ef68821', 'of the eight rights an EPT entry can have, two are reserved, those with write and without read')
+def test_of_the_eight_rights_an_ept_entry_can_have_two_are_reserved_those_with_write_and_without_read():
+    vm = guest(vmx_host(4, 4)).vm
+    assert [rights for rights in range(8) if is_reserved(vm, 0x10_0000 | rights)] == [rights for rights in range(8) if rights & 2 and not rights & 1]
+
+
+@pytest.mark.claim('nbs/mmu/20_hardware.ipynb', '6a957437', 'an entry that remembers a device is reserved on every host and for all rights, and no entry a fault makes is')
+def test_an_entry_that_remembers_a_device_is_reserved_on_every_host_and_for_all_rights_and_no_entry_a_fault_makes_is():
+    for host in (SHADOW, svm_host(4), vmx_host(4, 4), vmx_host(4, 0), vmx_host(4, 4, ad=False)):
+        vcpu = guest(host)
+        vm = vcpu.vm
+        for gen, access in product((0, 5), (1, 3, 5, 7)): assert is_reserved(vm, make_mmio_spte(vm.masks, gen, 0xfee00, access))
+        page_fault(vcpu, 0x40_0000 if not host.has_tdp else 0x1000, 0)
+        assert not any(is_reserved(vm, entry) for sp in vm.pages.values() for entry in sp.sptes.values())
+
+
+@pytest.mark.claim('nbs/mmu/20_hardware.ipynb', '1f7fe6d4', 'only EPT can be without marks, and then a leaf stays as KVM wrote it')
+def test_only_ept_can_be_without_marks_and_then_a_leaf_stays_as_kvm_wrote_it():
+    for host, marks in ((SHADOW, True), (svm_host(4), True), (vmx_host(4, 4), True), (vmx_host(4, 4, ad=False), False), (vmx_host(4, 0), True)):
+        vcpu = guest(host)
+        page_fault(vcpu, 0x40_0000, 0)                      # With TDP this is a guest-physical address, and as good
+        *_, (_, sp, index, entry) = host_walk(vcpu, 0x40_0000)
+        clean = entry & ~(vcpu.vm.masks.accessed | vcpu.vm.masks.dirty)
+        mark_leaf(vcpu, sp, index, clean, True)
+        assert has_ad(vcpu, clean) == marks == (sp.sptes[index] != clean or not marks and sp.sptes[index] != entry)
+
+
+@pytest.mark.claim('nbs/mmu/20_hardware.ipynb', '5859fb68', 'a guest without paging has no SMEP and no SMAP, and AC lifts SMAP alone')
+def test_a_guest_without_paging_has_no_smep_and_no_smap_and_ac_lifts_smap_alone():
+    vcpu = guest()
+    for pg, smep, smap, ac in product((0, 1), repeat=4):
+        vcpu.cr0, vcpu.cr4, vcpu.rflags = pg << 31 | 1, smep << 20 | smap << 21 | 0x20, ac << 18
+        assert shadow_registers(vcpu) == (bool(pg and smep), bool(pg and smap and not ac))
 
 
 @pytest.mark.claim('nbs/mmu/20_hardware.ipynb', '946163c4', "The processor's rule is the guest's plain rule with WP=1 and NX=1, over every page and access")
@@ -40,6 +124,49 @@ def test_the_processor_s_rule_is_the_guest_s_plain_rule_with_wp_1_and_nx_1_over_
         regs = Registers(cr0=0x8001_0001, cr4=0x20 | smep << 20 | smap << 21, efer=0xd00)
         writable, user, nx = uwx & 2, uwx & 4, not uwx & 1
         assert is_denied(access, writable, user, nx, smep, smap) == bool(refusals(regs, uwx, access))
+
+
+@pytest.mark.claim('nbs/mmu/20_hardware.ipynb', '8b3f26b6', 'a write needs W at every level, user code U at every level, and NX at any level stops a fetch, for all 4096 ways to set them')
+def test_a_write_needs_w_at_every_level_user_code_u_at_every_level_and_nx_at_any_level_stops_a_fetch_for_all_4096_ways_to_set_them():
+    vcpu = guest(bits=0x67)
+    page_fault(vcpu, 0x40_0000, WRITE)
+    way = [(sp, index, entry & ~(1 << 63 | 6)) for _, sp, index, entry in host_walk(vcpu, 0x40_0000)]
+    for writable, user, nx in product(range(16), repeat=3):
+        for n, (sp, index, entry) in enumerate(way): sp.sptes[index] = entry | (writable >> n & 1) << 1 | (user >> n & 1) << 2 | (nx >> n & 1) << 63
+        gets = [isinstance(shadow_access(vcpu, 0x40_0000, kind, False), Reached) for kind in (WRITE, USER, FETCH)]
+        assert gets == [writable == 15, user == 15, nx == 0]
+
+
+@pytest.mark.claim('nbs/mmu/20_hardware.ipynb', '623e19fd', "an exit's code is the access as it was, P when there was an entry, and RSVD when that was reserved")
+def test_an_exit_s_code_is_the_access_as_it_was_p_when_there_was_an_entry_and_rsvd_when_that_was_reserved():
+    vcpu = guest(bits=0x67)
+    page_fault(vcpu, 0x40_0000, WRITE)
+    *_, (_, sp, index, entry) = host_walk(vcpu, 0x40_0000)
+    for kind in (0, WRITE, USER, USER | WRITE, FETCH, USER | FETCH):
+        for there, more in ((0, 0), (1 << 63 | entry & ~6, PRESENT), (make_mmio_spte(vcpu.vm.masks, 0, 0x100, 7), PRESENT | RSVD)):
+            sp.sptes[index] = there
+            answer = shadow_access(vcpu, 0x40_0123, kind)
+            assert answer == Exit(0x40_0123, kind | more) or isinstance(answer, Reached) and (kind, more) == (0, PRESENT)
+
+
+@pytest.mark.claim('nbs/mmu/20_hardware.ipynb', 'd84cc926', 'a large page ends the walk above level 1, and the byte is the one at the same place inside it')
+def test_a_large_page_ends_the_walk_above_level_1_and_the_byte_is_the_one_at_the_same_place_inside_it():
+    for level in (1, 2, 3):
+        vcpu = guest()
+        page_fault(vcpu, 0x40_0000, 0)
+        sp, index = next((sp, index) for at, sp, index, _ in host_walk(vcpu, 0x40_0000) if at == level)
+        sp.sptes[index] = 5 << 30 | 0x7 | (0x80 if level > 1 else 0)
+        size = 1 << 12 + 9 * (level - 1)
+        for offset in (0, 0x123, 0xfff): assert shadow_access(vcpu, 0x40_0000 + offset, 0) == Reached((5 << 30) + (0x40_0000 + offset) % size, level)
+
+
+@pytest.mark.claim('nbs/mmu/20_hardware.ipynb', '8b200179', 'an address the guest cannot even name is refused before any table is read, and KVM hears nothing')
+def test_an_address_the_guest_cannot_even_name_is_refused_before_any_table_is_read_and_kvm_hears_nothing():
+    assert isinstance(shadow_access(guest(), 1 << 47, 0), Refused) and isinstance(shadow_access(guest(), (1 << 64) - (1 << 47) - 1, 0), Refused)
+    assert isinstance(shadow_access(guest(), (1 << 64) - (1 << 47), 0), Exit)
+    wide = guest(svm_host(5, npt=False), mode='5-level')
+    assert isinstance(shadow_access(wide, 1 << 47, 0), Exit) and isinstance(shadow_access(wide, 1 << 56, 0), Refused)
+    for mode in ('2-level', 'PAE'): assert isinstance(shadow_access(guest(mode=mode), 1 << 32, 0), Refused) and isinstance(shadow_access(guest(mode=mode), (1 << 32) - 1, 0), Exit)
 
 
 @pytest.mark.claim('nbs/mmu/20_hardware.ipynb', '071108c0', 'A leaf is marked dirty by a write and only by a write, and looking marks nothing')
@@ -51,6 +178,47 @@ def test_a_leaf_is_marked_dirty_by_a_write_and_only_by_a_write_and_looking_marks
         sp.sptes[index] = before & ~0x60
         shadow_access(one, 0x40_0010, kind, mark)
         assert sp.sptes[index] & 0x60 == (0 if not mark else 0x60 if kind else 0x20)
+
+
+@pytest.mark.claim('nbs/mmu/20_hardware.ipynb', '4605c784', "under CR0.WP=0 the supervisor's write and the user's read of one read-only page each cost an exit, again and again")
+def test_under_cr0_wp_0_the_supervisor_s_write_and_the_user_s_read_of_one_read_only_page_each_cost_an_exit_again_and_again():
+    vcpu = guest(bits=0x25)
+    set_cr0(vcpu, vcpu.cr0 & ~(1 << 16))
+    enter_guest(vcpu)
+    for _ in range(3):
+        for kind in (WRITE, USER):
+            assert isinstance(shadow_access(vcpu, 0x40_0000, kind), Exit)
+            page_fault(vcpu, 0x40_0000, shadow_access(vcpu, 0x40_0000, kind).error_code)
+            assert isinstance(shadow_access(vcpu, 0x40_0000, kind), Reached)
+
+
+@pytest.mark.claim('nbs/mmu/20_hardware.ipynb', 'a8f1be69', 'EPT lets an access through exactly when its rights are all there, over all rights and kinds')
+def test_ept_lets_an_access_through_exactly_when_its_rights_are_all_there_over_all_rights_and_kinds():
+    for rights, kind in product((0, 1, 3, 4, 5, 7), (USER, WRITE, USER | WRITE, FETCH)):
+        need = (1 if kind & USER else 0) | (2 if kind & WRITE else 0) | (4 if kind & FETCH else 0)
+        code = trip(1 << 40 | rights, kind, vmx_host(4, 4))
+        assert code == (None if rights & need == need else kind | GUEST_FINAL | (PRESENT if rights else 0))
+
+
+@pytest.mark.claim('nbs/mmu/20_hardware.ipynb', 'a0bb10e9', "NPT takes every access for a user's, and a missing U stops even the supervisor")
+def test_npt_takes_every_access_for_a_user_s_and_a_missing_u_stops_even_the_supervisor():
+    for uwx, kind, where in product(range(8), (0, WRITE, USER | WRITE, FETCH), (GUEST_FINAL, GUEST_PAGE)):
+        entry = 1 << 33 | 1 | uwx & 6 | (0 if uwx & 1 else 1 << 63)
+        passes = uwx & 4 and (uwx & 2 or not kind & WRITE) and (uwx & 1 or not kind & FETCH)
+        assert trip(entry, kind, svm_host(4), where) == (None if passes else kind | USER | PRESENT | where)
+
+
+@pytest.mark.claim('nbs/mmu/20_hardware.ipynb', '866ee4b5', "a reserved entry tells EPT's handler nothing of the access, and NPT's everything")
+def test_a_reserved_entry_tells_ept_s_handler_nothing_of_the_access_and_npt_s_everything():
+    for host, kind in product((svm_host(4), vmx_host(4, 4)), (USER, USER | WRITE, FETCH)):
+        masks = guest(host).vm.masks
+        assert trip(make_mmio_spte(masks, 0, 0x100, 7), kind, host) == (RSVD if masks.is_ept else kind | USER | GUEST_FINAL | PRESENT | RSVD)
+
+
+@pytest.mark.claim('nbs/mmu/20_hardware.ipynb', 'e458c1ef', "the guest frame behind a host frame is the one whose page it is, and a frame of nobody's is a broken invariant")
+def test_the_guest_frame_behind_a_host_frame_is_the_one_whose_page_it_is_and_a_frame_of_nobody_s_is_a_broken_invariant():
+    vm = guest().vm
+    assert all(frame_of(vm, host_frame(vm, gfn)[0]) == gfn for gfn in range(1 << 10))
 
 
 @pytest.mark.claim('nbs/mmu/20_hardware.ipynb', '0fdb61ab', 'In two dimensions every table of the guest has to be mapped first: a 4-level walk exits for five frames, then gets through')
@@ -74,3 +242,55 @@ def test_with_shadow_paging_the_processor_asks_kvm_about_everything_with_tdp_it_
         if not isinstance(seen[-1], Exit): break
         page_fault(two, seen[-1].addr, seen[-1].error_code)
     assert isinstance(seen[-1], Refused) and all(isinstance(one, Exit) for one in seen[:-1])
+
+
+@pytest.mark.claim('nbs/mmu/20_hardware.ipynb', '1c2be5fd', "reading a guest's table asks for a write under NPT and under EPT with A and D, and for a read alone without them")
+def test_reading_a_guest_s_table_asks_for_a_write_under_npt_and_under_ept_with_a_and_d_and_for_a_read_alone_without_them():
+    for host, code in ((svm_host(4), USER | WRITE), (vmx_host(4, 4), USER | WRITE), (vmx_host(4, 4, ad=False), USER)):
+        exits, _ = until_reached(guest(host))
+        assert [one.error_code for one in exits[:4]] == [code | GUEST_PAGE] * 4 and exits[4].error_code == USER | GUEST_FINAL
+
+
+@pytest.mark.claim('nbs/mmu/20_hardware.ipynb', '855f47be', "the processor marks each entry of the guest's accessed, and dirty only the last and only for a write; KVM sees none of it")
+def test_the_processor_marks_each_entry_of_the_guest_s_accessed_and_dirty_only_the_last_and_only_for_a_write_kvm_sees_none_of_it():
+    for host, kind in product((svm_host(4), vmx_host(4, 4), vmx_host(4, 4, ad=False)), (0, WRITE)):
+        vcpu = guest(host)
+        until_reached(vcpu, access=kind)
+        entries = [read_entry(vcpu.vm.memory, gpa, 8) for gpa in (0x1000, 0x2000, 0x3010, 0x4000)]
+        assert [entry & 0x60 for entry in entries] == [0x20, 0x20, 0x20, 0x60 if kind else 0x20]
+
+
+@pytest.mark.claim('nbs/mmu/20_hardware.ipynb', 'dd923e2b', 'without A and D in EPT a table that is read-only may be read, but a mark in it exits as a write')
+def test_without_a_and_d_in_ept_a_table_that_is_read_only_may_be_read_but_a_mark_in_it_exits_as_a_write():
+    vcpu = guest(vmx_host(4, 4, ad=False), bits=0x67)
+    until_reached(vcpu)
+    for table, entry in ((1, 0x1000), (4, 0x4000)):
+        page_fault(vcpu, table << 12, USER | WRITE)
+        *_, (_, sp, index, leaf) = host_walk(vcpu, table << 12)
+        sp.sptes[index] = leaf & ~2                         # KVM protects the table
+        assert isinstance(tdp_access(vcpu, 0x40_0010, 0), Reached)
+        write_entry(vcpu.vm.memory, entry, 8, read_entry(vcpu.vm.memory, entry, 8) & ~0x20)
+        assert tdp_access(vcpu, 0x40_0010, 0) == Exit(entry, USER | WRITE | PRESENT | GUEST_PAGE)
+        sp.sptes[index] = leaf
+        assert isinstance(tdp_access(vcpu, 0x40_0010, 0), Reached)
+
+
+@pytest.mark.claim('nbs/mmu/20_hardware.ipynb', '86bf9abd', "only looking changes nothing: not a bit of the guest's memory, not a bit of KVM's tables")
+def test_only_looking_changes_nothing_not_a_bit_of_the_guest_s_memory_not_a_bit_of_kvm_s_tables():
+    for host in (svm_host(4), vmx_host(4, 4)):
+        vcpu = guest(host)
+        until_reached(vcpu)
+        for gpa in (0x1000, 0x2000, 0x3010, 0x4000): write_entry(vcpu.vm.memory, gpa, 8, read_entry(vcpu.vm.memory, gpa, 8) & ~0x60)
+        state = lambda: ([read_entry(vcpu.vm.memory, gpa, 8) for gpa in (0x1000, 0x2000, 0x3010, 0x4000)], [dict(sp.sptes) for sp in vcpu.vm.pages.values()])
+        before = state()
+        assert isinstance(tdp_access(vcpu, 0x40_0010, 0, mark=False), Reached) and state() == before
+
+
+@pytest.mark.claim('nbs/mmu/20_hardware.ipynb', '49106ec0', "g levels of the guest's over h of KVM's cost g + h + g*h reads: 24 at four and four, 35 at five and five")
+def test_g_levels_of_the_guest_s_over_h_of_kvm_s_cost_g_h_g_h_reads_24_at_four_and_four_35_at_five_and_five():
+    for (mode, g), (host, h) in product((('2-level', 2), ('PAE', 2), ('4-level', 4), ('5-level', 5)), ((svm_host(4), 4), (vmx_host(4, 4), 4), (svm_host(5), 5))):
+        if mode == '5-level' and h == 4: continue           # A machine of four levels offers its guest no fifth
+        vcpu = guest(host, mode=mode)
+        until_reached(vcpu)
+        trips = walk_reads(vcpu, 0x40_0010)
+        assert sum(len(steps) for _, _, steps in trips) + len(trips) - 1 == g + h + g * h
