@@ -9,19 +9,22 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global Cr0, Cr4, FORMATS, MODES, P, draw_way, enter_guest, guest, host_frame, init_mmu, map_page, new_vcpu, ram, spte_pfn, svm_host, vmx_host, without_wp, write_entry
-    from kvm_mmu_lit.guest.addresses import FORMATS
-    from kvm_mmu_lit.guest.gpte import map_page
-    from kvm_mmu_lit.guest.memory import ram, write_entry
-    from kvm_mmu_lit.guest.registers import Cr0, Cr4
-    from kvm_mmu_lit.mmu.contexts import init_mmu
-    from kvm_mmu_lit.mmu.cpu_role import MODES
-    from kvm_mmu_lit.mmu.page_fault import P, draw_way
-    from kvm_mmu_lit.mmu.reload import enter_guest
-    from kvm_mmu_lit.mmu.root_role import svm_host, vmx_host
-    from kvm_mmu_lit.mmu.rmap import host_frame
-    from kvm_mmu_lit.mmu.roots import new_vcpu
-    from kvm_mmu_lit.mmu.spte import spte_pfn
+    global F, KvmBug, P, PageRole, asked, draw_spte, draw_way, expect_fail, explore, get_shadow_page, guest, host_frame, in_mode, init_mmu, is_accessed, is_executable, is_tracked, is_writable, large_page, predict, product, replace, rmap_entries, self_mapping, shadowed_frame, to_shadow_page, try_to_unsync, vmx_host, without_wp
+    from dataclasses import replace
+    from itertools import product
+
+    from fastcore.test import expect_fail
+    from kvm_mmu_lit.draw.exercise import predict
+    from kvm_mmu_lit.draw.explore import explore
+    from kvm_mmu_lit.mmu.contexts import KvmBug, init_mmu
+    from kvm_mmu_lit.mmu.cpu_role import PageRole
+    from kvm_mmu_lit.mmu.page_fault import F, P, draw_way
+    from kvm_mmu_lit.mmu.root_role import vmx_host
+    from kvm_mmu_lit.mmu.rmap import host_frame, is_tracked, rmap_entries
+    from kvm_mmu_lit.mmu.shadow_page import to_shadow_page
+    from kvm_mmu_lit.mmu.spte import draw_spte, is_accessed, is_executable, is_writable
+    from kvm_mmu_lit.mmu.sync import get_shadow_page
+    from kvm_mmu_lit.mmu.unsync import try_to_unsync
 
     def guest(host=svm_host(4, npt=False), vcpus=1, **vm):
         "4-level paging: frames 0 to 15 one to one (entries in frame 4), four pages at 0x40_0000 that lead to frames 0x100 on (entries in frame 5)."
@@ -31,6 +34,34 @@ def setup_cells():
         machine = Vm(host, memory, **{'prefetch': False, **vm})
         for _ in range(vcpus): enter_guest(new_vcpu(machine, cr0=cr0, cr3=0x1000, cr4=cr4, efer=efer))
         return machine.vcpus
+
+    def self_mapping(entry=0x0_00e7):
+        "The guest maps its first 2 MiB, with all its tables in them, by one large entry."
+        vcpu, = guest()
+        vcpu.vm.host_levels[0] = 2
+        write_entry(vcpu.vm.memory, 0x3000, 8, entry)
+        return vcpu
+
+    def asked(vcpu, gva, code=W):
+        walked = walk_addr(vcpu, vcpu.mmu, gva, code)
+        return writes_own_table(guest_tables(vcpu, vcpu.mmu), walked, bool(code & U))
+
+    def in_mode(mode, gva=0x40_0000, bits=0x67):
+        "A guest in another mode: tables from frame 1 on, one page that leads to frame 0x100."
+        fmt = FORMATS[{'2-level': '2level', 'PAE': 'pae', '4-level': '4level', '5-level': '5level'}[mode]]
+        memory, (cr0, cr4, efer) = ram((0, 1 << 22)), map(int, MODES[mode])
+        map_page(memory, 0x1000, fmt, gva, 0x10_0000, list(range(2, 9)), bits, 0x7)
+        vcpu = new_vcpu(Vm(svm_host(5, npt=False), memory, prefetch=False), cr0=cr0, cr3=0x1000, cr4=cr4, efer=efer)
+        if mode == 'PAE': vcpu.root_mmu.pdptrs = list(vcpu.vm.read_pdptes(0x1000))
+        enter_guest(vcpu)
+        return vcpu
+
+    def large_page(entry=0x20_00e7, host_level=1, **vm):
+        "The guest maps 2 MiB at 0x40_0000 with one entry."
+        vcpu, = guest(**vm)
+        vcpu.vm.host_levels[0] = host_level
+        write_entry(vcpu.vm.memory, 0x3010, 8, entry)
+        return vcpu
 
     def without_wp(smep=False):
         "The same guest with CR0.WP=0, its page at 0x40_0000 read-only for everybody."
@@ -43,6 +74,67 @@ def setup_cells():
         enter_guest(vcpu)
         return vcpu
 
+    def shadowed_frame():
+        "NPT: a vCPU, and a table that shadows frame 0x100 for an L2."
+        vcpu, = guest(svm_host(4))
+        get_shadow_page(vcpu, 0x100, PageRole(level=2, access=7, guest_mode=1))
+        assert is_tracked(vcpu.vm, 0x100)
+        return vcpu
+
+
+@pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', 'e454e665', "a change of one level's entry is a change of that level alone, and writing back the old value is none")
+def test_a_change_of_one_level_s_entry_is_a_change_of_that_level_alone_and_writing_back_the_old_value_is_none():
+    vcpu, = guest()
+    tables, walked = guest_tables(vcpu, vcpu.mmu), walk_addr(vcpu, vcpu.mmu, 0x40_0000, U)
+    for level, gpa in {4: 0x1000, 3: 0x2000, 2: 0x3010, 1: 0x5000}.items():
+        old = read_entry(vcpu.vm.memory, gpa, 8)
+        write_entry(vcpu.vm.memory, gpa, 8, old ^ 0x200)          # A bit the processor ignores
+        assert [at for at in (4, 3, 2, 1) if gpte_changed(vcpu, tables, walked, at)] == [level]
+        write_entry(vcpu.vm.memory, gpa, 8, old)
+        assert not any(gpte_changed(vcpu, tables, walked, at) for at in (4, 3, 2, 1))
+
+
+@pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', '0fc1df7f', 'a writable page that holds a table of its own walk is mapped small, and only the frames 1, 2 and 3 are those tables themselves')
+def test_a_writable_page_that_holds_a_table_of_its_own_walk_is_mapped_small_and_only_the_frames_1_2_and_3_are_those_tables_themselves():
+    vcpu = self_mapping()
+    assert [page for page in range(512) if asked(vcpu, page << 12)[1]] == [1, 2, 3]
+    assert all(asked(vcpu, page << 12)[0] for page in range(512)) and asked(vcpu, 0x40_0000) == (False, False)
+
+
+@pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', '0a41a17b', 'a page that the access may not write is no danger, so it may stay large; with CR0.WP=0 the supervisor may write any')
+def test_a_page_that_the_access_may_not_write_is_no_danger_so_it_may_stay_large_with_cr0_wp_0_the_supervisor_may_write_any():
+    for entry, wp, code in product((0x0_00e7, 0x0_00e5), (True, False), (0, U)):
+        vcpu = self_mapping(entry)
+        if not wp: vcpu.cr0 &= ~int(Cr0.WP)
+        init_mmu(vcpu)
+        assert asked(vcpu, 0x3000, code) == ((True, True) if entry & 2 or not wp and not code & U else (False, False))
+
+
+@pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', 'ea5a7b02', "the leaf grants what the guest's levels grant together, without W as long as D is 0, for all 64 pairs of rights and both kinds of access")
+def test_the_leaf_grants_what_the_guest_s_levels_grant_together_without_w_as_long_as_d_is_0_for_all_64_pairs_of_rights_and_both_kinds_of_access():
+    for upper, lower, write in product(range(8), range(8), (False, True)):
+        vcpu, = guest()
+        write_entry(vcpu.vm.memory, 0x3010, 8, 0x5001 | (upper & 3) << 1 | upper >> 2 << 63)
+        write_entry(vcpu.vm.memory, 0x5000, 8, 0x10_0001 | (lower & 3) << 1 | lower >> 2 << 63)
+        both, no_exec = upper & lower & 3, (upper | lower) >> 2
+        page_fault(vcpu, 0x40_0000, W * write)
+        spte = last_entry(vcpu, 0x40_0000)[2]
+        if write and not both & 1: assert vcpu.injected.what == '#PF' and not is_present(spte)
+        else:
+            assert is_writable(spte) == write and bool(spte & 4) == bool(both & 2)
+            assert is_executable(vcpu.vm.masks, spte) == (not no_exec) and spte_pfn(spte) == host_frame(vcpu.vm, 0x100)[0]
+
+
+@pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', 'f29d2c40', "in every mode each of KVM's tables shadows the guest's of its level, and the leaf leads to the guest's frame")
+def test_in_every_mode_each_of_kvm_s_tables_shadows_the_guest_s_of_its_level_and_the_leaf_leads_to_the_guest_s_frame():
+    for mode in ('2-level', 'PAE', '4-level', '5-level'):
+        vcpu = in_mode(mode)
+        walked = walk_addr(vcpu, vcpu.mmu, 0x40_0000, U)
+        assert page_fault(vcpu, 0x40_0000, U) == ('RETRY', 'FIXED')
+        way = list(shadow_walk(vcpu.vm, vcpu.mmu, 0x40_0000))
+        assert {level: sp.gfn for level, sp, _ in way} == walked.table_gfns
+        assert spte_pfn(last_entry(vcpu, 0x40_0000)[2]) == host_frame(vcpu.vm, 0x100)[0]
+
 
 @pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', '67382421', "The guest's own fault is told to the guest, with the code its tables give; KVM builds nothing")
 def test_the_guest_s_own_fault_is_told_to_the_guest_with_the_code_its_tables_give_kvm_builds_nothing():
@@ -50,6 +142,47 @@ def test_the_guest_s_own_fault_is_told_to_the_guest_with_the_code_its_tables_giv
     tables = len(vcpu.vm.pages)
     assert page_fault(vcpu, 0x50_0000, W) == ('RETRY', 'RETRY') and (vcpu.injected.what, vcpu.injected.addr, vcpu.injected.error_code) == ('#PF', 0x50_0000, W)
     assert len(vcpu.vm.pages) == tables
+
+
+@pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', '00b7cfce', 'A store into the frame of a table above level 1 is emulated, and the shadow counts as walked again')
+def test_a_store_into_the_frame_of_a_table_above_level_1_is_emulated_and_the_shadow_counts_as_walked_again():
+    vcpu, = guest()
+    page_fault(vcpu, 0x3000, 0)
+    page_fault(vcpu, 0x40_0000, 0)
+    for _, sp, _ in shadow_walk(vcpu.vm, vcpu.mmu, 0x3000): sp.write_flooding = 2
+    assert page_fault(vcpu, 0x3000, P | W) == ('EMULATE', 'EMULATE')
+    assert not any(sp.write_flooding for _, sp, _ in shadow_walk(vcpu.vm, vcpu.mmu, 0x3000))
+
+
+@pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', '84a04e4d', 'a store into the frame of a level-1 table is let through: the table goes out of sync instead')
+def test_a_store_into_the_frame_of_a_level_1_table_is_let_through_the_table_goes_out_of_sync_instead():
+    vcpu, = guest()
+    page_fault(vcpu, 0x40_0000, 0)
+    table = last_entry(vcpu, 0x40_0000)[0]
+    assert table.gfn == 5 and not is_tracked(vcpu.vm, 5) and is_tracked(vcpu.vm, 3)
+    page_fault(vcpu, 0x5000, 0)
+    assert not is_writable(last_entry(vcpu, 0x5000)[2]) and page_fault(vcpu, 0x5000, P | W) == ('RETRY', 'FIXED')
+    assert is_writable(last_entry(vcpu, 0x5000)[2]) and table.unsync
+
+
+@pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', '26ffa6b8', 'the table below a read-only entry is one without the right to write')
+def test_the_table_below_a_read_only_entry_is_one_without_the_right_to_write():
+    vcpu, = guest()
+    write_entry(vcpu.vm.memory, 0x3010, 8, 0x5065)
+    page_fault(vcpu, 0x40_0000, 0)
+    sp, _, spte = last_entry(vcpu, 0x40_0000)
+    assert (sp.role.level, int(sp.role.access)) == (1, 5) and not spte & 2
+
+
+@pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', '5564a064', 'one guest table reached with and without the right to write has two shadows, each with the rights of its way')
+def test_one_guest_table_reached_with_and_without_the_right_to_write_has_two_shadows_each_with_the_rights_of_its_way():
+    vcpu, = guest()
+    write_entry(vcpu.vm.memory, 0x3018, 8, 0x5005)                # 0x60_0000 leads to the same table, read-only
+    leaves = []
+    for gva in (0x40_0000, 0x60_0000):
+        page_fault(vcpu, gva, U)
+        leaves.append(last_entry(vcpu, gva)[0])
+    assert [(sp.gfn, int(sp.role.access)) for sp in leaves] == [(5, 7), (5, 5)] and leaves[0] is not leaves[1]
 
 
 @pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', 'e583af72', 'An entry that changes after the walk is never built from; the fault is tried again and finds the new one')
@@ -64,23 +197,6 @@ def test_an_entry_that_changes_after_the_walk_is_never_built_from_the_fault_is_t
     assert spte_pfn(last_entry(vcpu, 0x40_0000)[2]) == host_frame(vcpu.vm, 0x101)[0]
 
 
-@pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', '00b7cfce', 'A store into the frame of a table above level 1 is emulated, and the shadow counts as walked again')
-def test_a_store_into_the_frame_of_a_table_above_level_1_is_emulated_and_the_shadow_counts_as_walked_again():
-    vcpu, = guest()
-    page_fault(vcpu, 0x3000, 0)
-    page_fault(vcpu, 0x40_0000, 0)
-    for _, sp, _ in shadow_walk(vcpu.vm, vcpu.mmu, 0x3000): sp.write_flooding = 2
-    assert page_fault(vcpu, 0x3000, P | W) == ('EMULATE', 'EMULATE')
-    assert not any(sp.write_flooding for _, sp, _ in shadow_walk(vcpu.vm, vcpu.mmu, 0x3000))
-
-
-@pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', 'f0f8ddd5', "No entry ever grants the user a write, and SMEP takes execution from the supervisor's copy")
-def test_no_entry_ever_grants_the_user_a_write_and_smep_takes_execution_from_the_supervisor_s_copy():
-    for smep in (False, True):
-        written, read = wp0_pair(without_wp(smep), 0x40_0000)
-        assert written & 6 == 2 and read & 6 == 4 and bool(written >> 63) == smep and not read >> 63
-
-
 @pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', 'd6f08318', "a change of the guest's top entry after the walk is seen as well")
 def test_a_change_of_the_guest_s_top_entry_after_the_walk_is_seen_as_well():
     vcpu, = guest()
@@ -88,6 +204,69 @@ def test_a_change_of_the_guest_s_top_entry_after_the_walk_is_seen_as_well():
         if name == 'guest tables walked': write_entry(vcpu.vm.memory, 0x1000, 8, 0)
     vcpu.vm.interleave = edit
     assert page_fault(vcpu, 0x40_0000, 0) == ('RETRY', 'RETRY') and not last_entry(vcpu, 0x40_0000)[2]
+
+
+@pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', 'a53cdd73', 'whatever level changes, wherever no lock is held, no leaf is built of the old tables, and the next fault agrees with the new')
+def test_whatever_level_changes_wherever_no_lock_is_held_no_leaf_is_built_of_the_old_tables_and_the_next_fault_agrees_with_the_new():
+    for level, moment in product((4, 3, 2, 1), ('guest tables walked', 'faulted in')):
+        vcpu, done = example_pages(), []
+        gpa = {4: 0x1000, 3: 0x2000, 2: 0x3010, 1: 0x4000}[level]
+        def take_away(name):
+            if name == moment and not done:
+                done.append(name)
+                write_entry(vcpu.vm.memory, gpa, 8, 0)
+        vcpu.vm.interleave = take_away
+        assert page_fault(vcpu, 0x40_0000, U) == ('RETRY', 'RETRY') and done and vcpu.injected is None
+        assert not is_present(last_entry(vcpu, 0x40_0000)[2]) and not rmap_entries(vcpu.vm, 0x100, 1)
+        assert page_fault(vcpu, 0x40_0000, U) == ('RETRY', 'RETRY') and vcpu.injected.what == '#PF'
+
+
+@pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', '292f6199', 'a fault during which the host took something away is tried again')
+def test_a_fault_during_which_the_host_took_something_away_is_tried_again():
+    vcpu, = guest()
+    def take(name):
+        if name == 'faulted in': vcpu.vm.mmu_seq += 1
+    vcpu.vm.interleave = take
+    assert page_fault(vcpu, 0x40_0000, 0) == ('RETRY', 'RETRY') and not last_entry(vcpu, 0x40_0000)[2]
+
+
+@pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', 'f7a901f9', 'a table taken over from another root comes with everything below it up to date')
+def test_a_table_taken_over_from_another_root_comes_with_everything_below_it_up_to_date():
+    vcpu, = guest()
+    vm = vcpu.vm
+    page_fault(vcpu, 0x40_0000, U)
+    try_to_unsync(vm, 0x5, True, False)
+    write_entry(vm.memory, 0x5000, 8, 0x10_1007)                  # Unseen, and no flush follows
+    stale = last_entry(vcpu, 0x40_0000)[0]
+    write_entry(vm.memory, 0x9000, 8, 0x2007)                     # Another top table, in frame 9, that leads to the same tables
+    other = new_vcpu(vm, cr0=vcpu.cr0, cr3=0x9000, cr4=vcpu.cr4, efer=vcpu.efer)
+    enter_guest(other)
+    page_fault(other, 0x40_1000, U)                               # Not even the page that changed
+    assert not stale.unsync and not rmap_entries(vm, 0x100, 1) and last_entry(other, 0x40_1000)[0] is stale
+
+
+@pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', '9fbd3127', 'a fault that would take more tables than userspace allows makes room first')
+def test_a_fault_that_would_take_more_tables_than_userspace_allows_makes_room_first():
+    vcpu, = guest()
+    vm = vcpu.vm
+    page_fault(vcpu, 0x40_0000, 0)
+    vm.n_max = vm.n_used
+    assert page_fault(vcpu, 0x3000, 0) == ('RETRY', 'FIXED') and vm.n_used <= vm.n_max
+
+
+@pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', 'd61b1da5', "below a guest's large page the table is direct, has the large entry's rights, and every page of it leads to its frame; a large page of the host's needs none")
+def test_below_a_guest_s_large_page_the_table_is_direct_has_the_large_entry_s_rights_and_every_page_of_it_leads_to_its_frame_a_large_page_of_the_host_s_needs_none():
+    for entry, write in ((0x20_00e7, False), (0x20_00a7, False), (0x20_00a7, True), (0x20_00e5, False)):
+        vcpu = large_page(entry)
+        for page in (0, 3, 511):
+            page_fault(vcpu, 0x40_0000 + (page << 12), W * write)
+            sp, index, spte = last_entry(vcpu, 0x40_0000 + (page << 12))
+            may_write = bool(entry & 2 and (entry & 0x40 or write))
+            assert (sp.role.direct, sp.role.level, index, sp.gfn) == (1, 1, page, 0x200) and bool(sp.role.access & 2) == may_write == is_writable(spte)
+            assert spte_pfn(spte) == host_frame(vcpu.vm, 0x200 + page)[0]
+        vcpu = large_page(entry, host_level=2)
+        page_fault(vcpu, 0x40_3000, W * write)
+        assert is_large(last_entry(vcpu, 0x40_3000)[2]) and is_writable(last_entry(vcpu, 0x40_3000)[2]) == may_write
 
 
 @pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', '8b8480c5', "a guest's large page that has other rights now loses the table below it, and every processor forgets; with the same rights it stays")
@@ -103,28 +282,111 @@ def test_a_guest_s_large_page_that_has_other_rights_now_loses_the_table_below_it
         assert is_present(sp.sptes.get(index, 0)) == stays and vm.flushes == flushes + (not stays)
 
 
-@pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', '9fbd3127', 'a fault that would take more tables than userspace allows makes room first')
-def test_a_fault_that_would_take_more_tables_than_userspace_allows_makes_room_first():
+@pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', '85869fc8', 'the first write to a clean large page changes the table for all of it, and what was mapped there is no longer')
+def test_the_first_write_to_a_clean_large_page_changes_the_table_for_all_of_it_and_what_was_mapped_there_is_no_longer():
+    vcpu = large_page(0x20_00a7)
+    for page in range(4): page_fault(vcpu, 0x40_0000 + (page << 12), U)
+    clean = last_entry(vcpu, 0x40_0000)[0]
+    page_fault(vcpu, 0x40_1000, P | U | W)
+    dirty = last_entry(vcpu, 0x40_1000)[0]
+    assert dirty is not clean and (int(clean.role.access), int(dirty.role.access)) == (5, 7)
+    assert [is_present(last_entry(vcpu, 0x40_0000 + (page << 12))[2]) for page in range(4)] == [False, True, False, False]
+
+
+@pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', '6d46fcb7', 'a large page that holds a table of its own walk is mapped small by a fault, an equal one elsewhere large')
+def test_a_large_page_that_holds_a_table_of_its_own_walk_is_mapped_small_by_a_fault_an_equal_one_elsewhere_large():
+    vcpu = self_mapping()
+    page_fault(vcpu, 0x8000, W)
+    assert not is_large(last_entry(vcpu, 0x8000)[2])
+    vcpu = large_page(host_level=2)
+    page_fault(vcpu, 0x40_3000, W)
+    assert is_large(last_entry(vcpu, 0x40_3000)[2])
+
+
+@pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', 'f0f8ddd5', "No entry ever grants the user a write, and SMEP takes execution from the supervisor's copy")
+def test_no_entry_ever_grants_the_user_a_write_and_smep_takes_execution_from_the_supervisor_s_copy():
+    for smep in (False, True):
+        written, read = wp0_pair(without_wp(smep), 0x40_0000)
+        assert written & 6 == 2 and read & 6 == 4 and bool(written >> 63) == smep and not read >> 63
+
+
+@pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', 'ef7fa09c', "the rights are changed only for a supervisor's write to memory that is read-only, with CR0.WP=0; then W comes, U goes, and with SMEP X")
+def test_the_rights_are_changed_only_for_a_supervisor_s_write_to_memory_that_is_read_only_with_cr0_wp_0_then_w_comes_u_goes_and_with_smep_x():
+    for write, user, wp, smep, has_slot, access in product(*[(False, True)] * 5, range(8)):
+        vcpu = without_wp(smep)
+        if wp:
+            vcpu.cr0 |= int(Cr0.WP)
+            init_mmu(vcpu)
+        fault, walked = Fault(0x40_0000, W * write | U * user, has_slot=has_slot), Walked(0x40_0000, 0, pte_access=access)
+        rewrite_for_wp0(vcpu, fault, walked)
+        applies = write and not user and not wp and has_slot and not access & ACC_WRITE
+        assert walked.pte_access == ((access | ACC_WRITE) & ~ACC_USER & (~ACC_EXEC if smep else -1) if applies else access)
+
+
+@pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', '73c349bb', "however the accesses follow each other, each goes through after at most one fault, and a user's write never does")
+def test_however_the_accesses_follow_each_other_each_goes_through_after_at_most_one_fault_and_a_user_s_write_never_does():
+    for first, second, third in product((W, U, 0), repeat=3):
+        vcpu = without_wp()
+        for code in (first, second, third):
+            spte = last_entry(vcpu, 0x40_0000)[2]
+            page_fault(vcpu, 0x40_0000, code | P * is_present(spte))
+            spte = last_entry(vcpu, 0x40_0000)[2]
+            assert vcpu.injected is None and is_present(spte) and (not code & W or is_writable(spte)) and (not code & U or spte & 4)
+        page_fault(vcpu, 0x40_0000, P | U | W)
+        assert vcpu.injected.what == '#PF' and not last_entry(vcpu, 0x40_0000)[2] & 6 == 6
+
+
+@pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', '385a3552', "vCPUs that differ in CR0.WP share no table of a guest's, and the one with WP=1 is refused the write")
+def test_vcpus_that_differ_in_cr0_wp_share_no_table_of_a_guest_s_and_the_one_with_wp_1_is_refused_the_write():
+    vcpu = without_wp()
+    page_fault(vcpu, 0x40_0000, W)
+    strict = new_vcpu(vcpu.vm, cr0=vcpu.cr0 | int(Cr0.WP), cr3=0x1000, cr4=vcpu.cr4, efer=vcpu.efer)
+    enter_guest(strict)
+    assert page_fault(strict, 0x40_0000, W) == ('RETRY', 'RETRY') and strict.injected.error_code == W | P
+    page_fault(strict, 0x40_0000, 0)
+    way = [{sp.spt for _, sp, _ in shadow_walk(vcpu.vm, one.mmu, 0x40_0000)} for one in (vcpu, strict)]
+    assert len(way[0]) == len(way[1]) == 4 and not way[0] & way[1]
+
+
+@pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', 'e4da5435', 'a fault maps the used neighbours along, a fault that changed nothing does not')
+def test_a_fault_maps_the_used_neighbours_along_a_fault_that_changed_nothing_does_not():
+    def filled(again):
+        vcpu, = guest(prefetch=True)
+        for page in range(4): write_entry(vcpu.vm.memory, 0x5000 + 8 * page, 8, 0x10_0067 + (page << 12))
+        page_fault(vcpu, 0x40_1000, W | U)
+        sp, index, _ = last_entry(vcpu, 0x40_1000)
+        if again:
+            page_fault(vcpu, 0x40_1000, W | U)                    # D is left out
+            for other in set(sp.sptes) - {index}: del sp.sptes[other]
+            assert page_fault(vcpu, 0x40_1000, W | U) == ('RETRY', 'SPURIOUS')
+        return {i for i, spte in sp.sptes.items() if is_present(spte)}
+    assert filled(again=False) == {0, 1, 2, 3} and filled(again=True) == {1}
+
+
+@pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', '9ca04dbe', 'with bit 33, W and P, and only with all three, the frame is unprotected and the guest tries again')
+def test_with_bit_33_w_and_p_and_only_with_all_three_the_frame_is_unprotected_and_the_guest_tries_again():
+    for page, write, present in product((0, 1 << 33), (0, W), (0, P)):
+        vcpu = shadowed_frame()
+        page_fault(vcpu, 0x10_0000, U)
+        what, answer = page_fault(vcpu, 0x10_0000, page | write | present | U)
+        emulated = bool(write)
+        if not emulated: assert what == 'RETRY' and is_tracked(vcpu.vm, 0x100)
+        else:
+            assert answer == 'EMULATE' and (what == 'RETRY') == bool(page and present) == (not is_tracked(vcpu.vm, 0x100))
+
+
+@pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', 'c53fd0ec', "a note of MMIO is emulated without a walk of the guest's tables, and asked anew once the slots have changed")
+def test_a_note_of_mmio_is_emulated_without_a_walk_of_the_guest_s_tables_and_asked_anew_once_the_slots_have_changed():
     vcpu, = guest()
-    vm = vcpu.vm
-    page_fault(vcpu, 0x40_0000, 0)
-    vm.n_max = vm.n_used
-    assert page_fault(vcpu, 0x3000, 0) == ('RETRY', 'FIXED') and vm.n_used <= vm.n_max
-
-
-@pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', '26ffa6b8', 'the table below a read-only entry is one without the right to write')
-def test_the_table_below_a_read_only_entry_is_one_without_the_right_to_write():
-    vcpu, = guest()
-    write_entry(vcpu.vm.memory, 0x3010, 8, 0x5065)
-    page_fault(vcpu, 0x40_0000, 0)
-    sp, _, spte = last_entry(vcpu, 0x40_0000)
-    assert (sp.role.level, int(sp.role.access)) == (1, 5) and not spte & 2
-
-
-@pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', '292f6199', 'a fault during which the host took something away is tried again')
-def test_a_fault_during_which_the_host_took_something_away_is_tried_again():
-    vcpu, = guest()
-    def take(name):
-        if name == 'faulted in': vcpu.vm.mmu_seq += 1
-    vcpu.vm.interleave = take
-    assert page_fault(vcpu, 0x40_0000, 0) == ('RETRY', 'RETRY') and not last_entry(vcpu, 0x40_0000)[2]
+    write_entry(vcpu.vm.memory, 0x5000, 8, 0xfee0_0067)
+    walks = []
+    def watch(event):
+        if event.what == 'kvm_mmu_pagetable_walk': walks.append(event)
+    vcpu.vm.watch = watch
+    assert page_fault(vcpu, 0x40_0000, U) == ('EMULATE', 'EMULATE') and len(walks) == 1
+    assert vcpu.mmio[:2] == (0x40_0000, 0xfee00)
+    for forgotten in (False, True):
+        if forgotten: vcpu.mmio = None
+        assert page_fault(vcpu, 0x40_0000, RSVD | P | U) == ('EMULATE', '') and len(walks) == 1
+    vcpu.mmio, vcpu.vm.generation = None, vcpu.vm.generation + 1
+    assert page_fault(vcpu, 0x40_0000, RSVD | P | U) == ('EMULATE', 'EMULATE') and len(walks) == 2
