@@ -158,7 +158,7 @@ def _hpa(entry, addr, level):
     mask = (1 << PAGE_SHIFT + 9 * (level - 1)) - 1
     return entry & SPTE_ADDRESS & ~mask | addr & mask
 
-# %% ../../nbs/mmu/20_hardware.ipynb #db03048c
+# %% ../../nbs/mmu/20_hardware.ipynb #d715790b
 def draw_answer(
     vcpu: Vcpu,
     gva: int,
@@ -171,7 +171,9 @@ def draw_answer(
     boxes = [Box(f"level {level}  {sp.spt:#x}" if sp is not None else "the vCPU's PDPTEs",
                  ((index if sp is not None else gva >> 30 & 3, _bits_text(entry), 'taken' if step < len(steps) or isinstance(found, Reached) else 'refused'),),
                  'shadow', entries=512 if sp is not None else 4) for step, (level, sp, index, entry) in enumerate(steps, 1)]
-    return Chain((*boxes, _answer_box(found)), caption or f"{_names_of(access) or 'READ'} at {gva:#_x}")
+    return Chain((*boxes, _answer_box(found)), caption or f"{_access_text(access)} at {gva:#_x}")
+
+def _access_text(access): return ('user ' if access & USER else '') + ('write' if access & WRITE else 'fetch' if access & FETCH else 'read')
 
 def _bits_text(entry):
     bits = (('P', 1), ('W', 2), ('U', 4), ('A', 0x20), ('D', 0x40), ('NX', 1 << 63))
