@@ -9,22 +9,26 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global FORMATS, MODES, REQUESTS, Vm, draw_host_walk, enter_guest, guest, invlpg, map_page, mark_parents_unsync, new_vcpu, page_fault, predict, ram, random, remote_flush, rmap_entries, svm_host, use, write_entry, zap_rmap
+    global CHANGES, Exit, FORMATS, MODES, REQUESTS, Refused, Vm, change, draw_host_walk, entry_comes, entry_goes, expect_fail, explore, guest, host_walk, invlpg, map_page, mark_parents_unsync, new_vcpu, predict, product, ram, random, reaches, serve_requests, use, vmx_host, write_entry, write_goes, write_protect_gfn, zap_all_fast
     import random
+    from itertools import product
+
+    from fastcore.test import expect_fail
+    from kvm_mmu_lit.draw.exercise import predict
+    from kvm_mmu_lit.draw.explore import explore
     from kvm_mmu_lit.guest.addresses import FORMATS
     from kvm_mmu_lit.guest.gpte import map_page
     from kvm_mmu_lit.guest.memory import ram, write_entry
     from kvm_mmu_lit.mmu.cpu_role import MODES
-    from kvm_mmu_lit.mmu.hardware import draw_host_walk
+    from kvm_mmu_lit.mmu.hardware import Exit, Refused, draw_host_walk, host_walk
     from kvm_mmu_lit.mmu.register_writes import invlpg
-    from kvm_mmu_lit.mmu.reload import REQUESTS, enter_guest
-    from kvm_mmu_lit.mmu.rmap import rmap_entries, zap_rmap
-    from kvm_mmu_lit.mmu.root_role import svm_host
+    from kvm_mmu_lit.mmu.reload import REQUESTS, serve_requests
+    from kvm_mmu_lit.mmu.rmap import write_protect_gfn
+    from kvm_mmu_lit.mmu.root_role import vmx_host
     from kvm_mmu_lit.mmu.roots import new_vcpu
-    from kvm_mmu_lit.mmu.shadow_fault import page_fault
     from kvm_mmu_lit.mmu.shadow_page import Vm
-    from kvm_mmu_lit.mmu.tdp_mmu import remote_flush
     from kvm_mmu_lit.mmu.unsync import mark_parents_unsync
+    from kvm_mmu_lit.mmu.zap import zap_all_fast
 
     def guest(host=svm_host(4, npt=False), vcpus=1):
         "vCPUs in 4-level paging with a TLB each; the page at 0x40_0000 leads to frame 0x100, its entry lies at 0x4000."
@@ -40,7 +44,119 @@ def setup_cells():
         while not isinstance(found := processor_access(vcpu, gva, kind), Reached): page_fault(vcpu, found.addr, found.error_code)
         return found
 
-    from kvm_mmu_lit.draw.exercise import predict
+    def reaches(vcpu, gva=0x40_0000, kind=0):
+        "Does an access get through at this moment, without KVM's help?"
+        return isinstance(processor_access(vcpu, gva, kind), Reached)
+
+    def entry_goes(vcpu): return zap_rmap(vcpu.vm, 0x100, 1)
+
+    def write_goes(vcpu): return write_protect_gfn(vcpu.vm, 0x100)
+
+    def entry_comes(vcpu):
+        "Another page, never used before."
+        flushes = vcpu.vm.flushes
+        map_page(vcpu.vm.memory, 0x1000, FORMATS['4level'], 0x40_1000, 0x10_1000, [], 0x67, 0x27)
+        page_fault(vcpu, 0x40_1000, 0)
+        return vcpu.vm.flushes > flushes
+
+    CHANGES = {'an entry goes': (entry_goes, 0x40_0000, 0), 'the right to write goes': (write_goes, 0x40_0000, WRITE), 'an entry comes': (entry_comes, 0x40_1000, 0)}
+
+    def change(name):
+        "(the function asks for a flush, the processor still does it before the flush, and after)."
+        what, gva, kind = CHANGES[name]
+        vcpu, = guest()
+        use(vcpu, kind=WRITE)
+        asks = what(vcpu)
+        before = reaches(vcpu, gva, kind)
+        remote_flush(vcpu.vm)
+        enter_guest(vcpu)
+        return asks, before, reaches(vcpu, gva, kind)
+
+
+@pytest.mark.claim('nbs/mmu/21_tlb.ipynb', '9684ee6c', 'a kind of access is remembered when it got through, with a write the read beside it, and no other kind')
+def test_a_kind_of_access_is_remembered_when_it_got_through_with_a_write_the_read_beside_it_and_no_other_kind():
+    for kind in (0, WRITE, USER, USER | WRITE, FETCH, USER | FETCH):
+        vcpu, = guest()
+        use(vcpu, kind=kind)
+        (level, kinds), = vcpu.tlb.entries.values()
+        assert level == 1 and {known[0] for known in kinds} == {kind, kind & ~WRITE} and len(set(kinds.values())) == 1
+
+
+@pytest.mark.claim('nbs/mmu/21_tlb.ipynb', '91ae6098', 'what failed is not remembered: after the fault the same access gets through, and nobody flushed')
+def test_what_failed_is_not_remembered_after_the_fault_the_same_access_gets_through_and_nobody_flushed():
+    for host in (svm_host(4, npt=False), svm_host(4), vmx_host(4, 4)):
+        vcpu, = guest(host)
+        enter_guest(vcpu)
+        assert isinstance(processor_access(vcpu, 0x40_0000, 0), Exit) and not vcpu.tlb.entries
+        flushes = vcpu.vm.flushes
+        assert isinstance(use(vcpu), Reached) and vcpu.vm.flushes == flushes
+
+
+@pytest.mark.claim('nbs/mmu/21_tlb.ipynb', '4fb1db25', 'the answer from memory is the answer of the walk, byte for byte, and reads no table')
+def test_the_answer_from_memory_is_the_answer_of_the_walk_byte_for_byte_and_reads_no_table():
+    for host in (svm_host(4, npt=False), svm_host(4), vmx_host(4, 4)):
+        vcpu, = guest(host)
+        walked = use(vcpu, 0x40_0123)
+        for sp in vcpu.vm.pages.values(): sp.sptes.clear()
+        assert processor_access(vcpu, 0x40_0123, 0) == walked and processor_access(vcpu, 0x40_0fff, 0).hpa == walked.hpa + 0xfff - 0x123
+
+
+@pytest.mark.claim('nbs/mmu/21_tlb.ipynb', 'fe08012a', 'only looking leaves nothing behind')
+def test_only_looking_leaves_nothing_behind():
+    vcpu, = guest()
+    use(vcpu)
+    vcpu.tlb.saw(Did('flush_all'), vcpu)
+    assert isinstance(processor_access(vcpu, 0x40_0000, WRITE, mark=False), Reached) and not vcpu.tlb.entries
+
+
+@pytest.mark.claim('nbs/mmu/21_tlb.ipynb', 'd65aa26c', 'after a read the first write walks and marks the entry dirty')
+def test_after_a_read_the_first_write_walks_and_marks_the_entry_dirty():
+    vcpu, = guest()
+    use(vcpu)
+    *_, (_, sp, index, entry) = host_walk(vcpu, 0x40_0000)
+    sp.sptes[index] = entry & ~0x40
+    assert reaches(vcpu, kind=WRITE) and sp.sptes[index] & 0x40
+
+
+@pytest.mark.claim('nbs/mmu/21_tlb.ipynb', '4bb33810', 'turning SMAP on refuses the supervisor a remembered user page at once, and AC lets it through again')
+def test_turning_smap_on_refuses_the_supervisor_a_remembered_user_page_at_once_and_ac_lets_it_through_again():
+    for host, refusal in ((svm_host(4, npt=False), Exit), (svm_host(4), Refused)):
+        vcpu, = guest(host)
+        use(vcpu)
+        vcpu.cr4 |= 1 << 21
+        assert isinstance(processor_access(vcpu, 0x40_0000, 0), refusal)
+        vcpu.rflags |= 1 << 18
+        assert reaches(vcpu)
+
+
+@pytest.mark.claim('nbs/mmu/21_tlb.ipynb', 'f2b5b8ea', "under NPT the supervisor's write to a read-only page, remembered with WP=0, is refused with WP=1")
+def test_under_npt_the_supervisor_s_write_to_a_read_only_page_remembered_with_wp_0_is_refused_with_wp_1():
+    vcpu, = guest(svm_host(4))
+    write_entry(vcpu.vm.memory, 0x4000, 8, 0x10_0065)
+    vcpu.cr0 &= ~(1 << 16)
+    use(vcpu, kind=WRITE)
+    vcpu.cr0 |= 1 << 16
+    assert isinstance(processor_access(vcpu, 0x40_0000, WRITE), Refused) and reaches(vcpu)
+
+
+@pytest.mark.claim('nbs/mmu/21_tlb.ipynb', '8a5a30b0', "under NPT two pointers of the guest's keep two translations of one address, and going back costs no walk")
+def test_under_npt_two_pointers_of_the_guest_s_keep_two_translations_of_one_address_and_going_back_costs_no_walk():
+    vcpu, = guest(svm_host(4))
+    map_page(vcpu.vm.memory, 0xa000, FORMATS['4level'], 0x40_0000, 0x11_0000, list(range(0xb, 0xf)), 0x67, 0x27)
+    first = use(vcpu)
+    vcpu.cr3 = 0xa000                                   # A load of CR3 that keeps the TLB
+    second = use(vcpu)
+    assert first.hpa != second.hpa and len(vcpu.tlb.entries) == 2
+    for sp in vcpu.vm.pages.values(): sp.sptes.clear()
+    for cr3, found in ((0x1000, first), (0xa000, second)):
+        vcpu.cr3 = cr3
+        assert processor_access(vcpu, 0x40_0000, 0) == found
+
+
+@pytest.mark.claim('nbs/mmu/21_tlb.ipynb', 'a47d9ecb', "with the flush the last line reaches KVM, without it the frame that is no longer the guest's; the tables are the same")
+def test_with_the_flush_the_last_line_reaches_kvm_without_it_the_frame_that_is_no_longer_the_guest_s_the_tables_are_the_same():
+    told, untold = (show_stale_frame(flush).events[-1].states for flush in (True, False))
+    assert told[0] == untold[0] == 'nothing' and (told[3], untold[3]) == ('KVM', 'the frame')
 
 
 @pytest.mark.claim('nbs/mmu/21_tlb.ipynb', 'a37353a7', 'What a remote flush asks for, every vCPU serves before it runs again')
@@ -54,6 +170,23 @@ def test_what_a_remote_flush_asks_for_every_vcpu_serves_before_it_runs_again():
     assert not any(isinstance(processor_access(vcpu, 0x40_0000, 0), Reached) for vcpu in pair)
 
 
+@pytest.mark.claim('nbs/mmu/21_tlb.ipynb', 'a58571bf', 'a flush of one processor does nothing for the other')
+def test_a_flush_of_one_processor_does_nothing_for_the_other():
+    pair = guest(vcpus=2)
+    for vcpu in pair: use(vcpu)
+    zap_rmap(pair[0].vm, 0x100, 1)
+    pair[0].request('TLB_FLUSH')
+    for vcpu in pair: enter_guest(vcpu)
+    assert [reaches(vcpu) for vcpu in pair] == [False, True]
+
+
+@pytest.mark.claim('nbs/mmu/21_tlb.ipynb', 'db1a3174', 'KVM asks for a flush exactly where the processor would go on with what was taken away')
+def test_kvm_asks_for_a_flush_exactly_where_the_processor_would_go_on_with_what_was_taken_away():
+    for name in CHANGES:
+        asks, before, after = change(name)
+        assert asks == (before and not after), name
+
+
 @pytest.mark.claim('nbs/mmu/21_tlb.ipynb', '1cf87126', 'After the guest cleared its entry, the old translation may live on until INVLPG, and not after it')
 def test_after_the_guest_cleared_its_entry_the_old_translation_may_live_on_until_invlpg_and_not_after_it():
     vcpu, = guest()
@@ -65,6 +198,12 @@ def test_after_the_guest_cleared_its_entry_the_old_translation_may_live_on_until
     assert isinstance(processor_access(vcpu, 0x40_0000, 0), Reached)
     invlpg(vcpu, 0x40_0000)
     assert not isinstance(processor_access(vcpu, 0x40_0000, 0), Reached)
+
+
+@pytest.mark.claim('nbs/mmu/21_tlb.ipynb', 'ca6d3517', 'each flush forgets what the table says and no more')
+def test_each_flush_forgets_what_the_table_says_and_no_more():
+    T, F = True, False
+    assert draw_flushes().cells == ((T, F, F, F), (T, T, F, F), (F, F, F, T), (T, T, T, T), (T, T, T, T))
 
 
 @pytest.mark.claim('nbs/mmu/21_tlb.ipynb', 'eac6bb41', 'A flush names what it forgets, a page, a root or everything, and a TLB that forgets forgets just that')
@@ -100,3 +239,54 @@ def test_a_flush_of_one_address_leaves_every_other():
     assert vcpu.tlb.entries == before
     vcpu.tlb.forget(0x40_0fff)
     assert len(vcpu.tlb.entries) == len(before) - 1
+
+
+@pytest.mark.claim('nbs/mmu/21_tlb.ipynb', 'ecd5e291', 'one address of a large page forgets all of it, whichever of its small pages were used')
+def test_one_address_of_a_large_page_forgets_all_of_it_whichever_of_its_small_pages_were_used():
+    for level, pages in ((2, 512), (3, 1 << 18)):
+        tlb = Tlb({(0x1000, 0, 5 * pages + n): (level, {}) for n in (0, 1, pages - 1)} | {(0x1000, 0, 6 * pages): (level, {})})
+        tlb.forget((5 * pages + 7) << 12)
+        assert list(tlb.entries) == [(0x1000, 0, 6 * pages)]
+
+
+@pytest.mark.claim('nbs/mmu/21_tlb.ipynb', 'e45fe896', 'past the limit the oldest goes, and only that')
+def test_past_the_limit_the_oldest_goes_and_only_that():
+    tlb = Tlb(limit=3)
+    for page in (1, 2, 3, 2, 4): tlb.remember((0x1000, 0, page), 1)
+    assert [key[2] for key in tlb.entries] == [2, 3, 4] and {key for keys in tlb.where.values() for key in keys} == set(tlb.entries)
+
+
+@pytest.mark.claim('nbs/mmu/21_tlb.ipynb', '10cd2069', 'all six requests at once are served in this order; of the flushes TLB_FLUSH swallows TLB_FLUSH_CURRENT')
+def test_all_six_requests_at_once_are_served_in_this_order_of_the_flushes_tlb_flush_swallows_tlb_flush_current():
+    vcpu, = guest()
+    use(vcpu)
+    seen = []
+    vcpu.requests, vcpu.watch = set(REQUESTS), lambda did: seen.append(did.what)
+    serve_requests(vcpu)
+    first = [seen.index(what) for what in ('sync_roots', 'load_mmu_pgd', 'flush_all', 'flush_guest')]
+    assert first == sorted(first) and 'flush_current' not in seen and not vcpu.requests
+
+
+@pytest.mark.claim('nbs/mmu/21_tlb.ipynb', '85893187', 'roots that were zapped are gone before anything is synced, and a new one is loaded before the guest runs')
+def test_roots_that_were_zapped_are_gone_before_anything_is_synced_and_a_new_one_is_loaded_before_the_guest_runs():
+    vcpu, = guest()
+    use(vcpu)
+    old = vcpu.mmu.root.hpa
+    zap_all_fast(vcpu.vm)
+    assert reaches(vcpu) and 'MMU_FREE_OBSOLETE_ROOTS' in vcpu.requests
+    enter_guest(vcpu)
+    assert vcpu.mmu.root.hpa != old and not reaches(vcpu)
+
+
+@pytest.mark.claim('nbs/mmu/21_tlb.ipynb', '2d087977', 'a flush that a sync asks for is served in the same round: no request is left when the guest runs')
+def test_a_flush_that_a_sync_asks_for_is_served_in_the_same_round_no_request_is_left_when_the_guest_runs():
+    vcpu, = guest()
+    use(vcpu)
+    write_entry(vcpu.vm.memory, 0x4000, 8, 0)
+    last = next(sp for sp in vcpu.vm.pages.values() if sp.role.level == 1)
+    last.unsync = True
+    mark_parents_unsync(vcpu.vm, last)
+    flushes = vcpu.vm.flushes
+    vcpu.requests |= {'MMU_SYNC', 'TLB_FLUSH_CURRENT'}          # What a load of CR3 asks for
+    enter_guest(vcpu)
+    assert vcpu.vm.flushes > flushes and not vcpu.requests and not reaches(vcpu)
