@@ -9,17 +9,27 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global FORMATS, HOLE, KvmBug, L2State, MODES, add_slot, enter_l2, get_dirty_log, guest, invlpg, map_page, ram, set_cr3, start_dirty_log, svm_host, vmx_host, with_device, write_entry
+    global FORMATS, HOLE, HOSTS, KvmBug, L2State, MODES, Table, Tlb, add_slot, enter_l2, eptp_of, expect_fail, get_dirty_log, guest, invlpg, load_pdptrs, map_page, predict, product, ram, read_entry, set_cr3, start_dirty_log, svm_host, unmap_range, vmx_host, with_device, with_l2, write_entry, zap_all_fast
+    from itertools import product
+
+    from fastcore.test import expect_fail
+    from kvm_mmu_lit.draw.exercise import predict
+    from kvm_mmu_lit.draw.table import Table
     from kvm_mmu_lit.guest.addresses import FORMATS
     from kvm_mmu_lit.guest.gpte import map_page
-    from kvm_mmu_lit.guest.memory import ram
+    from kvm_mmu_lit.guest.memory import ram, read_entry, write_entry
     from kvm_mmu_lit.mmu.contexts import KvmBug
     from kvm_mmu_lit.mmu.cpu_role import MODES
-    from kvm_mmu_lit.mmu.host_events import get_dirty_log, start_dirty_log
-    from kvm_mmu_lit.mmu.nested_switch import L2State, enter_l2
+    from kvm_mmu_lit.mmu.host_events import add_slot, get_dirty_log, start_dirty_log, unmap_range
+    from kvm_mmu_lit.mmu.nested_switch import L2State, enter_l2, eptp_of
+    from kvm_mmu_lit.mmu.register_writes import invlpg, load_pdptrs, set_cr3
     from kvm_mmu_lit.mmu.root_role import svm_host, vmx_host
+    from kvm_mmu_lit.mmu.tlb import Tlb
+    from kvm_mmu_lit.mmu.zap import zap_all_fast
 
-    def guest(host=svm_host(4, npt=False), vcpus=1, **vm):
+    HOSTS = {'shadow': svm_host(4, npt=False), 'NPT': svm_host(4), 'NPT, old MMU': svm_host(4, tdp_mmu=False), 'EPT': vmx_host(4, 4), 'shadow on Intel': vmx_host(4, 0)}
+
+    def guest(host=HOSTS['shadow'], vcpus=1, **vm):
         "4-level paging: frames 0 to 15 one to one (entries in frame 4), four pages at 0x40_0000 that lead to frames 0x100 on (entries in frame 5)."
         memory, free, (cr0, cr4, efer) = ram((0, 1 << 22)), list(range(2, 9)), map(int, MODES['4-level'])
         for page in range(16): map_page(memory, 0x1000, FORMATS['4level'], page << 12, page << 12, free, 0x3, 0x7)
@@ -28,17 +38,30 @@ def setup_cells():
         for _ in range(vcpus): enter_guest(new_vcpu(machine, cr0=cr0, cr3=0x1000, cr4=cr4, efer=efer))
         return machine.vcpus
 
-    from kvm_mmu_lit.guest.memory import write_entry
-    from kvm_mmu_lit.mmu.host_events import add_slot
-    from kvm_mmu_lit.mmu.register_writes import invlpg, set_cr3
+    def with_l2(host=HOSTS['NPT']):
+        "L2 runs. L1's nested tables start in frame 0x200 and know frames 1 to 15 and 0x100."
+        vcpu, = guest(host)
+        vm, ept = vcpu.vm, host.vendor == 'vmx'
+        free, (cr0, cr4, efer) = list(range(0x201, 0x220)), map(int, MODES['4-level'])
+        for gfn in (*range(1, 16), 0x100): map_page(vm.memory, 0x20_0000, FORMATS['ept4' if ept else '4level'], gfn << 12, gfn << 12, free, 0x37 if ept else 0x7, 0x7)
+        assert enter_l2(vcpu, L2State(cr0, 0x1000, cr4, efer, eptp_of(0x20_0000) if ept else 0x20_0000))
+        return vcpu
 
     HOLE = 0x100_0000      # No slot is there, nor 0x1000 further
 
-    def with_device(host=svm_host(4, npt=False)):
+    def with_device(host=HOSTS['shadow']):
         "The third page leads into a hole; entries for it stand in frame 5."
         vcpu, = guest(host)
         write_entry(vcpu.vm.memory, 0x5010, 8, HOLE | 0x67)
         return vcpu
+
+
+@pytest.mark.claim('nbs/mmu/23_vcpu.ipynb', '2451b68a', 'the first access costs one exit with shadow paging and five in two dimensions, on any host, and the second none')
+def test_the_first_access_costs_one_exit_with_shadow_paging_and_five_in_two_dimensions_on_any_host_and_the_second_none():
+    for name, host in HOSTS.items():
+        vcpu, = guest(host)
+        assert access(vcpu, 0x40_0010, 0).exits == (1 if 'shadow' in name else 5)
+        assert access(vcpu, 0x40_0018, 0).exits == 0 and access(vcpu, 0x40_1000, 0).exits == 1
 
 
 @pytest.mark.claim('nbs/mmu/23_vcpu.ipynb', '0b8ed647', "What was written is read again, by every kind of host, and the frame is the guest's")
@@ -50,12 +73,94 @@ def test_what_was_written_is_read_again_by_every_kind_of_host_and_the_frame_is_t
         assert (again.gpa, again.value, again.exits) == (0x10_1008, 0x1234, 0)
 
 
+@pytest.mark.claim('nbs/mmu/23_vcpu.ipynb', '824972af', "sizes and places of a store are the guest's: the bytes asked for change and no other, done by the processor or by KVM")
+def test_sizes_and_places_of_a_store_are_the_guest_s_the_bytes_asked_for_change_and_no_other_done_by_the_processor_or_by_kvm():
+    for gva, gpa, emulated in ((0x40_0000, 0x10_0000, False), (0x2000, 0x2000, True)):       # Frame 2 holds a table of level 3
+        for size, at in product((1, 2, 4, 8), (0x800, 0x8f8)):
+            vcpu, = guest()
+            access(vcpu, gva, 0)                                                            # A root is there, and frame 2 shadowed
+            before = read_gpa(vcpu.vm.memory, gpa, 4096)
+            done = access(vcpu, gva + at, WRITE, (1 << 8 * size) - 1, size)
+            wanted = before[:at] + b'\xff' * size + before[at + size:]
+            assert done.what == 'done' and read_gpa(vcpu.vm.memory, gpa, 4096) == wanted and (done.gpa, done.value) == (gpa + at, (1 << 8 * size) - 1)
+            assert done.emulated == emulated
+
+
+@pytest.mark.claim('nbs/mmu/23_vcpu.ipynb', 'ee2f95ba', 'a frame that is taken away between the entry and the instruction is not reached any more, on any host')
+def test_a_frame_that_is_taken_away_between_the_entry_and_the_instruction_is_not_reached_any_more_on_any_host():
+    for host in HOSTS.values():
+        vcpu, = guest(host)
+        vcpu.tlb, raced = Tlb(), []
+        access(vcpu, 0x40_0010, WRITE)
+        old = processor_access(vcpu, 0x40_0010, 0).hpa
+        def worst(point):
+            if point == 'in guest' and not raced:
+                raced.append(point)
+                unmap_range(vcpu.vm, 0x100, 0x101)
+        vcpu.vm.interleave = worst
+        assert access(vcpu, 0x40_0010, 0).what == 'done' and raced
+        assert processor_access(vcpu, 0x40_0010, 0).hpa not in (None, old)
+
+
 @pytest.mark.claim('nbs/mmu/23_vcpu.ipynb', '303a016a', "A fault of the guest's is a value, with the code its own tables give, whoever found it")
 def test_a_fault_of_the_guest_s_is_a_value_with_the_code_its_own_tables_give_whoever_found_it():
     for host in (svm_host(4, npt=False), svm_host(4), vmx_host(4, 4)):
         vcpu, = guest(host)
         told = access(vcpu, 0x50_0000, WRITE | USER)
         assert told.what == 'fault' and (told.fault.what, told.fault.addr, told.fault.error_code) == ('#PF', 0x50_0000, WRITE | USER)
+
+
+@pytest.mark.claim('nbs/mmu/23_vcpu.ipynb', 'b374478b', 'KVM and the processor tell the guest the same: for every right of a page and every access the same fault or none')
+def test_kvm_and_the_processor_tell_the_guest_the_same_for_every_right_of_a_page_and_every_access_the_same_fault_or_none():
+    for bits, kind in product((0x0, 0x1, 0x3, 0x5, 0x7, 1 << 63 | 0x7, 1 << 51 | 0x7), (0, WRITE, USER, USER | WRITE, FETCH, USER | FETCH)):
+        told = []
+        for host in HOSTS.values():
+            vcpu, = guest(host)
+            write_entry(vcpu.vm.memory, 0x5000, 8, bits and 0x10_0000 | bits)
+            ended = access(vcpu, 0x40_0000, kind)
+            told.append((ended.what, ended.fault))
+        assert len(set(told)) == 1 and (told[0][0] in ('done', 'mmio') or told[0][1].to == 'guest')
+
+
+@pytest.mark.claim('nbs/mmu/23_vcpu.ipynb', '08045c02', "an address that is not canonical is a #GP of the guest's, without an exit")
+def test_an_address_that_is_not_canonical_is_a_gp_of_the_guest_s_without_an_exit():
+    for host in HOSTS.values():
+        ended = access(guest(host)[0], 1 << 47, 0)
+        assert (ended.what, ended.fault.to, ended.fault.what, ended.exits) == ('fault', 'guest', '#GP', 0)
+
+
+@pytest.mark.claim('nbs/mmu/23_vcpu.ipynb', '39980edf', 'a page fault makes the processor forget the address, for all kinds of access')
+def test_a_page_fault_makes_the_processor_forget_the_address_for_all_kinds_of_access():
+    vcpu, = guest(HOSTS['NPT'])
+    vcpu.tlb = Tlb()
+    write_entry(vcpu.vm.memory, 0x5000, 8, 0x10_0003)               # For the supervisor alone
+    assert access(vcpu, 0x40_0000, 0).what == 'done'
+    write_entry(vcpu.vm.memory, 0x5000, 8, 0)                       # Gone; no INVLPG
+    assert access(vcpu, 0x40_0000, 0).what == 'done', "from memory"
+    assert access(vcpu, 0x40_0000, USER).what == 'fault'
+    assert access(vcpu, 0x40_0000, 0).what == 'fault'
+
+
+@pytest.mark.claim('nbs/mmu/23_vcpu.ipynb', 'd5608006', 'L2 hears of its own entries and runs on; L1 hears of its nested entries by an exit, with the address L2 calls physical')
+def test_l2_hears_of_its_own_entries_and_runs_on_l1_hears_of_its_nested_entries_by_an_exit_with_the_address_l2_calls_physical():
+    for host in ('NPT', 'EPT'):
+        vcpu = with_l2(HOSTS[host])
+        own = access(vcpu, 0x50_0000, USER)
+        assert own.what == 'fault' and (own.fault.to, own.fault.what, own.fault.addr) == ('guest', '#PF', 0x50_0000) and vcpu.guest_mode
+        out = access(vcpu, 0x40_1010, USER)
+        assert out.what == 'exit to L1' and (out.fault.to, out.fault.addr) == ('L1', 0x10_1010) and not vcpu.guest_mode
+        assert out.fault.what == {'NPT': 'NPF', 'EPT': 'EPT violation'}[host]
+
+
+@pytest.mark.claim('nbs/mmu/23_vcpu.ipynb', 'a382e947', "what KVM's own tables lack nobody is told: a frame that goes away under L2 costs exits and no fault")
+def test_what_kvm_s_own_tables_lack_nobody_is_told_a_frame_that_goes_away_under_l2_costs_exits_and_no_fault():
+    for host in ('NPT', 'EPT'):
+        vcpu = with_l2(HOSTS[host])
+        assert access(vcpu, 0x40_0000, USER).what == 'done'
+        for gfn in (0x100, 5, 0x203):                               # The page, a table of L2's, one of L1's nested ones
+            unmap_range(vcpu.vm, gfn, gfn + 1)
+            again = access(vcpu, 0x40_0000, USER)
+            assert again.what == 'done' and again.gpa == 0x10_0000 and vcpu.guest_mode
 
 
 @pytest.mark.claim('nbs/mmu/23_vcpu.ipynb', 'ff7589ab', 'A store that KVM makes for the guest dirties its page, also when it stores what was there')
@@ -66,23 +171,6 @@ def test_a_store_that_kvm_makes_for_the_guest_dirties_its_page_also_when_it_stor
         start_dirty_log(vcpu.vm, 0)
         stored = access(vcpu, 0x2010, WRITE, value)
         assert stored.emulated and stored.value == (before if value is None else value) and 2 in get_dirty_log(vcpu.vm, 0)
-
-
-@pytest.mark.claim('nbs/mmu/23_vcpu.ipynb', 'c1fdacc6', "A nested table's top entry that appears after VMRUN makes KVM_RUN fail in 6.1; the next VMRUN repairs it")
-def test_a_nested_table_s_top_entry_that_appears_after_vmrun_makes_kvm_run_fail_in_6_1_the_next_vmrun_repairs_it():
-    memory, (cr0, cr4, efer) = ram((0, 1 << 22)), map(int, MODES['PAE'])
-    map_page(memory, 0x20_000, FORMATS['pae'], 0x3000, 0x10_3000, [0x21, 0x22], 0x7, 0x7)
-    entry = read_gpa(memory, 0x20_000, 8)
-    write_gpa(memory, 0x20_000, bytes(8))
-    vcpu = new_vcpu(Vm(svm_host(4), memory), cr0=cr0, cr3=0x1000, cr4=cr4, efer=efer)
-    inner = L2State(0, 0, 0, 0, 0x20_000)
-    enter_l2(vcpu, inner)
-    enter_guest(vcpu)
-    write_gpa(memory, 0x20_000, entry)
-    assert access(vcpu, 0x3000, 0).what == 'EFAULT' == access(vcpu, 0x3000, 0).what
-    leave_l2(vcpu)
-    enter_l2(vcpu, inner)
-    assert access(vcpu, 0x3000, 0).gpa == 0x10_3000
 
 
 @pytest.mark.claim('nbs/mmu/23_vcpu.ipynb', 'd9d766d8', "The second access to a device needs no walk: not even its entry's end is noticed before the guest flushes")
@@ -114,6 +202,59 @@ def test_what_is_remembered_of_a_device_gives_nobody_more_rights_than_the_guest_
     assert access(vcpu, 0x40_2000, 0).gpa == HOLE + 0x1000
     set_cr3(vcpu, 0x1000)
     assert access(vcpu, 0x40_2000, 0).gpa == HOLE
+
+
+@pytest.mark.claim('nbs/mmu/23_vcpu.ipynb', 'c599ff49', 'memory that is read-only in its slot is read like memory and written like a device, and does not change')
+def test_memory_that_is_read_only_in_its_slot_is_read_like_memory_and_written_like_a_device_and_does_not_change():
+    for host in HOSTS.values():
+        vcpu = with_device(host)
+        add_slot(vcpu.vm, HOLE, 0x1000, readonly=True)
+        assert access(vcpu, 0x40_2008, 0).what == 'done'
+        wrote = access(vcpu, 0x40_2008, WRITE, 7)
+        assert (wrote.what, wrote.gpa) == ('mmio', HOLE | 8) and access(vcpu, 0x40_2008, 0).value == 0
+
+
+@pytest.mark.claim('nbs/mmu/23_vcpu.ipynb', '18327c38', 'a PDPTE that is written to memory counts from the next load of CR3 on, and not before, on any host')
+def test_a_pdpte_that_is_written_to_memory_counts_from_the_next_load_of_cr3_on_and_not_before_on_any_host():
+    for host in HOSTS.values():
+        memory, (cr0, cr4, efer), free = ram((0, 1 << 22)), map(int, MODES['PAE']), [2, 3, 4, 5, 6, 7]
+        map_page(memory, 0x1000, FORMATS['pae'], 0x40_0000, 0x10_0000, free, 0x67, 0x27)
+        vcpu = new_vcpu(Vm(host, memory), cr0=cr0, cr3=0x1000, cr4=cr4, efer=efer)
+        load_pdptrs(vcpu, 0x1000)
+        assert access(vcpu, 0x40_0000, 0).what == 'done'
+        write_entry(memory, 0x1008, 8, read_entry(memory, 0x1000, 8))           # The second GiB like the first
+        assert access(vcpu, 0x4040_0000, 0).what == 'fault'
+        set_cr3(vcpu, 0x1000)                                                   # The same value: and yet a load
+        assert access(vcpu, 0x4040_0000, 0).gpa == 0x10_0000
+
+
+@pytest.mark.claim('nbs/mmu/23_vcpu.ipynb', 'd2aff0c5', 'an L2 in PAE mode starts with the PDPTEs that lie in memory at VMRUN; with a reserved bit in one it does not start')
+def test_an_l2_in_pae_mode_starts_with_the_pdptes_that_lie_in_memory_at_vmrun_with_a_reserved_bit_in_one_it_does_not_start():
+    for bad in (False, True):
+        vcpu, = guest()
+        cr0, cr4, efer = map(int, MODES['PAE'])
+        map_page(vcpu.vm.memory, 0x2_0000, FORMATS['pae'], 0x40_0000, 0x10_2000, [0x21, 0x22], 0x67, 0x27)
+        if bad: write_entry(vcpu.vm.memory, 0x2_0018, 8, 0x2_3003)              # Bit 1, which PDPTEs have not
+        started = enter_l2(vcpu, L2State(cr0, 0x2_0000, cr4, efer))
+        assert started == vcpu.guest_mode == (not bad)
+        assert access(vcpu, 0x40_0000, 0).gpa == (0x10_0000 if bad else 0x10_2000)
+
+
+@pytest.mark.claim('nbs/mmu/23_vcpu.ipynb', 'c1fdacc6', "A nested table's top entry that appears after VMRUN makes KVM_RUN fail in 6.1; the next VMRUN repairs it")
+def test_a_nested_table_s_top_entry_that_appears_after_vmrun_makes_kvm_run_fail_in_6_1_the_next_vmrun_repairs_it():
+    memory, (cr0, cr4, efer) = ram((0, 1 << 22)), map(int, MODES['PAE'])
+    map_page(memory, 0x20_000, FORMATS['pae'], 0x3000, 0x10_3000, [0x21, 0x22], 0x7, 0x7)
+    entry = read_gpa(memory, 0x20_000, 8)
+    write_gpa(memory, 0x20_000, bytes(8))
+    vcpu = new_vcpu(Vm(svm_host(4), memory), cr0=cr0, cr3=0x1000, cr4=cr4, efer=efer)
+    inner = L2State(0, 0, 0, 0, 0x20_000)
+    enter_l2(vcpu, inner)
+    enter_guest(vcpu)
+    write_gpa(memory, 0x20_000, entry)
+    assert access(vcpu, 0x3000, 0).what == 'EFAULT' == access(vcpu, 0x3000, 0).what
+    leave_l2(vcpu)
+    enter_l2(vcpu, inner)
+    assert access(vcpu, 0x3000, 0).gpa == 0x10_3000
 
 
 @pytest.mark.claim('nbs/mmu/23_vcpu.ipynb', '7c2f83b1', "A root in a hole of the guest's memory kills it; an access that never ends is a broken invariant")
