@@ -138,7 +138,7 @@ def store(vcpu: Vcpu, gpa: int, data: bytes):
     mark_dirty(vcpu.vm, gpa >> PAGE_SHIFT)
     pte_write(vcpu, gpa, len(data))
 
-# %% ../../nbs/mmu/23_vcpu.ipynb #73a367a1
+# %% ../../nbs/mmu/23_vcpu.ipynb #60d9d1bc
 _PLAIN = {'load': 'has no root, builds one', 'sync_roots': 'syncs below the root', 'load_mmu_pgd': 'hands over the root', 'flush_current': 'flushes the root\'s',
           'flush_all': 'flushes everything', 'flush_guest': 'flushes the guest\'s', 'flush_gva': 'flushes one address'}
 
@@ -164,6 +164,7 @@ def draw_loop(
     def at(name):
         if name == 'in guest': row('KVM', 'enters the guest')
         if interleave: interleave(name)
+        if name == 'in guest' and vcpu.requests: row('KVM', 'is asked once more, turns back')
     row('guest', 'is about to ' + ('write' if kind & WRITE else 'fetch' if kind & FETCH else 'read') + f" {gva:#_x}")
     vcpu.watch, vm.interleave = see, at
     try: ended = access(vcpu, gva, kind, **more)
