@@ -9,9 +9,10 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global Cr0, FULL, Grid, Hex, PageFault, Root, Table, add_ram, after_prefetch, cache_mmio, child_role, draw_marks, draw_way, expect_fail, explore, get_shadow_page, guest, is_accessed, last_entry, predict, product, refused, replace, rmap_entries, shadow_of, to_shadow_page, two_roots, unload, vmx_host, walk_addr
+    global Cr0, FULL, Grid, Hex, PageFault, Root, SimpleNamespace, Table, add_ram, after_prefetch, cache_mmio, child_role, draw_marks, draw_way, expect_fail, explore, get_shadow_page, guest, is_accessed, last_entry, predict, product, refused, replace, rmap_entries, shadow_of, to_shadow_page, two_roots, unload, vmx_host, walk_addr
     from dataclasses import replace
     from itertools import product
+    from types import SimpleNamespace
 
     from fastcore.test import expect_fail
     from kvm_mmu_lit.draw.exercise import predict
@@ -93,6 +94,15 @@ def test_an_entry_nobody_asked_for_is_made_exactly_if_the_guest_s_is_present_use
         gpte = gfn << 12 | 0x46 | used | present
         made = prefetch_gpte(vcpu, guest_tables(vcpu, vcpu.mmu), sp, index + 1, gpte, False)
         assert made == is_present(sp.sptes.get(index + 1, 0)) == bool(present and used and gfn == 0x101)
+
+
+@pytest.mark.claim('nbs/mmu/16_invlpg.ipynb', 'a14a6f21', "where the guest's entry is not fit to be used, what stood in the slot goes; where it is fit and leads nowhere, it stays")
+def test_where_the_guest_s_entry_is_not_fit_to_be_used_what_stood_in_the_slot_goes_where_it_is_fit_and_leads_nowhere_it_stays():
+    for gpte in (0, 0x10_0066, 0x10_0047, 0x5000_0067):
+        vcpu, = guest()
+        sp, index = shadow_of(vcpu)
+        assert not prefetch_gpte(vcpu, guest_tables(vcpu, vcpu.mmu), sp, index, gpte, False)
+        assert is_present(sp.sptes.get(index, 0)) == bool(rmap_entries(vcpu.vm, 0x100, 1)) == (gpte == 0x5000_0067)
 
 
 @pytest.mark.claim('nbs/mmu/16_invlpg.ipynb', '3ecec4fd', 'a neighbour mapped along gets no right that its table lacks')
@@ -195,6 +205,20 @@ def test_the_walk_stops_at_the_first_table_with_no_mark_below_and_a_stale_table_
         assert is_present(sp.sptes.get(index, 0)) == (lost is not None)
 
 
+@pytest.mark.claim('nbs/mmu/16_invlpg.ipynb', '129bd206', 'marks bring the walk to a table in sync as well, when it hangs beside a stale one; nothing is done there')
+def test_marks_bring_the_walk_to_a_table_in_sync_as_well_when_it_hangs_beside_a_stale_one_nothing_is_done_there():
+    vcpu, = guest()
+    sp, index = shadow_of(vcpu)
+    upper = [table for level, table, _ in shadow_walk(vcpu.vm, vcpu.mmu, 0x40_0000) if level == 2][0]
+    beside = get_shadow_page(vcpu, 0x6, sp.role)
+    link(vcpu.vm, upper, 7, beside)
+    try_to_unsync(vcpu.vm, 0x6, True, False)
+    before, flushes = dict(sp.sptes), vcpu.vm.flushes
+    write_entry(vcpu.vm.memory, 0x5000, 8, 0x10_1067)             # As no guest can: the frame is write-protected
+    invalidate_gva(vcpu, vcpu.mmu, 0x40_0000)
+    assert upper.unsync_children == 1 and sp.sptes == before and vcpu.vm.flushes == flushes
+
+
 @pytest.mark.claim('nbs/mmu/16_invlpg.ipynb', 'bb643dea', 'INVLPG makes the vCPU forget an MMIO access by its page, and by no other')
 def test_invlpg_makes_the_vcpu_forget_an_mmio_access_by_its_page_and_by_no_other():
     for gva, forgotten in ((0x40_0000, True), (0x40_0fff, True), (0x40_1000, False)):
@@ -276,6 +300,16 @@ def test_an_address_without_a_walk_makes_a_gp_a_full_log_of_l1_s_an_exit_to_l1_a
         assert vcpu.injected == want and not vcpu.log
 
 
+@pytest.mark.claim('nbs/mmu/16_invlpg.ipynb', 'fa058897', 'a fault looks at the current root alone, an INVLPG at the cached ones, too')
+def test_a_fault_looks_at_the_current_root_alone_an_invlpg_at_the_cached_ones_too():
+    vcpu, spare, sp, index = two_roots()
+    write_entry(vcpu.vm.memory, 0x5000, 8, 0x10_0065)
+    walked = refused(vcpu, 2)
+    vcpu.log.clear()
+    inject_page_fault(vcpu, walked)
+    assert [did['root'] for did in vcpu.log if did.what == 'invlpg_root'] == [vcpu.mmu.root.hpa] != [spare.spt]
+
+
 @pytest.mark.claim('nbs/mmu/16_invlpg.ipynb', '170b7392', "L1's code is the walk's below, and above what the real exit said, or that it was the page itself")
 def test_l1_s_code_is_the_walk_s_below_and_above_what_the_real_exit_said_or_that_it_was_the_page_itself():
     for info, low in product((None, 1 << 32 | 4, 1 << 33 | 2, 6), (0, 2, 5, 7)):
@@ -283,3 +317,12 @@ def test_l1_s_code_is_the_walk_s_below_and_above_what_the_real_exit_said_or_that
         vcpu.npf_info = info
         high = 1 << 32 if info is None else info & ~0xffff_ffff
         assert npf_code(vcpu, low) == high | low
+
+
+@pytest.mark.claim('nbs/mmu/16_invlpg.ipynb', '12cecb61', "bits 7 and 8 of the qualification are the real exit's, the others the walk's; a misconfiguration has 0")
+def test_bits_7_and_8_of_the_qualification_are_the_real_exit_s_the_others_the_walk_s_a_misconfiguration_has_0():
+    for reason, info, asked in product((48, 49), (None, 4, 1 << 33 | 4, 1 << 32 | 2), (0x1, 0x2a, 0x4)):
+        vcpu, = guest()
+        vcpu.npf_info = info
+        real = 0 if info is None else {0: 0, 1: 0x180, 2: 0x80}[info >> 32]
+        assert ept_qualification(vcpu, SimpleNamespace(exit_reason=reason, exit_qualification=asked)) == (0 if reason == 49 else asked | real)

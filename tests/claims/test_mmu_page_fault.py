@@ -192,6 +192,14 @@ def test_while_slots_are_changing_no_mmio_access_is_remembered():
     assert vcpu.mmio is None
 
 
+@pytest.mark.claim('nbs/mmu/15_page_fault.ipynb', '73b003b4', 'of an L2 with nested paging no address is remembered, and no access is known again')
+def test_of_an_l2_with_nested_paging_no_address_is_remembered_and_no_access_is_known_again():
+    vcpu, = guest()
+    vcpu.walk_mmu_is = 'nested_mmu'
+    cache_mmio(vcpu, 0xfee0_0000, 0xfee00, 7)
+    assert vcpu.mmio[0] == 0 and not mmio_in_cache(vcpu, 0xfee0_0000, True) and not mmio_in_cache(vcpu, 0xfee0_0000, False)
+
+
 @pytest.mark.claim('nbs/mmu/15_page_fault.ipynb', '8c88f336', 'a fault is stale if its root is obsolete, or the host takes its frame away or took any since, and not for a frame without memory')
 def test_a_fault_is_stale_if_its_root_is_obsolete_or_the_host_takes_its_frame_away_or_took_any_since_and_not_for_a_frame_without_memory():
     def stale(change, has_slot=True, gfn=0x100):
@@ -273,6 +281,14 @@ def test_the_fast_way_is_for_refused_writes_and_for_empty_entries_where_an_empty
         vm = Vm(vmx_host(4, 4, ad=ad), ram((0, 1 << 22)))
         present, write, rsvd = code & 1, code & 2, code & 8
         assert may_be_fast(vm, Fault(0x10_0000, code)) == bool(not rsvd and (write if present else not ad))
+
+
+@pytest.mark.claim('nbs/mmu/15_page_fault.ipynb', '05e0cc5c', 'an entry allows a fetch by X or the lack of NX, a write by W, a read by being present, and nothing else counts')
+def test_an_entry_allows_a_fetch_by_x_or_the_lack_of_nx_a_write_by_w_a_read_by_being_present_and_nothing_else_counts():
+    for host, bits, code in product((svm_host(4), vmx_host(4, 4)), product((0, 1), repeat=3), (0, W, F, U, U | W, U | F)):
+        masks, (present, write, fetch) = Vm(host, ram((0, 1 << 12))).masks, bits
+        spte = 1 << 11 | present | write << 1 | (masks.x if fetch else masks.nx)
+        assert is_access_allowed(masks, Fault(0, code), spte) == bool(fetch if code & F else write if code & W else present)
 
 
 @pytest.mark.claim('nbs/mmu/15_page_fault.ipynb', 'c0490cf5', "a write gets W back exactly from 110, on every host, and a read or a write finds an access-tracked entry's rights again")
@@ -367,7 +383,7 @@ def test_a_page_that_the_host_maps_large_is_mapped_large_unless_its_slot_is_logg
         assert is_large(last_entry(vcpu, 0x20_0000)[2]) == (not why)
 
 
-@pytest.mark.claim('nbs/mmu/15_page_fault.ipynb', '0ed82ba6', 'with the workaround a page that is read is large, and the first fetch cuts it up')
+@pytest.mark.claim('nbs/mmu/15_page_fault.ipynb', '7e3cecb7', 'with the workaround a page that is read is large, and the first fetch cuts it up')
 def test_with_the_workaround_a_page_that_is_read_is_large_and_the_first_fetch_cuts_it_up():
     for host in (svm_host(4), svm_host(4, tdp_mmu=False), vmx_host(4, 4)):
         vcpu, = guest(host, nx_huge_pages=True)
@@ -378,6 +394,8 @@ def test_with_the_workaround_a_page_that_is_read_is_large_and_the_first_fetch_cu
         direct_page_fault(vcpu, Fault(0x20_3000, P | U | F, is_tdp=True))
         sp, index, small = last_entry(vcpu, 0x20_3000)
         assert (sp.role.level, index) == (1, 3) and is_executable(vcpu.vm.masks, small) and sp.nx_huge
+        direct_page_fault(vcpu, Fault(0x20_5000, U, is_tdp=True))     # A read beside it: no large page takes the table's place
+        assert last_entry(vcpu, 0x20_5000)[0] is sp and last_entry(vcpu, 0x20_3000)[2] == small
 
 
 @pytest.mark.claim('nbs/mmu/15_page_fault.ipynb', '73c2a77c', 'A frame the host takes away while the fault looks for it is not mapped')
@@ -387,6 +405,25 @@ def test_a_frame_the_host_takes_away_while_the_fault_looks_for_it_is_not_mapped(
         if name == 'faulted in': vcpu.vm.mmu_seq += 1
     vcpu.vm.interleave = take_away
     assert direct_page_fault(vcpu, Fault(0x10_0000, U, is_tdp=True)) == 'RETRY' and not is_present(last_entry(vcpu, 0x10_0000)[2])
+
+
+@pytest.mark.claim('nbs/mmu/15_page_fault.ipynb', 'a17594e0', 'that is so in the old MMU, too, for a read and a write, and the next fault maps it')
+def test_that_is_so_in_the_old_mmu_too_for_a_read_and_a_write_and_the_next_fault_maps_it():
+    for host, code in product((svm_host(4), svm_host(4, tdp_mmu=False), vmx_host(4, 4)), (U, U | W)):
+        vcpu, = guest(host)
+        def take_once(name):
+            if name == 'faulted in': vcpu.vm.mmu_seq, vcpu.vm.interleave = vcpu.vm.mmu_seq + 1, None
+        vcpu.vm.interleave = take_once
+        assert direct_page_fault(vcpu, Fault(0x10_0000, code, is_tdp=True)) == 'RETRY' and not is_present(last_entry(vcpu, 0x10_0000)[2])
+        assert direct_page_fault(vcpu, Fault(0x10_0000, code, is_tdp=True)) == 'FIXED'
+
+
+@pytest.mark.claim('nbs/mmu/15_page_fault.ipynb', 'e7e8d3e1', 'where userspace limits the tables of the old MMU, a fault frees some before it takes some')
+def test_where_userspace_limits_the_tables_of_the_old_mmu_a_fault_frees_some_before_it_takes_some():
+    vcpu, = guest(svm_host(4, tdp_mmu=False))
+    direct_page_fault(vcpu, Fault(0x10_0000, U, is_tdp=True))
+    vcpu.vm.n_max = vcpu.vm.n_used
+    assert direct_page_fault(vcpu, Fault(0x20_0000, U, is_tdp=True)) == 'FIXED' and vcpu.vm.n_used <= vcpu.vm.n_max
 
 
 @pytest.mark.claim('nbs/mmu/15_page_fault.ipynb', 'dfec2197', 'a store to a tracked frame is emulated before anything is built, the same store through an empty table makes a leaf without W first')
@@ -408,16 +445,27 @@ def test_one_fault_fills_the_aligned_group_of_eight_around_its_page_its_own_entr
         assert all(spte_pfn(spte) == host_frame(vcpu.vm, i)[0] for i, spte in entries.items())
 
 
-@pytest.mark.claim('nbs/mmu/15_page_fault.ipynb', 'a970e6c9', 'no neighbour is mapped that the log must name, that the host has not at hand, or of whom nobody could tell whether it was used')
+@pytest.mark.claim('nbs/mmu/15_page_fault.ipynb', 'cb8eb548', 'no neighbour is mapped that the log must name, that the host has not at hand, or of whom nobody could tell whether it was used')
 def test_no_neighbour_is_mapped_that_the_log_must_name_that_the_host_has_not_at_hand_or_of_whom_nobody_could_tell_whether_it_was_used():
     vcpu, = guest(svm_host(4, tdp_mmu=False), prefetch=True)
     vcpu.vm.logged.add(0)
+    direct_page_fault(vcpu, Fault(0x10_3000, U, is_tdp=True))
+    assert set(last_entry(vcpu, 0x10_3000)[0].sptes) == {0x103}
+    vcpu, = guest(svm_host(4, tdp_mmu=False), prefetch=True)
+    vcpu.vm.invalidating = 0, 0                                   # The host is taking frames away, somewhere
     direct_page_fault(vcpu, Fault(0x10_3000, U, is_tdp=True))
     assert set(last_entry(vcpu, 0x10_3000)[0].sptes) == {0x103}
     vcpu, entries = prefetched(0x3ff)                             # The last frame of the slot: 0x400 is a hole, and in the next group
     assert set(entries) == set(range(0x1f8, 0x200))
     assert set(prefetched(0x402, memory=[(0x40_0000, 0x5000)])[1]) == {2}      # Memory the guest may only read
     assert set(prefetched(0x103, host=vmx_host(4, 4, ad=False, tdp_mmu=False))[1]) == {0x103}
+
+
+@pytest.mark.claim('nbs/mmu/15_page_fault.ipynb', 'c69b17a4', 'a fault that changes nothing maps no neighbour')
+def test_a_fault_that_changes_nothing_maps_no_neighbour():
+    vcpu, entries = prefetched(0x103, before=(0x103,))
+    for index in set(entries) - {0x103}: del entries[index]
+    assert direct_page_fault(vcpu, Fault(0x10_3000, U, is_tdp=True)) == 'SPURIOUS' and set(entries) == {0x103}
 
 
 @pytest.mark.claim('nbs/mmu/15_page_fault.ipynb', '105ca861', 'Where no slot is, the entry remembers that, the instruction is emulated, and new slots make the memory stale')
@@ -431,7 +479,7 @@ def test_where_no_slot_is_the_entry_remembers_that_the_instruction_is_emulated_a
     assert handle_mmio(vcpu, 1 << 40) == 'INVALID'
 
 
-@pytest.mark.claim('nbs/mmu/15_page_fault.ipynb', '27014eb5', 'the note names the frame and the generation, whatever they are, and holds exactly until the slots change')
+@pytest.mark.claim('nbs/mmu/15_page_fault.ipynb', 'd9e74c3a', 'the note names the frame and the generation, whatever they are, and holds exactly until the slots change')
 def test_the_note_names_the_frame_and_the_generation_whatever_they_are_and_holds_exactly_until_the_slots_change():
     rng = random.Random(2)
     for host, _ in product((svm_host(4), svm_host(4, tdp_mmu=False), vmx_host(4, 4)), range(20)):
@@ -442,8 +490,19 @@ def test_the_note_names_the_frame_and_the_generation_whatever_they_are_and_holds
             vcpu.mmio, here = None, vcpu.vm.generation
             vcpu.vm.generation += changes
             assert handle_mmio(vcpu, gfn << 12) == want and (vcpu.mmio is None or vcpu.mmio[1] == gfn) == True
-            assert (vcpu.mmio is not None) == (want == 'EMULATE')
+            assert (vcpu.mmio is not None) == (want == 'EMULATE') and (vcpu.mmio is None or vcpu.mmio[0] == 0)      # Known by its frame alone
             vcpu.vm.generation = here
+
+
+@pytest.mark.claim('nbs/mmu/15_page_fault.ipynb', '5c1eb258', 'what the vCPU remembers is emulated without a look at the tables; where it remembers nothing and there is no note, the guest tries again')
+def test_what_the_vcpu_remembers_is_emulated_without_a_look_at_the_tables_where_it_remembers_nothing_and_there_is_no_note_the_guest_tries_again():
+    vcpu, = guest(svm_host(4))
+    direct_page_fault(vcpu, Fault(1 << 40, U, is_tdp=True))
+    sp, index, _ = last_entry(vcpu, 1 << 40)
+    del sp.sptes[index]
+    assert handle_mmio(vcpu, 1 << 40) == 'EMULATE'
+    vcpu.mmio = None
+    assert handle_mmio(vcpu, 1 << 40) == 'RETRY'
 
 
 @pytest.mark.claim('nbs/mmu/15_page_fault.ipynb', '95e669ac', "A reserved bit that is not there to remember MMIO is KVM's own mistake, at whatever level it stands, and said to be invariant 48")

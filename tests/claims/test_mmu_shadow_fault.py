@@ -165,6 +165,25 @@ def test_a_store_into_the_frame_of_a_level_1_table_is_let_through_the_table_goes
     assert is_writable(last_entry(vcpu, 0x5000)[2]) and table.unsync
 
 
+@pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', '5323642d', 'a fault forgets the stores into every table on its way, those that stand for a part of a large page too')
+def test_a_fault_forgets_the_stores_into_every_table_on_its_way_those_that_stand_for_a_part_of_a_large_page_too():
+    for large in (False, True):
+        vcpu, = guest()
+        if large: write_entry(vcpu.vm.memory, 0x3010, 8, 0x20_00e7)
+        page_fault(vcpu, 0x40_0000, U)
+        way = [sp for _, sp, _ in shadow_walk(vcpu.vm, vcpu.mmu, 0x40_0000)]
+        for sp in way: sp.write_flooding = 2
+        page_fault(vcpu, 0x40_1000, U)
+        assert len(way) == 4 and not any(sp.write_flooding for sp in way)
+
+
+@pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', '40dd0934', "a fault on the host's behalf, to have the page ready, tells the guest of no fault of its own")
+def test_a_fault_on_the_host_s_behalf_to_have_the_page_ready_tells_the_guest_of_no_fault_of_its_own():
+    for prefetch in (False, True):
+        vcpu, = guest()
+        assert shadow_page_fault(vcpu, Fault(0x50_0000, U, prefetch=prefetch)) == 'RETRY' and (vcpu.injected is None) == prefetch
+
+
 @pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', '26ffa6b8', 'the table below a read-only entry is one without the right to write')
 def test_the_table_below_a_read_only_entry_is_one_without_the_right_to_write():
     vcpu, = guest()
@@ -267,6 +286,29 @@ def test_below_a_guest_s_large_page_the_table_is_direct_has_the_large_entry_s_ri
         vcpu = large_page(entry, host_level=2)
         page_fault(vcpu, 0x40_3000, W * write)
         assert is_large(last_entry(vcpu, 0x40_3000)[2]) and is_writable(last_entry(vcpu, 0x40_3000)[2]) == may_write
+
+
+@pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', '52cd4034', "KVM's page is as large as the smaller of the guest's and the host's")
+def test_kvm_s_page_is_as_large_as_the_smaller_of_the_guest_s_and_the_host_s():
+    for guests, hosts in product((1, 2), (1, 2, 3)):
+        vcpu = large_page(host_level=hosts) if guests == 2 else guest()[0]
+        vcpu.vm.host_levels[0] = hosts
+        if guests == 1: write_entry(vcpu.vm.memory, 0x5000, 8, 0x20_0067)
+        assert page_fault(vcpu, 0x40_0000, U) == ('RETRY', 'FIXED')
+        assert last_entry(vcpu, 0x40_0000)[0].role.level == min(guests, hosts)
+
+
+@pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', 'b9e2149f', 'with the workaround for large executable pages a fetch gets a table of small ones, and a read beside it leaves the table')
+def test_with_the_workaround_for_large_executable_pages_a_fetch_gets_a_table_of_small_ones_and_a_read_beside_it_leaves_the_table():
+    vcpu = large_page(host_level=2, nx_huge_pages=True)
+    page_fault(vcpu, 0x40_0000, U)
+    large = last_entry(vcpu, 0x40_0000)[2]
+    assert is_large(large) and not is_executable(vcpu.vm.masks, large)
+    page_fault(vcpu, 0x40_3000, P | U | F)
+    sp, index, small = last_entry(vcpu, 0x40_3000)
+    assert (sp.role.level, index) == (1, 3) and is_executable(vcpu.vm.masks, small) and sp.nx_huge
+    page_fault(vcpu, 0x40_5000, U)
+    assert last_entry(vcpu, 0x40_5000)[0] is sp and last_entry(vcpu, 0x40_3000)[2] == small
 
 
 @pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', '8b8480c5', "a guest's large page that has other rights now loses the table below it, and every processor forgets; with the same rights it stays")
@@ -375,7 +417,49 @@ def test_with_bit_33_w_and_p_and_only_with_all_three_the_frame_is_unprotected_an
             assert answer == 'EMULATE' and (what == 'RETRY') == bool(page and present) == (not is_tracked(vcpu.vm, 0x100))
 
 
-@pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', 'c53fd0ec', "a note of MMIO is emulated without a walk of the guest's tables, and asked anew once the slots have changed")
+@pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', '2764d7f8', 'in shadow paging bit 33 means nothing, and a store to a table is emulated')
+def test_in_shadow_paging_bit_33_means_nothing_and_a_store_to_a_table_is_emulated():
+    vcpu, = guest()
+    page_fault(vcpu, 0x3000, 0)
+    page_fault(vcpu, 0x40_0000, 0)
+    assert page_fault(vcpu, 0x3000, 1 << 33 | P | W) == ('EMULATE', 'EMULATE') and is_tracked(vcpu.vm, 3)
+
+
+@pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', '75b49147', 'emulation is told whether the store hits a table of its own walk')
+def test_emulation_is_told_whether_the_store_hits_a_table_of_its_own_walk():
+    for page, own in ((3, True), (2, True), (8, False)):
+        vcpu = self_mapping()
+        page_fault(vcpu, page << 12, W)
+        assert vcpu.writes_own_table == own
+
+
+@pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', '924f50b6', 'a guest without paging gets pages of 2 MiB at most, under NPT its pages may have 1 GiB')
+def test_a_guest_without_paging_gets_pages_of_2_mib_at_most_under_npt_its_pages_may_have_1_gib():
+    for host, level in ((svm_host(4, npt=False), 2), (svm_host(4, tdp_mmu=False), 3), (svm_host(4), 3)):
+        cr0, cr4, efer = map(int, MODES['nonpaging'])
+        vcpu = new_vcpu(Vm(host, ram((0, 1 << 31)), prefetch=False), cr0=cr0, cr4=cr4, efer=efer)
+        vcpu.vm.host_levels[0] = 3
+        enter_guest(vcpu)
+        assert page_fault(vcpu, 0x4000_0000, U) == ('RETRY', 'FIXED') and last_entry(vcpu, 0x4000_0000)[0].role.level == level
+
+
+@pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', '1c82b49b', 'a reserved bit that is gone by now is tried again and no handler is asked')
+def test_a_reserved_bit_that_is_gone_by_now_is_tried_again_and_no_handler_is_asked():
+    vcpu, = guest()
+    page_fault(vcpu, 0x40_0000, U)
+    assert page_fault(vcpu, 0x40_0000, RSVD | P | U) == ('RETRY', '') and page_fault(vcpu, 0x40_0000, P | U)[1] != ''
+
+
+@pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', 'eca52ef9', 'a root whose own entry is gone while the fault is under way ends in an error for userspace')
+def test_a_root_whose_own_entry_is_gone_while_the_fault_is_under_way_ends_in_an_error_for_userspace():
+    vcpu = in_mode('PAE')
+    def lose(name):
+        if name == 'faulted in': vcpu.mmu.pae_words[0] = 0
+    vcpu.vm.interleave = lose
+    assert page_fault(vcpu, 0x40_0000, U) == ('EFAULT', 'EFAULT')
+
+
+@pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', '67e07abd', "a note of MMIO is emulated without a walk of the guest's tables, and asked anew once the slots have changed")
 def test_a_note_of_mmio_is_emulated_without_a_walk_of_the_guest_s_tables_and_asked_anew_once_the_slots_have_changed():
     vcpu, = guest()
     write_entry(vcpu.vm.memory, 0x5000, 8, 0xfee0_0067)
@@ -384,9 +468,12 @@ def test_a_note_of_mmio_is_emulated_without_a_walk_of_the_guest_s_tables_and_ask
         if event.what == 'kvm_mmu_pagetable_walk': walks.append(event)
     vcpu.vm.watch = watch
     assert page_fault(vcpu, 0x40_0000, U) == ('EMULATE', 'EMULATE') and len(walks) == 1
-    assert vcpu.mmio[:2] == (0x40_0000, 0xfee00)
+    assert vcpu.mmio[:3] == (0x40_0000, 0xfee00, 2 | 4)
     for forgotten in (False, True):
         if forgotten: vcpu.mmio = None
-        assert page_fault(vcpu, 0x40_0000, RSVD | P | U) == ('EMULATE', '') and len(walks) == 1
+        assert page_fault(vcpu, 0x40_0000, RSVD | P | U) == ('EMULATE', '') and len(walks) == 1 and vcpu.mmio[:2] == (0x40_0000, 0xfee00)
     vcpu.mmio, vcpu.vm.generation = None, vcpu.vm.generation + 1
-    assert page_fault(vcpu, 0x40_0000, RSVD | P | U) == ('EMULATE', 'EMULATE') and len(walks) == 2
+    assert page_fault(vcpu, 0x40_0000, RSVD | P | U) == ('EMULATE', 'EMULATE') and len(walks) == 2 and not walks[1]['pferr'] & RSVD
+    write_entry(vcpu.vm.memory, 0x5000, 8, 0xfee0_0065)
+    page_fault(vcpu, 0x40_0000, U)
+    assert vcpu.mmio[:3] == (0x40_0000, 0xfee00, 4)              # The rights of the guest's entry
