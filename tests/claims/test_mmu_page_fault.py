@@ -168,6 +168,15 @@ def test_a_write_to_memory_that_may_only_be_read_and_a_hole_that_no_entry_can_re
         assert fault.map_writable == (gfn == 0x100) and bool(vcpu.mmio) == (gfn == 0x900)
 
 
+@pytest.mark.claim('nbs/mmu/15_page_fault.ipynb', '4c7deab8', 'a page the host has merged with another is mapped without W for a read, and the write that comes gets its right back at once')
+def test_a_page_the_host_has_merged_with_another_is_mapped_without_w_for_a_read_and_the_write_that_comes_gets_its_right_back_at_once():
+    for write in (False, True):
+        vcpu, = guest(svm_host(4))
+        vcpu.vm.moved[0x100] = 0x200_0000, False
+        fault = Fault(0x10_0000, U | W * write, is_tdp=True, gfn=0x100)
+        assert faultin(vcpu, fault, 7) == 'CONTINUE' and fault.map_writable == write and vcpu.vm.moved[0x100] == (0x200_0000, write)
+
+
 @pytest.mark.claim('nbs/mmu/15_page_fault.ipynb', '9b03e5a6', 'a write to memory the guest may only read is emulated, and no entry is made for it')
 def test_a_write_to_memory_the_guest_may_only_read_is_emulated_and_no_entry_is_made_for_it():
     vcpu, = guest(svm_host(4))
@@ -214,6 +223,17 @@ def test_a_fault_is_stale_if_its_root_is_obsolete_or_the_host_takes_its_frame_aw
     assert stale(obsolete) and stale(obsolete, has_slot=False)
     assert stale(sequence) and not stale(sequence, has_slot=False)
     assert [gfn for gfn in range(0xfe, 0x105) if stale(taking, gfn=gfn)] == [0x100, 0x101]
+
+
+@pytest.mark.claim('nbs/mmu/15_page_fault.ipynb', 'f36f1def', "a per-vCPU root has no generation to compare, so it is stale as long as obsolete roots wait to be freed; a table's root is not")
+def test_a_per_vcpu_root_has_no_generation_to_compare_so_it_is_stale_as_long_as_obsolete_roots_wait_to_be_freed_a_table_s_root_is_not():
+    for mode in ('nonpaging', '4-level'):
+        cr0, cr4, efer = map(int, MODES[mode])
+        vcpu = new_vcpu(Vm(svm_host(4, npt=False), ram((0, 1 << 22))), cr0=cr0, cr3=0x1000, cr4=cr4, efer=efer)
+        enter_guest(vcpu)
+        assert (to_shadow_page(vcpu.vm, vcpu.mmu.root.hpa) is None) == (mode == 'nonpaging') and not is_stale(vcpu, Fault(0, 0))
+        vcpu.request('MMU_FREE_OBSOLETE_ROOTS')
+        assert is_stale(vcpu, Fault(0, 0)) == (mode == 'nonpaging')
 
 
 @pytest.mark.claim('nbs/mmu/15_page_fault.ipynb', 'aeeb39b4', "only a refused write to a present page of a tracked frame is known for a table's before any table is looked at")

@@ -443,6 +443,15 @@ def test_a_guest_without_paging_gets_pages_of_2_mib_at_most_under_npt_its_pages_
         assert page_fault(vcpu, 0x4000_0000, U) == ('RETRY', 'FIXED') and last_entry(vcpu, 0x4000_0000)[0].role.level == level
 
 
+@pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', '0567f43a', 'the handlers see the lower half of the error code, whatever the processor says above')
+def test_the_handlers_see_the_lower_half_of_the_error_code_whatever_the_processor_says_above():
+    vcpu, codes = guest(svm_host(4))[0], []
+    page_fault(vcpu, 0x10_0000, U | W)
+    vcpu.vm.watch = lambda event: codes.append(event['error_code']) if event.what == 'fast_page_fault' else None
+    for high in (0, 1, 2): page_fault(vcpu, 0x10_0000, high << 32 | P | U | W)
+    assert codes == [P | U | W] * 3
+
+
 @pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', '1c82b49b', 'a reserved bit that is gone by now is tried again and no handler is asked')
 def test_a_reserved_bit_that_is_gone_by_now_is_tried_again_and_no_handler_is_asked():
     vcpu, = guest()
