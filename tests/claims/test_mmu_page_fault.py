@@ -427,8 +427,8 @@ def test_a_frame_the_host_takes_away_while_the_fault_looks_for_it_is_not_mapped(
     assert direct_page_fault(vcpu, Fault(0x10_0000, U, is_tdp=True)) == 'RETRY' and not is_present(last_entry(vcpu, 0x10_0000)[2])
 
 
-@pytest.mark.claim('nbs/mmu/15_page_fault.ipynb', 'a17594e0', 'that is so in the old MMU, too, for a read and a write, and the next fault maps it')
-def test_that_is_so_in_the_old_mmu_too_for_a_read_and_a_write_and_the_next_fault_maps_it():
+@pytest.mark.claim('nbs/mmu/15_page_fault.ipynb', '3a197619', 'no direct MMU maps a frame that was taken away meanwhile, for a read or a write, and the next fault maps it')
+def test_no_direct_mmu_maps_a_frame_that_was_taken_away_meanwhile_for_a_read_or_a_write_and_the_next_fault_maps_it():
     for host, code in product((svm_host(4), svm_host(4, tdp_mmu=False), vmx_host(4, 4)), (U, U | W)):
         vcpu, = guest(host)
         def take_once(name):
