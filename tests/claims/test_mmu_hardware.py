@@ -180,6 +180,16 @@ def test_a_leaf_is_marked_dirty_by_a_write_and_only_by_a_write_and_looking_marks
         assert sp.sptes[index] & 0x60 == (0 if not mark else 0x60 if kind else 0x20)
 
 
+@pytest.mark.claim('nbs/mmu/20_hardware.ipynb', '3d1e47d8', 'the picture shows the walk: one taken slot a table, and red where it exits')
+def test_the_picture_shows_the_walk_one_taken_slot_a_table_and_red_where_it_exits():
+    vcpu = guest(bits=0x67)
+    page_fault(vcpu, 0x40_0000, 0)
+    through, stopped = draw_answer(vcpu, 0x40_0000), draw_answer(vcpu, 0x40_1000, USER | WRITE)
+    assert [box.rows[0].state for box in through.boxes[:-1]] == ['taken'] * 4 and through.boxes[-1].kind == 'frame'
+    assert [box.rows[0].state for box in stopped.boxes[:-1]] == ['taken'] * 3 + ['refused'] and stopped.boxes[-1].kind == 'refused'
+    assert [box.rows[0].index for box in stopped.boxes[:-1]] == [0, 0, 2, 1] and stopped.caption == 'user write at 0x40_1000'
+
+
 @pytest.mark.claim('nbs/mmu/20_hardware.ipynb', '4605c784', "under CR0.WP=0 the supervisor's write and the user's read of one read-only page each cost an exit, again and again")
 def test_under_cr0_wp_0_the_supervisor_s_write_and_the_user_s_read_of_one_read_only_page_each_cost_an_exit_again_and_again():
     vcpu = guest(bits=0x25)
@@ -275,6 +285,34 @@ def test_without_a_and_d_in_ept_a_table_that_is_read_only_may_be_read_but_a_mark
         assert isinstance(tdp_access(vcpu, 0x40_0010, 0), Reached)
 
 
+@pytest.mark.claim('nbs/mmu/20_hardware.ipynb', '849ee4a7', 'an exit names the very entry the processor wanted, and at the end the very byte')
+def test_an_exit_names_the_very_entry_the_processor_wanted_and_at_the_end_the_very_byte():
+    for host in (svm_host(4), vmx_host(4, 4)):
+        assert [one.addr for one in until_reached(guest(host))[0]] == [0x1000, 0x2000, 0x3010, 0x4000, 0x10_0010]
+
+
+@pytest.mark.claim('nbs/mmu/20_hardware.ipynb', '9897358c', "an address above what KVM's levels reach exits; it is not taken for the low one with the same bits")
+def test_an_address_above_what_kvm_s_levels_reach_exits_it_is_not_taken_for_the_low_one_with_the_same_bits():
+    for host, code in ((svm_host(4), USER | GUEST_FINAL), (vmx_host(4, 4), USER | GUEST_FINAL)):
+        vcpu = guest(host)
+        page_fault(vcpu, 0x10_0000, USER)
+        assert tdp_translate(vcpu, 0x10_0008, USER, GUEST_FINAL)[1] == 1
+        with expect_fail(_Exits): tdp_translate(vcpu, 1 << 48 | 0x10_0008, USER, GUEST_FINAL)
+
+
+@pytest.mark.claim('nbs/mmu/20_hardware.ipynb', 'efb82142', 'a page that was read has A in both tables; the first write adds D to both, and the next changes nothing')
+def test_a_page_that_was_read_has_a_in_both_tables_the_first_write_adds_d_to_both_and_the_next_changes_nothing():
+    for host in (svm_host(4), vmx_host(4, 4)):
+        vcpu = guest(host, bits=0x27)
+        until_reached(vcpu)
+        *_, (_, sp, index, entry) = host_walk(vcpu, 0x10_0000)
+        dirty = vcpu.vm.masks.dirty
+        sp.sptes[index] = entry & ~dirty
+        for kind, marked in ((0, False), (WRITE, True), (WRITE, True)):
+            assert isinstance(tdp_access(vcpu, 0x40_0010, kind), Reached)
+            assert (read_entry(vcpu.vm.memory, 0x4000, 8) & 0x60, bool(sp.sptes[index] & dirty)) == (0x60 if marked else 0x20, marked)
+
+
 @pytest.mark.claim('nbs/mmu/20_hardware.ipynb', '86bf9abd', "only looking changes nothing: not a bit of the guest's memory, not a bit of KVM's tables")
 def test_only_looking_changes_nothing_not_a_bit_of_the_guest_s_memory_not_a_bit_of_kvm_s_tables():
     for host in (svm_host(4), vmx_host(4, 4)):
@@ -294,3 +332,12 @@ def test_g_levels_of_the_guest_s_over_h_of_kvm_s_cost_g_h_g_h_reads_24_at_four_a
         until_reached(vcpu)
         trips = walk_reads(vcpu, 0x40_0010)
         assert sum(len(steps) for _, _, steps in trips) + len(trips) - 1 == g + h + g * h
+
+
+@pytest.mark.claim('nbs/mmu/20_hardware.ipynb', '7e6a71aa', "the caption counts what the lines say, and the last line's host address is where the access goes")
+def test_the_caption_counts_what_the_lines_say_and_the_last_line_s_host_address_is_where_the_access_goes():
+    vcpu = guest(svm_host(4))
+    until_reached(vcpu)
+    drawn = draw_dimensions(vcpu, 0x40_0010)
+    assert '24 reads, 4 of them' in drawn.caption and sum(row[3] for row in drawn.rows) + 4 == 24
+    assert drawn.rows[-1][-1] == tdp_access(vcpu, 0x40_0010, 0, mark=False).hpa

@@ -139,6 +139,22 @@ def test_under_npt_the_supervisor_s_write_to_a_read_only_page_remembered_with_wp
     assert isinstance(processor_access(vcpu, 0x40_0000, WRITE), Refused) and reaches(vcpu)
 
 
+@pytest.mark.claim('nbs/mmu/21_tlb.ipynb', '9983b8a2', 'what rights depend on besides the entry is kept with them: SMEP and SMAP while the guest pages, AC, NX, and with nested paging WP')
+def test_what_rights_depend_on_besides_the_entry_is_kept_with_them_smep_and_smap_while_the_guest_pages_ac_nx_and_with_nested_paging_wp():
+    BITS = {'cr0': {'WP': 1 << 16, 'CD': 1 << 30}, 'cr4': {'SMEP': 1 << 20, 'SMAP': 1 << 21, 'PGE': 1 << 7}, 'efer': {'NX': 1 << 11, 'SCE': 1}, 'rflags': {'AC': 1 << 18, 'IF': 1 << 9}}
+    for host, pages in product((svm_host(4, npt=False), svm_host(4)), (True, False)):
+        counts = set()
+        for register, bits in BITS.items():
+            for name, bit in bits.items():
+                vcpu, = guest(host)
+                if not pages: vcpu.cr0 &= ~(1 << 31)
+                before = access_kind(vcpu, USER | 0x8)
+                setattr(vcpu, register, int(getattr(vcpu, register)) ^ bit)
+                assert before[0] == access_kind(vcpu, USER)[0] == USER
+                if access_kind(vcpu, USER) != before: counts.add(name)
+        assert counts == {'AC', 'NX'} | ({'SMEP', 'SMAP'} if pages else set()) | ({'WP'} if host.has_tdp else set())
+
+
 @pytest.mark.claim('nbs/mmu/21_tlb.ipynb', '8a5a30b0', "under NPT two pointers of the guest's keep two translations of one address, and going back costs no walk")
 def test_under_npt_two_pointers_of_the_guest_s_keep_two_translations_of_one_address_and_going_back_costs_no_walk():
     vcpu, = guest(svm_host(4))
@@ -157,6 +173,12 @@ def test_under_npt_two_pointers_of_the_guest_s_keep_two_translations_of_one_addr
 def test_with_the_flush_the_last_line_reaches_kvm_without_it_the_frame_that_is_no_longer_the_guest_s_the_tables_are_the_same():
     told, untold = (show_stale_frame(flush).events[-1].states for flush in (True, False))
     assert told[0] == untold[0] == 'nothing' and (told[3], untold[3]) == ('KVM', 'the frame')
+
+
+@pytest.mark.claim('nbs/mmu/21_tlb.ipynb', '063f8029', "the picture's second column is the processor's memory: empty until the guest reads, and again after the flush is served")
+def test_the_picture_s_second_column_is_the_processor_s_memory_empty_until_the_guest_reads_and_again_after_the_flush_is_served():
+    assert [event.states[1] for event in show_stale_frame().events] == ['no', 'no', 'yes', 'yes', 'yes', 'no']
+    assert [(event.step, event.states[3]) for event in show_stale_frame().events] == [(1, 'KVM'), (2, 'the frame'), (3, 'the frame'), (4, 'the frame'), (5, 'the frame'), (6, 'KVM')]
 
 
 @pytest.mark.claim('nbs/mmu/21_tlb.ipynb', 'a37353a7', 'What a remote flush asks for, every vCPU serves before it runs again')

@@ -56,6 +56,17 @@ def setup_cells():
         return vcpu
 
 
+@pytest.mark.claim('nbs/mmu/23_vcpu.ipynb', '661d3bf4', 'the picture tells the loop as it was: each entry, each exit with its code, and the end')
+def test_the_picture_tells_the_loop_as_it_was_each_entry_each_exit_with_its_code_and_the_end():
+    drawn = draw_loop(guest()[0], 0x40_0010, WRITE, value=7).events
+    assert [(event.step, event.lane, event.label) for event in drawn] == [
+        (1, 'guest', 'is about to write 0x40_0010'), (2, 'KVM', 'enters the guest'), (3, 'processor', 'exits: 0x40_0010, code 0x2'),
+        (4, 'KVM', 'mends: FIXED'), (5, 'KVM', 'enters the guest'), (6, 'guest', 'done: 1 exit')]
+    assert [event.states for event in drawn] == [('-', '1')] * 3 + [('-', '4')] * 3
+    refused = draw_loop(guest()[0], 0x50_0000, FETCH).events
+    assert refused[0].label == 'is about to fetch 0x50_0000' and refused[3].label == 'tells of a #PF: 0x50_0000, code 0x10' and refused[-1].label == 'fault: 1 exit'
+
+
 @pytest.mark.claim('nbs/mmu/23_vcpu.ipynb', '2451b68a', 'the first access costs one exit with shadow paging and five in two dimensions, on any host, and the second none')
 def test_the_first_access_costs_one_exit_with_shadow_paging_and_five_in_two_dimensions_on_any_host_and_the_second_none():
     for name, host in HOSTS.items():
@@ -84,6 +95,22 @@ def test_sizes_and_places_of_a_store_are_the_guest_s_the_bytes_asked_for_change_
             wanted = before[:at] + b'\xff' * size + before[at + size:]
             assert done.what == 'done' and read_gpa(vcpu.vm.memory, gpa, 4096) == wanted and (done.gpa, done.value) == (gpa + at, (1 << 8 * size) - 1)
             assert done.emulated == emulated
+
+
+@pytest.mark.claim('nbs/mmu/23_vcpu.ipynb', 'be4262fc', 'a read changes nothing, even if it brings a value, and a read at the end of a page stops there')
+def test_a_read_changes_nothing_even_if_it_brings_a_value_and_a_read_at_the_end_of_a_page_stops_there():
+    vcpu, = guest()
+    assert access(vcpu, 0x40_0ff8, WRITE, 0x1122_3344_5566_7788).what == 'done'
+    for gva, value in ((0x40_0ff8, 0x1122_3344_5566_7788), (0x40_0ffc, 0x1122_3344)):
+        assert access(vcpu, gva, 0, value=9).value == value
+        assert emulate(vcpu, gva, 0, 9, 8) == ('done', gva - 0x30_0000, value)
+
+
+@pytest.mark.claim('nbs/mmu/23_vcpu.ipynb', '3a318ac6', 'an outcome says nothing of what did not happen')
+def test_an_outcome_says_nothing_of_what_did_not_happen():
+    fault = access(guest()[0], 0x50_0000, 0)
+    assert fault == Outcome('fault', fault=fault.fault, exits=1) and (fault.gpa, fault.value, fault.emulated) == (0, 0, False)
+    assert Outcome('dead') == Outcome('dead', 0, 0, None, 0, False)
 
 
 @pytest.mark.claim('nbs/mmu/23_vcpu.ipynb', 'ee2f95ba', 'a frame that is taken away between the entry and the instruction is not reached any more, on any host')
@@ -122,11 +149,11 @@ def test_kvm_and_the_processor_tell_the_guest_the_same_for_every_right_of_a_page
         assert len(set(told)) == 1 and (told[0][0] in ('done', 'mmio') or told[0][1].to == 'guest')
 
 
-@pytest.mark.claim('nbs/mmu/23_vcpu.ipynb', '08045c02', "an address that is not canonical is a #GP of the guest's, without an exit")
+@pytest.mark.claim('nbs/mmu/23_vcpu.ipynb', '33946a22', "an address that is not canonical is a #GP of the guest's, without an exit")
 def test_an_address_that_is_not_canonical_is_a_gp_of_the_guest_s_without_an_exit():
     for host in HOSTS.values():
         ended = access(guest(host)[0], 1 << 47, 0)
-        assert (ended.what, ended.fault.to, ended.fault.what, ended.exits) == ('fault', 'guest', '#GP', 0)
+        assert (ended.what, ended.fault, ended.exits) == ('fault', Injected('guest', '#GP', 0, 0), 0)
 
 
 @pytest.mark.claim('nbs/mmu/23_vcpu.ipynb', '39980edf', 'a page fault makes the processor forget the address, for all kinds of access')
@@ -141,7 +168,7 @@ def test_a_page_fault_makes_the_processor_forget_the_address_for_all_kinds_of_ac
     assert access(vcpu, 0x40_0000, 0).what == 'fault'
 
 
-@pytest.mark.claim('nbs/mmu/23_vcpu.ipynb', 'd5608006', 'L2 hears of its own entries and runs on; L1 hears of its nested entries by an exit, with the address L2 calls physical')
+@pytest.mark.claim('nbs/mmu/23_vcpu.ipynb', '618c5baf', 'L2 hears of its own entries and runs on; L1 hears of its nested entries by an exit, with the address L2 calls physical')
 def test_l2_hears_of_its_own_entries_and_runs_on_l1_hears_of_its_nested_entries_by_an_exit_with_the_address_l2_calls_physical():
     for host in ('NPT', 'EPT'):
         vcpu = with_l2(HOSTS[host])
@@ -149,6 +176,7 @@ def test_l2_hears_of_its_own_entries_and_runs_on_l1_hears_of_its_nested_entries_
         assert own.what == 'fault' and (own.fault.to, own.fault.what, own.fault.addr) == ('guest', '#PF', 0x50_0000) and vcpu.guest_mode
         out = access(vcpu, 0x40_1010, USER)
         assert out.what == 'exit to L1' and (out.fault.to, out.fault.addr) == ('L1', 0x10_1010) and not vcpu.guest_mode
+        assert out == Outcome('exit to L1', fault=out.fault, exits=out.exits)
         assert out.fault.what == {'NPT': 'NPF', 'EPT': 'EPT violation'}[host]
 
 
@@ -171,6 +199,14 @@ def test_a_store_that_kvm_makes_for_the_guest_dirties_its_page_also_when_it_stor
         start_dirty_log(vcpu.vm, 0)
         stored = access(vcpu, 0x2010, WRITE, value)
         assert stored.emulated and stored.value == (before if value is None else value) and 2 in get_dirty_log(vcpu.vm, 0)
+
+
+@pytest.mark.claim('nbs/mmu/23_vcpu.ipynb', '927de571', 'a store KVM makes into a table is seen at once: what the entry mapped is gone from the shadow, without a flush')
+def test_a_store_kvm_makes_into_a_table_is_seen_at_once_what_the_entry_mapped_is_gone_from_the_shadow_without_a_flush():
+    vcpu, = guest()
+    access(vcpu, 0x40_0000, 0)
+    wrote = access(vcpu, 0x3010, WRITE, 0)                          # The entry of level 2 on the way
+    assert wrote.emulated and access(vcpu, 0x40_0000, 0).what == 'fault'
 
 
 @pytest.mark.claim('nbs/mmu/23_vcpu.ipynb', 'd9d766d8', "The second access to a device needs no walk: not even its entry's end is noticed before the guest flushes")
@@ -204,7 +240,7 @@ def test_what_is_remembered_of_a_device_gives_nobody_more_rights_than_the_guest_
     assert access(vcpu, 0x40_2000, 0).gpa == HOLE
 
 
-@pytest.mark.claim('nbs/mmu/23_vcpu.ipynb', 'c599ff49', 'memory that is read-only in its slot is read like memory and written like a device, and does not change')
+@pytest.mark.claim('nbs/mmu/23_vcpu.ipynb', 'b7d0cf40', 'memory that is read-only in its slot is read like memory and written like a device, and does not change')
 def test_memory_that_is_read_only_in_its_slot_is_read_like_memory_and_written_like_a_device_and_does_not_change():
     for host in HOSTS.values():
         vcpu = with_device(host)
@@ -212,6 +248,7 @@ def test_memory_that_is_read_only_in_its_slot_is_read_like_memory_and_written_li
         assert access(vcpu, 0x40_2008, 0).what == 'done'
         wrote = access(vcpu, 0x40_2008, WRITE, 7)
         assert (wrote.what, wrote.gpa) == ('mmio', HOLE | 8) and access(vcpu, 0x40_2008, 0).value == 0
+        assert emulate(vcpu, 0x40_2008, 0, None, 8) == ('done', HOLE | 8, 0)
 
 
 @pytest.mark.claim('nbs/mmu/23_vcpu.ipynb', '18327c38', 'a PDPTE that is written to memory counts from the next load of CR3 on, and not before, on any host')
