@@ -134,7 +134,7 @@ def is_denied(access: int, writable: int, user: int, nx: int, smep: bool, smap: 
     if access & USER: return not user
     return bool(user and (smep if access & FETCH else smap))
 
-# %% ../../nbs/mmu/20_hardware.ipynb #9b056453
+# %% ../../nbs/mmu/20_hardware.ipynb #69a725aa
 def shadow_access(
     vcpu: Vcpu,
     gva: int,
@@ -143,7 +143,8 @@ def shadow_access(
 ) -> 'Reached | Exit | Refused':
     "One walk of the shadow."
     if vcpu.cr0 & PG and vcpu.efer & LMA:
-        if not is_canonical(gva, LONG5 if vcpu.cr4 & Cr4.LA57 else LONG4): return Refused(GeneralProtection(f"{gva:#x} is not canonical"))
+        fmt = LONG5 if vcpu.cr4 & Cr4.LA57 else LONG4
+        if not is_canonical(gva, fmt): return Refused(GeneralProtection(f"{gva:#x} is not canonical"))
     elif gva >> 32: return Refused(GeneralProtection(f"{gva:#x} has more than 32 bits"))
     all_of, any_of, told = 6, 0, access & (WRITE | USER | FETCH)
     for level, sp, index, entry in host_walk(vcpu, gva):
@@ -158,7 +159,7 @@ def _hpa(entry, addr, level):
     mask = (1 << PAGE_SHIFT + 9 * (level - 1)) - 1
     return entry & SPTE_ADDRESS & ~mask | addr & mask
 
-# %% ../../nbs/mmu/20_hardware.ipynb #d715790b
+# %% ../../nbs/mmu/20_hardware.ipynb #f4010123
 def draw_answer(
     vcpu: Vcpu,
     gva: int,
@@ -168,12 +169,16 @@ def draw_answer(
     "A shadow's answer: each table the processor reads, the entry it takes, and what comes out. Nothing is marked."
     found = shadow_access(vcpu, gva, access, mark=False)
     steps = [] if isinstance(found, Refused) else list(host_walk(vcpu, gva))
-    boxes = [Box(f"level {level}  {sp.spt:#x}" if sp is not None else "the vCPU's PDPTEs",
-                 ((index if sp is not None else gva >> 30 & 3, _bits_text(entry), 'taken' if step < len(steps) or isinstance(found, Reached) else 'refused'),),
-                 'shadow', entries=512 if sp is not None else 4) for step, (level, sp, index, entry) in enumerate(steps, 1)]
+    boxes = []
+    for step, (level, sp, index, entry) in enumerate(steps, 1):
+        state = 'taken' if step < len(steps) or isinstance(found, Reached) else 'refused'
+        title, index, entries = ("the vCPU's PDPTEs", gva >> 30 & 3, 4) if sp is None else (f"level {level}  {sp.spt:#x}", index, 512)
+        boxes.append(Box(title, ((index, _bits_text(entry), state),), 'shadow', entries=entries))
     return Chain((*boxes, _answer_box(found)), caption or f"{_access_text(access)} at {gva:#_x}")
 
-def _access_text(access): return ('user ' if access & USER else '') + ('write' if access & WRITE else 'fetch' if access & FETCH else 'read')
+def _access_text(access):
+    what = 'write' if access & WRITE else 'fetch' if access & FETCH else 'read'
+    return f"user {what}" if access & USER else what
 
 def _bits_text(entry):
     bits = (('P', 1), ('W', 2), ('U', 4), ('A', 0x20), ('D', 0x40), ('NX', 1 << 63))
@@ -182,11 +187,13 @@ def _bits_text(entry):
 def _names_of(code): return ', '.join(bit.name for bit in Pferr if code & bit)
 
 def _answer_box(found):
-    if isinstance(found, Reached): return Box(f"host frame {found.hpa >> PAGE_SHIFT:#x}", kind='frame', note=f"byte {found.hpa & 0xfff:#x}, level {found.level}")
+    if isinstance(found, Reached):
+        return Box(f"host frame {found.hpa >> PAGE_SHIFT:#x}", kind='frame', note=f"byte {found.hpa & 0xfff:#x}, level {found.level}")
     if isinstance(found, Refused): return Box('#GP(0)', kind='refused', note=found.fault.because)
-    return Box(f"exit, code {found.error_code:#x}", kind='refused', note=_names_of(found.error_code) or 'a read, nothing there')
+    note = _names_of(found.error_code) or 'a read, nothing there'
+    return Box(f"exit, code {found.error_code:#x}", kind='refused', note=note)
 
-# %% ../../nbs/mmu/20_hardware.ipynb #bfad894e
+# %% ../../nbs/mmu/20_hardware.ipynb #f0b24707
 def draw_host_walk(
     vcpu: Vcpu,
     addr: int,
@@ -194,14 +201,16 @@ def draw_host_walk(
 ) -> Graph:
     "The tables the processor goes through for an address, and the entry it takes in each."
     steps = list(host_walk(vcpu, addr))
-    nodes = [(str(i), f"level {level}" + (f", frame {sp.gfn:#x}\n{sp.spt:#x}" if sp is not None else "\nthe vCPU's own page"), 'shadow') for i, (level, sp, _, _) in enumerate(steps)]
+    nodes = [(str(i), f"level {level}" + (f", frame {sp.gfn:#x}\n{sp.spt:#x}" if sp is not None else "\nthe vCPU's own page"), 'shadow')
+             for i, (level, sp, _, _) in enumerate(steps)]
     level, _, _, entry = steps[-1]
     ends = f"host frame {spte_pfn(entry):#x}" if entry & (7 if vcpu.vm.masks.is_ept else 1) else 'nothing here: exit'
     nodes.append(('end', ends, 'guest' if 'host' in ends else 'refused'))
-    edges = [(str(i), str(i + 1) if i + 1 < len(steps) else 'end', f"{index}: {entry:#x}", 'taken') for i, (_, _, index, entry) in enumerate(steps)]
+    edges = [(str(i), str(i + 1) if i + 1 < len(steps) else 'end', f"{index}: {entry:#x}", 'taken')
+             for i, (_, _, index, entry) in enumerate(steps)]
     return Graph(nodes, edges, caption=caption or f"what the processor reads for {addr:#x}")
 
-# %% ../../nbs/mmu/20_hardware.ipynb #65b0c6db
+# %% ../../nbs/mmu/20_hardware.ipynb #68310924
 class _Exits(Exception): pass
 
 def tdp_translate(
@@ -220,12 +229,13 @@ def tdp_translate(
     if not entry & (7 if ept else 1): raise _Exits(Exit(gpa, told))
     if is_reserved(vm, entry): raise _Exits(Exit(gpa, RSVD if ept else told | PRESENT | RSVD))
     rights = all_of if ept else all_of & 6 | (not any_of >> 63)
-    need = (bool(access & USER) | (2 if access & WRITE else 0) | (4 if access & FETCH else 0)) if ept else 4 | (2 if access & WRITE else 0) | (1 if access & FETCH else 0)
+    need = 2 if access & WRITE else 0
+    need |= bool(access & USER) | (4 if access & FETCH else 0) if ept else 4 | (1 if access & FETCH else 0)
     if rights & need != need: raise _Exits(Exit(gpa, told | PRESENT))
     if mark: mark_leaf(vcpu, sp, index, entry, bool(access & WRITE))
     return _hpa(entry, gpa, level), level
 
-# %% ../../nbs/mmu/20_hardware.ipynb #5b8c12cf
+# %% ../../nbs/mmu/20_hardware.ipynb #3168be53
 class _BehindTdp:
     "Guest table pages, reached through KVM's tables: the processor asks for the very entry, and an exit names its address."
 
@@ -235,7 +245,8 @@ class _BehindTdp:
 
     def __getitem__(self, frame):
         shift, last, *_ = next(self.levels)
-        hpa, _ = tdp_translate(self.vcpu, frame << PAGE_SHIFT | (self.gva >> shift & last) * self.size, self.asks, GUEST_PAGE, self.mark)
+        gpa = frame << PAGE_SHIFT | (self.gva >> shift & last) * self.size
+        hpa, _ = tdp_translate(self.vcpu, gpa, self.asks, GUEST_PAGE, self.mark)
         return self.words[frame_of(self.vcpu.vm, hpa >> PAGE_SHIFT)]
 
 def frame_of(vm: Vm, pfn: int) -> int:
@@ -297,7 +308,7 @@ def _mark_guest(vcpu, tables, found):
         gpa = frame_of(vm, hpa >> PAGE_SHIFT) << PAGE_SHIFT | update.gpa & 0xfff
         if not vm.memory.slot(gpa >> PAGE_SHIFT).readonly: cmpxchg_entry(vm.memory, gpa, update.size, update.old, update.new)
 
-# %% ../../nbs/mmu/20_hardware.ipynb #c287a52c
+# %% ../../nbs/mmu/20_hardware.ipynb #42c0a6c7
 def walk_reads(
     vcpu: Vcpu,
     gva: int,
@@ -318,9 +329,11 @@ def draw_dimensions(
 ) -> Table:
     "A two-dimensional walk, one trip through KVM's tables a line."
     trips = walk_reads(vcpu, gva)
-    rows = [(what, Hex(gpa), ', '.join(str(index) for _, _, index, _ in steps), len(steps), Hex(_hpa(steps[-1][3], gpa, steps[-1][0]))) for what, gpa, steps in trips]
+    rows = [(what, Hex(gpa), ', '.join(str(index) for _, _, index, _ in steps), len(steps), Hex(_hpa(steps[-1][3], gpa, steps[-1][0])))
+            for what, gpa, steps in trips]
     total = sum(row[3] for row in rows) + len(rows) - 1
-    return Table(('wanted', 'guest-physical', "slots in KVM's tables", 'reads', 'host address'), rows, f"{gva:#_x}: {total} reads, {len(rows) - 1} of them of the guest's entries")
+    caption = f"{gva:#_x}: {total} reads, {len(rows) - 1} of them of the guest's entries"
+    return Table(('wanted', 'guest-physical', "slots in KVM's tables", 'reads', 'host address'), rows, caption)
 
 def show_dimensions(
     mode: str = '4-level',     # Of the guest: '2-level', 'PAE', '4-level' or '5-level'

@@ -27,7 +27,7 @@ from .root_role import svm_host
 from .shadow_fault import page_fault
 from .tdp_mmu import remote_flush
 
-# %% ../../nbs/mmu/21_tlb.ipynb #25327c71
+# %% ../../nbs/mmu/21_tlb.ipynb #e4fc7fed
 @dataclass
 class Tlb:
     "What one vCPU's processor remembers: (root, guest's CR3, page) -> what each kind of access reached."
@@ -86,7 +86,8 @@ def context_of(vcpu: Vcpu) -> tuple:
 def access_kind(vcpu: Vcpu, access: int) -> tuple:
     "What the rights are checked under."
     bits = vcpu.cr4 & (SMEP | SMAP) if vcpu.cr0 & PG else 0
-    return access & (WRITE | USER | FETCH), int(bits), bool(vcpu.rflags & AC), bool(vcpu.cr0 & WP) or not vcpu.host.has_tdp, bool(vcpu.efer & NX)
+    wp = bool(vcpu.cr0 & WP) or not vcpu.host.has_tdp
+    return access & (WRITE | USER | FETCH), int(bits), bool(vcpu.rflags & AC), wp, bool(vcpu.efer & NX)
 
 # %% ../../nbs/mmu/21_tlb.ipynb #a8ed3d71
 def processor_access(
@@ -122,7 +123,7 @@ def _kind_text(access):
     what = 'fetch' if access & FETCH else 'write' if access & WRITE else 'read'
     return f"user {what}" if access & USER else what
 
-# %% ../../nbs/mmu/21_tlb.ipynb #e026af90
+# %% ../../nbs/mmu/21_tlb.ipynb #e69d3794
 def show_stale_frame(
     flush: bool = True,        # KVM asks every vCPU for a flush
 ) -> Timeline:
@@ -131,8 +132,9 @@ def show_stale_frame(
     vm, vcpu.tlb = vcpu.vm, Tlb()
     def note(who, what):
         answer = processor_access(vcpu, 0x40_0000, 0, mark=False)
-        rows.append((len(rows) + 1, who, what, ('frame 0x100' if rmap_entries(vm, 0x100, 1) else 'nothing', 'yes' if vcpu.tlb.entries else 'no',
-                     ', '.join(sorted(vcpu.requests)) or '-', 'the frame' if isinstance(answer, Reached) else 'KVM')))
+        states = ('frame 0x100' if rmap_entries(vm, 0x100, 1) else 'nothing', 'yes' if vcpu.tlb.entries else 'no',
+                  ', '.join(sorted(vcpu.requests)) or '-', 'the frame' if isinstance(answer, Reached) else 'KVM')
+        rows.append((len(rows) + 1, who, what, states))
     note('guest', 'has not run')
     page_fault(vcpu, 0x40_0000, 0)
     note('KVM', 'builds the entry')
@@ -145,16 +147,18 @@ def show_stale_frame(
         note('KVM', 'asks for a flush')
     enter_guest(vcpu)
     note('KVM', 'enters the guest')
-    return Timeline(('entry', 'remembered', 'requests', 'a read reaches'), rows, f"frame 0x100 is taken away, {'with' if flush else 'without'} a flush")
+    caption = f"frame 0x100 is taken away, {'with' if flush else 'without'} a flush"
+    return Timeline(('entry', 'remembered', 'requests', 'a read reaches'), rows, caption)
 
-# %% ../../nbs/mmu/21_tlb.ipynb #4915a0ae
+# %% ../../nbs/mmu/21_tlb.ipynb #c51b70c8
 FLUSHES = ('flush_gva', 'flush_current', 'flush_l2', 'flush_guest', 'flush_all')
 
 def draw_flushes() -> Grid:
     "What each flush makes a processor forget: four translations, of which 0x40_0000 is the address that is named."
     vcpu, page = Vcpu(None), 0x400
     vcpu.root_mmu.root.hpa, vcpu.guest_mmu.root.hpa = 0x1000, 0x3000
-    keys = {'its page': (0x1000, 0, page), 'next page': (0x1000, 0, page + 1), 'another root': (0x2000, 0, page + 1), "L2's root": (0x3000, 0, page + 1)}
+    keys = {'its page': (0x1000, 0, page), 'next page': (0x1000, 0, page + 1),
+            'another root': (0x2000, 0, page + 1), "L2's root": (0x3000, 0, page + 1)}
     def forgets(what):
         tlb = Tlb({key: (1, {}) for key in keys.values()})
         tlb.saw(Did(what, (('gva', page << PAGE_SHIFT),)), vcpu)

@@ -104,9 +104,11 @@ def _injected(vcpu):
     leave_l2(vcpu)
     return 'exit to L1', 0, 0, fault
 
-# %% ../../nbs/mmu/23_vcpu.ipynb #e5850a42
+# %% ../../nbs/mmu/23_vcpu.ipynb #94cf6ba8
 def emulate(vcpu: Vcpu, gva: int, kind: int, value: 'int | None', size: int) -> tuple:
-    "KVM does the access itself: the guest's tables decide, and a store into one of them is seen. KVM: `x86_emulate_instruction` (x86.c), the part the MMU sees."
+    """KVM does the access itself: the guest's tables decide, and a store into one of them is seen.
+
+    KVM: `x86_emulate_instruction` (x86.c), the part the MMU sees."""
     vm = vcpu.vm
     gpa, walked, mmio = mmio_gva_to_gpa(vcpu, gva, kind)
     if walked is not None:
@@ -124,13 +126,17 @@ def mmio_gva_to_gpa(
     gva: int,
     kind: int,
 ) -> tuple:                # (gpa or None, `Walked` with a fault or None, it is MMIO)
-    "Where an emulated access goes. The last MMIO access is known without a walk, its rights among what is known. KVM: `vcpu_mmio_gva_to_gpa`, `vcpu_is_mmio_gpa` (x86.c)."
-    if not kind & FETCH and mmio_in_cache(vcpu, gva, False) and _may_mmio(vcpu, kind): return vcpu.mmio[1] << PAGE_SHIFT | gva & 0xfff, None, True
+    """Where an emulated access goes. The last MMIO access is known without a walk, its rights among what is known.
+
+    KVM: `vcpu_mmio_gva_to_gpa`, `vcpu_is_mmio_gpa` (x86.c)."""
+    if not kind & FETCH and mmio_in_cache(vcpu, gva, False) and _may_mmio(vcpu, kind):
+        return vcpu.mmio[1] << PAGE_SHIFT | gva & 0xfff, None, True
     gpa, walked = gva_to_gpa(vcpu, gva, kind)
     return gpa, walked, gpa is not None and vcpu.vm.memory.slot(gpa >> PAGE_SHIFT) is None
 
 def _may_mmio(vcpu, kind):
-    return not vcpu.cr0 & PG or not permission_fault(guest_tables(vcpu, vcpu.walk_mmu).regs, vcpu.mmio[2], kind & (WRITE | USER))
+    if not vcpu.cr0 & PG: return True
+    return not permission_fault(guest_tables(vcpu, vcpu.walk_mmu).regs, vcpu.mmio[2], kind & (WRITE | USER))
 
 def store(vcpu: Vcpu, gpa: int, data: bytes):
     "A store that KVM makes or sees. KVM: `emulator_write_phys` (x86.c)."
@@ -138,9 +144,10 @@ def store(vcpu: Vcpu, gpa: int, data: bytes):
     mark_dirty(vcpu.vm, gpa >> PAGE_SHIFT)
     pte_write(vcpu, gpa, len(data))
 
-# %% ../../nbs/mmu/23_vcpu.ipynb #60d9d1bc
-_PLAIN = {'load': 'has no root, builds one', 'sync_roots': 'syncs below the root', 'load_mmu_pgd': 'hands over the root', 'flush_current': 'flushes the root\'s',
-          'flush_all': 'flushes everything', 'flush_guest': 'flushes the guest\'s', 'flush_gva': 'flushes one address'}
+# %% ../../nbs/mmu/23_vcpu.ipynb #17bc2cc9
+_PLAIN = {'load': 'has no root, builds one', 'sync_roots': 'syncs below the root', 'load_mmu_pgd': 'hands over the root',
+          'flush_current': "flushes the root's", 'flush_all': 'flushes everything', 'flush_guest': "flushes the guest's",
+          'flush_gva': 'flushes one address'}
 
 def draw_loop(
     vcpu: Vcpu,
@@ -172,7 +179,7 @@ def draw_loop(
     row('guest', ended.what + (', by KVM' if ended.emulated else '') + f": {ended.exits} exit{'s' * (ended.exits != 1)}")
     return Timeline(('requests left', "KVM's tables"), rows, caption)
 
-# %% ../../nbs/mmu/23_vcpu.ipynb #54aec8b6
+# %% ../../nbs/mmu/23_vcpu.ipynb #cce8b577
 def draw_access(
     vcpu: Vcpu,
     gva: int,
@@ -183,8 +190,10 @@ def draw_access(
     rows, watch = [], vcpu.vm.watch
     def see(did):
         sp = dict(did.facts).get('sp')
-        rest = ', '.join(f"{name} {value:#x}" if type(value) is int else f"{name} {value}" for name, value in did.facts if name not in ('sp', 'index'))
-        rows.append(Event(len(rows) + 1, 'KVM', f"{did.what.removeprefix('kvm_mmu_')}: {rest}", (f"level {sp.role.level}, frame {sp.gfn:#x}" if sp is not None else '-',)))
+        rest = ', '.join(f"{name} {value:#x}" if type(value) is int else f"{name} {value}"
+                         for name, value in did.facts if name not in ('sp', 'index'))
+        table = f"level {sp.role.level}, frame {sp.gfn:#x}" if sp is not None else '-'
+        rows.append(Event(len(rows) + 1, 'KVM', f"{did.what.removeprefix('kvm_mmu_')}: {rest}", (table,)))
     vcpu.vm.watch = see
     try: ended = access(vcpu, gva, kind, **more)
     finally: vcpu.vm.watch = watch
