@@ -10,7 +10,7 @@ staleness lead, looks at one entry, and makes a fresh one at once if the guest's
 __all__ = ['GUEST_STORES', 'prefetch_gpte', 'pte_prefetch', 'invlpg_root', 'invalidate_gva', 'Injected', 'invalidate_same_ept',
            'inject_page_fault', 'npf_code', 'ept_qualification', 'example_shadow', 'show_invlpg']
 
-# %% ../../nbs/mmu/16_invlpg.ipynb #2050022a
+# %% ../../nbs/mmu/16_invlpg.ipynb #78dcc7ba
 from dataclasses import dataclass
 
 from ..draw.timeline import Timeline
@@ -22,7 +22,7 @@ from ..guest.registers import Cr4, GeneralProtection
 from .contexts import INVALID_PAGE, Mmu, Vcpu
 from .cpu_role import MODES
 from .guest_tables import LogFull, Walked, guest_tables, read_gpte
-from .page_fault import PREFETCH_GROUP, direct_prefetch, get_child, link, set_spte, shadow_walk
+from .page_fault import PREFETCH_GROUP, get_child, link, map_neighbours, set_spte, shadow_walk
 from .reload import enter_guest
 from .rmap import host_frame, is_logged, page_gfn
 from .root_cache import clear_mmio
@@ -35,7 +35,7 @@ from .tdp_mmu import remote_flush
 from .unsync import try_to_unsync
 from .zap import zap_entry
 
-# %% ../../nbs/mmu/16_invlpg.ipynb #7d4d1046
+# %% ../../nbs/mmu/16_invlpg.ipynb #4ecfcbcf
 def prefetch_gpte(vcpu: Vcpu, tables, sp: ShadowPage, index: int, gpte: int, no_dirty_log: bool) -> bool:
     "Make a leaf of a guest entry nobody asked for. KVM: `FNAME(prefetch_gpte)` (mmu/paging_tmpl.h), `gfn_to_memslot_dirty_bitmap` (mmu/mmu.c)."
     vm = vcpu.vm
@@ -51,7 +51,7 @@ def pte_prefetch(vcpu: Vcpu, tables, sp: ShadowPage, index: int):
     "Up to seven entries beside the one that was needed. KVM: `FNAME(pte_prefetch)` (mmu/paging_tmpl.h)."
     vm = vcpu.vm
     if sp.role.level > 1 or vm.invalidating is not None or not vm.prefetch: return
-    if sp.role.direct: return direct_prefetch(vcpu, sp, index)
+    if sp.role.direct: return map_neighbours(vcpu, sp, index)
     first = index & ~(PREFETCH_GROUP - 1)
     gptes = [read_gpte(vm, sp, i) for i in range(first, first + PREFETCH_GROUP)]
     for i, gpte in enumerate(gptes, first):

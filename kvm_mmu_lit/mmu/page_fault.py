@@ -11,11 +11,12 @@ the part that all guests share, and the whole of it for guests whose addresses n
 __all__ = ['RET_PF', 'P', 'W', 'U', 'RSVD', 'F', 'PREFETCH_GROUP', 'Fault', 'shadow_walk', 'walk_start_from', 'last_entry',
            'draw_way', 'get_child', 'link', 'faultin', 'cache_mmio', 'mmio_in_cache', 'is_stale',
            'is_guest_table_write', 'hugepage_adjust', 'tell_requested', 'base_gfn', 'set_spte', 'may_be_fast',
-           'is_access_allowed', 'fast_page_fault', 'draw_log_round', 'direct_prefetch', 'direct_map',
+           'is_access_allowed', 'fast_page_fault', 'draw_log_round', 'direct_prefetch', 'map_neighbours', 'direct_map',
            'direct_page_fault', 'tdp_fault', 'zero_check_of', 'has_reserved', 'handle_mmio', 'show_answers']
 
-# %% ../../nbs/mmu/15_page_fault.ipynb #4121ce00
+# %% ../../nbs/mmu/15_page_fault.ipynb #27cbd577
 from dataclasses import dataclass
+from itertools import groupby, takewhile
 from functools import lru_cache
 
 from ..draw.graph import Graph
@@ -291,19 +292,29 @@ def draw_log_round(
     for n in (1, 2): note('guest', f"writes, fault {n}", fast_page_fault(vcpu, Fault(addr, P | W | U, is_tdp=True)))
     return Timeline(('answer', 'HOST, MMU, W', 'frames in the log'), rows, "a round of the dirty log, without the lock")
 
-# %% ../../nbs/mmu/15_page_fault.ipynb #79462c4b
+# %% ../../nbs/mmu/15_page_fault.ipynb #44edefd7
 def direct_prefetch(vcpu: Vcpu, sp: ShadowPage, index: int):
-    "Map the neighbours in memory of a page that was needed. KVM: `direct_pte_prefetch`, `__direct_pte_prefetch`, `direct_pte_prefetch_many` (mmu/mmu.c)."
-    vm, first = vcpu.vm, index & ~(PREFETCH_GROUP - 1)
+    "Map the neighbours in memory of a page that was needed, where an A bit tells a guess from a use. KVM: `direct_pte_prefetch` (mmu/mmu.c)."
+    vm = vcpu.vm
     if sp.role.ad_disabled or sp.role.level > 1 or vm.invalidating is not None or not vm.prefetch: return
-    for i in range(first, first + PREFETCH_GROUP):
-        if i == index or is_present(sp.sptes.get(i, 0)): continue
-        gfn = page_gfn(sp, i)
-        frame = host_frame(vm, gfn)
-        if frame is None or not frame[1] or is_logged(vm, gfn): return
-        set_spte(vcpu, sp, i, int(sp.role.access), gfn, frame[0])
+    map_neighbours(vcpu, sp, index)
 
-# %% ../../nbs/mmu/15_page_fault.ipynb #c45dc5f6
+def map_neighbours(vcpu: Vcpu, sp: ShadowPage, index: int):
+    "The aligned group of eight around it, a run of empty entries at a time. KVM: `__direct_pte_prefetch` (mmu/mmu.c)."
+    first = index & ~(PREFETCH_GROUP - 1)
+    for empty, run in groupby(range(first, first + PREFETCH_GROUP), lambda i: i != index and not is_present(sp.sptes.get(i, 0))):
+        if empty and not _map_run(vcpu, sp, list(run)): return
+
+def _map_run(vcpu, sp, run):
+    "As many as the host has at hand; False: not even the first. KVM: `direct_pte_prefetch_many` (mmu/mmu.c)."
+    vm, gfns, access = vcpu.vm, [page_gfn(sp, i) for i in run], int(sp.role.access)
+    slot = vm.memory.slot(gfns[0])
+    if slot is None or gfns[-1] >= slot.end_gfn or access & ACC_WRITE and is_logged(vm, gfns[0]): return False
+    frames = list(takewhile(lambda frame: frame[1], (host_frame(vm, gfn) for gfn in gfns)))
+    for i, gfn, frame in zip(run, gfns, frames): set_spte(vcpu, sp, i, access, gfn, frame[0])
+    return bool(frames)
+
+# %% ../../nbs/mmu/15_page_fault.ipynb #90055604
 def direct_map(vcpu: Vcpu, fault: Fault) -> str:
     "Go down to the page, making the tables that are missing. KVM: `direct_map` (mmu/mmu.c)."
     vm = vcpu.vm
@@ -323,7 +334,7 @@ def direct_map(vcpu: Vcpu, fault: Fault) -> str:
 def direct_page_fault(
     vcpu: Vcpu,
     fault: Fault,
-) -> str:                  # One of `RET_PF`
+) -> str:                  # One of `RET_PF`, or 'ENOSPC' for userspace
     """The address is a frame's.
 
     KVM: `direct_page_fault`, `nonpaging_page_fault`, `kvm_tdp_page_fault` (mmu/mmu.c), `is_tdp_mmu` (mmu/tdp_mmu.h)."""
@@ -336,9 +347,9 @@ def direct_page_fault(
     vm.point('faulted in')
     if result != 'CONTINUE': return result
     root = to_shadow_page(vm, vcpu.mmu.root.hpa)
-    if root is not None and root.tdp: return 'RETRY' if is_stale(vcpu, fault) else tdp_fault(vcpu, fault, root)
-    if not make_pages_available(vm): return 'RETRY'
-    return 'RETRY' if is_stale(vcpu, fault) else direct_map(vcpu, fault)
+    if is_stale(vcpu, fault): return 'RETRY'
+    if root is not None and root.tdp: return tdp_fault(vcpu, fault, root)
+    return direct_map(vcpu, fault) if make_pages_available(vm) else 'ENOSPC'
 
 # %% ../../nbs/mmu/15_page_fault.ipynb #890f1d81
 def tdp_fault(vcpu: Vcpu, fault: Fault, root: ShadowPage) -> str:
@@ -379,13 +390,13 @@ def has_reserved(
     "A present entry that KVM cannot have meant. KVM: `get_mmio_spte` (mmu/mmu.c), the part that looks."
     return is_present(spte) and is_rsvd_spte(zero_check_of(vm, sp), spte, sp.role.level)
 
-# %% ../../nbs/mmu/15_page_fault.ipynb #8213e449
+# %% ../../nbs/mmu/15_page_fault.ipynb #70526e86
 def handle_mmio(
     vcpu: Vcpu,
     addr: int,
 ) -> str:                  # 'EMULATE', 'INVALID' or 'RETRY'
     "A reserved bit: did KVM put it there to remember MMIO? KVM: `handle_mmio_page_fault`, `get_mmio_spte`, `check_mmio_spte` (mmu/mmu.c)."
-    vm, direct = vcpu.vm, bool(vcpu.mmu.root_role.direct)
+    vm, direct, spte = vcpu.vm, bool(vcpu.mmu.root_role.direct), 0
     if mmio_in_cache(vcpu, addr, direct): return 'EMULATE'
     for level, sp, index in shadow_walk(vm, vcpu.mmu, addr):
         spte = sp.sptes.get(index, 0)

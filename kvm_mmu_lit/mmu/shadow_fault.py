@@ -37,7 +37,7 @@ from .sync import sync_children
 from .tdp_mmu import disallowed_hugepage_adjust, remote_flush
 from .zap import drop_parent_pte, make_pages_available, unprotect_gfn
 
-# %% ../../nbs/mmu/17_shadow_fault.ipynb #5744654e
+# %% ../../nbs/mmu/17_shadow_fault.ipynb #d1bd7221
 def gpte_changed(vcpu: Vcpu, tables, walked: Walked, level: int) -> bool:
     "The entry is no longer what the walk read. KVM: `FNAME(gpte_changed)` (mmu/paging_tmpl.h)."
     gpa = (walked.table_gfns[level] << PAGE_SHIFT) + walked.index(level, tables.fmt) * tables.size
@@ -48,7 +48,6 @@ def writes_own_table(tables, walked: Walked, user: bool) -> tuple:
     wp = tables.fmt.is_ept or tables.walker.regs.cr0 >> 16 & 1
     if not (walked.pte_access & ACC_WRITE or not wp and not user): return False, False
     mask = ~((1 << 9 * (walked.level - 1)) - 1)
-    if tables.size == 4 and walked.level == 2: mask = ~((1 << 10) - 1)
     gfns = [gfn for level, gfn in walked.table_gfns.items() if level >= walked.level]
     return any((gfn ^ walked.gfn) & mask == 0 for gfn in gfns), walked.gfn in gfns
 
@@ -143,11 +142,11 @@ def draw_both(
              if gfn is not None and (at, gfn) == (level, of)]
     return Chain(boxes, caption or f"two ways to {gva:#x}", ("the guest's tables", "KVM's tables"), links)
 
-# %% ../../nbs/mmu/17_shadow_fault.ipynb #15f79aa1
+# %% ../../nbs/mmu/17_shadow_fault.ipynb #aa226f94
 def shadow_page_fault(
     vcpu: Vcpu,
     fault: Fault,
-) -> str:                  # One of `RET_PF`
+) -> str:                  # One of `RET_PF`, or an error for userspace
     "The address must be walked. KVM: `FNAME(page_fault)` (mmu/paging_tmpl.h), `shadow_page_table_clear_flood` (mmu/mmu.c)."
     vm, mmu = vcpu.vm, vcpu.mmu
     walked = walk_addr(vcpu, mmu, fault.addr, fault.error_code & ~RSVD)
@@ -165,7 +164,8 @@ def shadow_page_fault(
     vm.point('faulted in')
     if result != 'CONTINUE': return result
     rewrite_for_wp0(vcpu, fault, walked)
-    if not make_pages_available(vm) or is_stale(vcpu, fault): return 'RETRY'
+    if not make_pages_available(vm): return 'ENOSPC'
+    if is_stale(vcpu, fault): return 'RETRY'
     return fetch(vcpu, fault, walked)
 
 def rewrite_for_wp0(vcpu: Vcpu, fault: Fault, walked: Walked):
@@ -175,14 +175,14 @@ def rewrite_for_wp0(vcpu: Vcpu, fault: Fault, walked: Walked):
     walked.pte_access = (walked.pte_access | ACC_WRITE) & ~ACC_USER
     if role.ext.cr4_smep: walked.pte_access &= ~ACC_EXEC
 
-# %% ../../nbs/mmu/17_shadow_fault.ipynb #a302b5d6
+# %% ../../nbs/mmu/17_shadow_fault.ipynb #85188d1d
 NESTED_GUEST_PAGE = 1 << 33 | 2 | 1    # `PFERR_NESTED_GUEST_PAGE`
 
 def page_fault(
     vcpu: Vcpu,
     addr: int,             # CR2, or with TDP a guest-physical address
     error_code: int,
-) -> tuple:                # (what is to be done: 'RETRY', 'EMULATE', or 'EFAULT' for userspace, one of `RET_PF` or '' when no handler was asked)
+) -> tuple:                # (what is to be done: 'RETRY', 'EMULATE', or an error for userspace: 'EFAULT', 'ENOSPC'; one of `RET_PF`, the error, or '' when no handler was asked)
     "The way into the MMU. KVM: `kvm_mmu_page_fault`, `kvm_mmu_do_page_fault` (mmu/mmu.c)."
     vm, mmu = vcpu.vm, vcpu.mmu
     kvm_bug_on(not mmu.root.valid, f"a page fault at {addr:#x}, and there is no root")
@@ -197,7 +197,7 @@ def page_fault(
         result = handler(vcpu, fault)
         vcpu.writes_own_table = fault.writes_own_table
         vcpu.did('pf_ret', ret=result, handler=mmu.fault)
-    if result == 'EFAULT': return _done(vcpu, 'EFAULT', result)
+    if result in ('EFAULT', 'ENOSPC'): return _done(vcpu, result, result)
     if result != 'EMULATE': return _done(vcpu, 'RETRY', result if asked else '')
     if direct and error_code & NESTED_GUEST_PAGE == NESTED_GUEST_PAGE:
         unprotect_gfn(vm, addr >> PAGE_SHIFT)

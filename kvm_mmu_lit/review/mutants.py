@@ -96,7 +96,7 @@ GUEST_MUTANTS = (
     _M('flooding never', 'sync', 'return sp.write_flooding >= 3', 'return False', "a frame that is a table no longer stays protected"),
 )
 
-# %% ../../nbs/review/18_mutants.ipynb #125531b7
+# %% ../../nbs/review/18_mutants.ipynb #3e309a29
 FAULT_MUTANTS = (
     _M('stale child unmarked', 'page_fault', 'if (child.unsync or child.unsync_children) and index not in sp.unsync_slots:', 'if False:', "a stale table is linked and no flush finds it"),
     _M('any child will do', 'page_fault', 'child.gfn == gfn and child.role == role: return None', 'child.gfn == gfn: return None', "a table made for other rights is used"),
@@ -118,8 +118,8 @@ FAULT_MUTANTS = (
     _M('WP=0 and SMEP', 'shadow_fault', 'if role.ext.cr4_smep: walked.pte_access &= ~ACC_EXEC', 'pass', "the supervisor executes a user page"),
     _M('children without rights', 'shadow_fault', 'False, walked.pt_access[level - 1])', 'False, 7)', "what the levels above refuse is allowed"),
     _M('leaf with all rights', 'shadow_fault', 'result = set_spte(vcpu, sp, index, walked.pte_access,', 'result = set_spte(vcpu, sp, index, 7,', "what the guest refuses is allowed"),
-    _M('fault never stale', 'shadow_fault', "if not make_pages_available(vm) or is_stale(vcpu, fault): return 'RETRY'", "if not make_pages_available(vm): return 'RETRY'", "a frame the host took away meanwhile is mapped, or a zapped root filled"),
-    _M('no room made', 'shadow_fault', "if not make_pages_available(vm) or is_stale(vcpu, fault): return 'RETRY'", "if is_stale(vcpu, fault): return 'RETRY'", "more tables than userspace allows"),
+    _M('fault never stale', 'shadow_fault', "    if is_stale(vcpu, fault): return 'RETRY'\n    return fetch", "    return fetch", "a frame the host took away meanwhile is mapped, or a zapped root filled"),
+    _M('no room made', 'shadow_fault', "    if not make_pages_available(vm): return 'ENOSPC'\n", "", "more tables than userspace allows"),
     _M('INVLPG without flush', 'invlpg', 'if is_present(spte): remote_flush(vm)', 'pass', "another vCPU's TLB keeps what no list knows"),
     _M('INVLPG looks away', 'invlpg', 'zap_entry(vm, sp, index)', 'pass', "the stale entry stays"),
     _M('fault keeps the entry', 'invlpg', 'if code & int(Pferr.PRESENT) and not code & int(Pferr.RSVD): invalidate_gva(vcpu, mmu, fault.gva, mmu.root.hpa)', 'pass', "the address that faulted answers from a stale entry"),

@@ -236,7 +236,7 @@ def _broken(vm: Vm, number: 'int | str', why: str):
     "Stop the story: an invariant does not hold."
     raise broken_invariant(vm, number, why)
 
-# %% ../../nbs/review/16_theorem.ipynb #8dfc207b
+# %% ../../nbs/review/16_theorem.ipynb #a1c8301b
 KINDS = (0, WRITE, USER, USER | WRITE, FETCH, USER | FETCH)
 SAMPLE = [(page, kind) for page in (*PAGES, LARGE + 0x1000, LARGE + 0x18_000, 0x18_000, 0x20_000) for kind in KINDS]      # What is looked at
 
@@ -302,10 +302,15 @@ class Story:
         n, do, pcide = event['vcpu'], event['do'], before[2] & Cr4.PCIDE
         def here(pcid): return lambda cr3, pgd, l2: (self.setting.svm or (pgd, l2) == after[4:]) and (pcid is None or pcid_of(cr3) == pcid)
         if do == 'set_cr3' and pcide and event['value'] & CR3_NOFLUSH: self._kept(n, (after[1], *after[4:]))
+        elif do == 'set_cr3' and self.setting.host == 'shadow, VMX' and not pcide: self._loaded(n, here(None), after[1])
         elif do == 'set_cr3': self._forget_all(n, here(pcid_of(event['value']) if pcide else None))
         elif do == 'invpcid' and event['kind'] == 0: self._forget(n, event['at'], event['pcid'], after[4:])
         elif do == 'invpcid': self._forget_all(n, here(event['pcid'] if event['kind'] == 1 else None))
         elif flushes(do, before, after): self._forget_all(n, here(None))
+
+    def _loaded(self, n, here, loaded):
+        "MOV to CR3 on VMX: 6.1 brings only the root it loads up to date, see below."
+        self._forget_all(n, lambda cr3, pgd, l2: here(cr3, pgd, l2) and cr3 == loaded)
 
     def _kept(self, n, world):
         "Back in a world nobody has flushed, maybe under other flags than when it was left."

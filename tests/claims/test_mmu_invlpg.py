@@ -156,6 +156,15 @@ def test_nothing_is_prefetched_while_the_host_takes_frames_away_above_level_1_or
         assert (len(sp.sptes) > 1) == (not why), why
 
 
+@pytest.mark.claim('nbs/mmu/16_invlpg.ipynb', 'd5ce4397', "below a large page of the guest's the neighbours in memory are mapped, whether or not there are A bits to tell them by")
+def test_below_a_large_page_of_the_guest_s_the_neighbours_in_memory_are_mapped_whether_or_not_there_are_a_bits_to_tell_them_by():
+    for ad_disabled in (0, 1):
+        vcpu, = guest(vmx_host(4, 4), prefetch=True)
+        sp = get_shadow_page(vcpu, 0x100, replace(child_role(to_shadow_page(vcpu.vm, vcpu.mmu.root.hpa).role, 0, True, 7), level=1, guest_mode=1, ad_disabled=ad_disabled))
+        pte_prefetch(vcpu, None, sp, 3)
+        assert set(sp.sptes) == {0, 1, 2, 4, 5, 6, 7}
+
+
 @pytest.mark.claim('nbs/mmu/16_invlpg.ipynb', 'd87ac017', "INVLPG touches an entry only below a stale table, and then makes of it what the guest's entry says now")
 def test_invlpg_touches_an_entry_only_below_a_stale_table_and_then_makes_of_it_what_the_guest_s_entry_says_now():
     for stale, gpte in ((False, 0x10_1067), (True, 0x10_1067), (True, 0x10_1065), (True, 0), (True, 0x10_1047)):

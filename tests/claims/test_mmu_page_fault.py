@@ -481,6 +481,20 @@ def test_no_neighbour_is_mapped_that_the_log_must_name_that_the_host_has_not_at_
     assert set(prefetched(0x103, host=vmx_host(4, 4, ad=False, tdp_mmu=False))[1]) == {0x103}
 
 
+@pytest.mark.claim('nbs/mmu/15_page_fault.ipynb', 'fe49d9a8', 'a page the host has not at hand ends its run of empty neighbours and not the next run; the first of a run, all of it; a run must lie in one slot')
+def test_a_page_the_host_has_not_at_hand_ends_its_run_of_empty_neighbours_and_not_the_next_run_the_first_of_a_run_all_of_it_a_run_must_lie_in_one_slot():
+    for absent, before, mapped in ((0x106, (), range(0x100, 0x106)), (0x101, (), [0x100, 0x103, 0x104, 0x105, 0x106, 0x107]), (0x100, (), [0x103])):
+        vcpu, = guest(svm_host(4, tdp_mmu=False), prefetch=True)
+        vcpu.vm.moved[absent] = 0x1234, False                     # Merged with another: not to be had for writing
+        direct_page_fault(vcpu, Fault(0x10_3000, U, is_tdp=True))
+        assert set(last_entry(vcpu, 0x10_3000)[0].sptes) == set(mapped)
+    assert set(prefetched(0x403, memory=[(0x40_0000, 0x5000)])[1]) == {3}
+    vcpu, = guest(svm_host(4, tdp_mmu=False), prefetch=True)
+    add_ram(vcpu.vm.memory, 0x40_0000, 0x6000)                     # Frames 0x400 to 0x405: the group ends in a hole
+    direct_page_fault(vcpu, Fault(0x40_3000, U, is_tdp=True))
+    assert set(last_entry(vcpu, 0x40_3000)[0].sptes) == {0, 1, 2, 3}
+
+
 @pytest.mark.claim('nbs/mmu/15_page_fault.ipynb', 'c69b17a4', 'a fault that changes nothing maps no neighbour')
 def test_a_fault_that_changes_nothing_maps_no_neighbour():
     vcpu, entries = prefetched(0x103, before=(0x103,))
@@ -497,6 +511,15 @@ def test_where_no_slot_is_the_entry_remembers_that_the_instruction_is_emulated_a
     vcpu.mmio = None
     vcpu.vm.generation += 1
     assert handle_mmio(vcpu, 1 << 40) == 'INVALID'
+
+
+@pytest.mark.claim('nbs/mmu/15_page_fault.ipynb', '19ad2ff5', "where the root's own entry is empty there is no note to find, and the guest tries again")
+def test_where_the_root_s_own_entry_is_empty_there_is_no_note_to_find_and_the_guest_tries_again():
+    memory, (cr0, cr4, efer) = ram((0, 1 << 22)), map(int, MODES['PAE'])
+    vcpu = new_vcpu(Vm(svm_host(4, npt=False), memory, prefetch=False), cr0=cr0, cr3=0x1000, cr4=cr4, efer=efer)
+    vcpu.root_mmu.pdptrs = [0x2001, 0, 0, 0]
+    enter_guest(vcpu)
+    assert [handle_mmio(vcpu, gva) for gva in (0, 0xc000_0000)] == ['RETRY', 'RETRY']
 
 
 @pytest.mark.claim('nbs/mmu/15_page_fault.ipynb', 'd9e74c3a', 'the note names the frame and the generation, whatever they are, and holds exactly until the slots change')

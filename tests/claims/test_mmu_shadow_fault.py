@@ -273,6 +273,15 @@ def test_a_fault_that_would_take_more_tables_than_userspace_allows_makes_room_fi
     assert page_fault(vcpu, 0x3000, 0) == ('RETRY', 'FIXED') and vm.n_used <= vm.n_max
 
 
+@pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', '8ff3aaed', 'where not one table can be freed the fault ends in an error for userspace, under a shadow and without one')
+def test_where_not_one_table_can_be_freed_the_fault_ends_in_an_error_for_userspace_under_a_shadow_and_without_one():
+    for host, at in ((svm_host(4, npt=False), 0x40_0000), (svm_host(4, tdp_mmu=False), 0x10_0000)):
+        vcpu, = guest(host)
+        assert vcpu.vm.n_used == 1                                 # The root, in use
+        vcpu.vm.n_max = 1
+        assert [page_fault(vcpu, at, 0) for _ in range(2)] == [('ENOSPC', 'ENOSPC')] * 2
+
+
 @pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', 'd61b1da5', "below a guest's large page the table is direct, has the large entry's rights, and every page of it leads to its frame; a large page of the host's needs none")
 def test_below_a_guest_s_large_page_the_table_is_direct_has_the_large_entry_s_rights_and_every_page_of_it_leads_to_its_frame_a_large_page_of_the_host_s_needs_none():
     for entry, write in ((0x20_00e7, False), (0x20_00a7, False), (0x20_00a7, True), (0x20_00e5, False)):
@@ -441,6 +450,19 @@ def test_a_guest_without_paging_gets_pages_of_2_mib_at_most_under_npt_its_pages_
         vcpu.vm.host_levels[0] = 3
         enter_guest(vcpu)
         assert page_fault(vcpu, 0x4000_0000, U) == ('RETRY', 'FIXED') and last_entry(vcpu, 0x4000_0000)[0].role.level == level
+
+
+@pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', 'e1406cd5', 'of a 4 MiB page only the half the address is in counts: KVM maps no more of it at once')
+def test_of_a_4_mib_page_only_the_half_the_address_is_in_counts_kvm_maps_no_more_of_it_at_once():
+    for directory, gva, level in ((0x650, 0x40_3000, 2), (0x650, 0x60_3000, 1), (0x650, 0x65_0000, 1), (0x450, 0x40_3000, 1), (0x450, 0x60_3000, 2)):
+        memory, (cr0, cr4, efer) = ram((0, 1 << 24)), map(int, MODES['2-level'])
+        write_entry(memory, (directory << 12) + 4, 4, 0x40_00e7)   # 4 MiB at 0x40_0000, onto itself
+        vm = Vm(svm_host(4, npt=False), memory, prefetch=False)
+        vm.host_levels[0] = 2
+        vcpu = new_vcpu(vm, cr0=cr0, cr3=directory << 12, cr4=cr4 | int(Cr4.PSE), efer=efer)
+        enter_guest(vcpu)
+        page_fault(vcpu, gva, W)
+        assert last_entry(vcpu, gva)[0].role.level == level
 
 
 @pytest.mark.claim('nbs/mmu/17_shadow_fault.ipynb', '0567f43a', 'the handlers see the lower half of the error code, whatever the processor says above')

@@ -69,6 +69,27 @@ def test_after_a_fault_for_a_reserved_bit_the_stale_entry_of_that_address_still_
     assert truth(vcpu, page, 0) is None and answer_of(vcpu, page, 0) == f"frame {old:#x}"
 
 
+@pytest.mark.claim('nbs/review/16_theorem.ipynb', 'adaa1951', "after MOV to CR3 has flushed L2's world, a VM entry with a VPID leads to an answer from before")
+def test_after_mov_to_cr3_has_flushed_l2_s_world_a_vm_entry_with_a_vpid_leads_to_an_answer_from_before():
+    story = Story(Setting('shadow, VMX', '4-level', '4-level'), 1)
+    page, vcpu = PAGES[0], story.machine.vcpus[0]
+    def happen(do, **what):
+        story.machine.happen(dict(do=do, vcpu=0, **what))
+        enter_guest(vcpu)
+    def enter(cr3): happen('enter_l2', cr0=int(vcpu.cr0), cr3=cr3, cr4=int(vcpu.cr4), efer=int(vcpu.efer))
+    enter(ROOTS['Y'])
+    old = truth(vcpu, page, 0)
+    happen('read', at=page)
+    happen('write', at=story.world.ways['Y', page][-1][0], value=0, size=8)
+    happen('set_cr3', value=ROOTS['X'])
+    happen('leave_l2')
+    enter(ROOTS['Y'])
+    assert truth(vcpu, page, 0) is None and answer_of(vcpu, page, 0) == f"frame {old:#x}"
+    happen('set_cr3', value=ROOTS['X'])
+    happen('set_cr3', value=ROOTS['Y'])
+    assert answer_of(vcpu, page, 0) == 'asks KVM'                  # The way by MOV to CR3
+
+
 @pytest.mark.claim('nbs/review/16_theorem.ipynb', '6f07752a', 'for an L1 without NX the workaround for large pages sets a bit that KVM itself takes for reserved, and the guest gets its page')
 def test_for_an_l1_without_nx_the_workaround_for_large_pages_sets_a_bit_that_kvm_itself_takes_for_reserved_and_the_guest_gets_its_page():
     story = Story(Setting('NPT', '2-level', 'nonpaging', True), 1, everything=True)
