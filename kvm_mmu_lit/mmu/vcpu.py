@@ -32,18 +32,18 @@ from .shadow_page import Vm
 from .sync import pte_write
 from .tlb import processor_access
 
-# %% ../../nbs/mmu/23_vcpu.ipynb #9af6db84
+# %% ../../nbs/mmu/23_vcpu.ipynb #b9e5b6ff
 @dataclass(frozen=True)
 class Outcome:
     "How an access ended."
-    what: str              # 'done', 'fault', 'mmio', 'exit to L1', 'dead' or, where `KVM_RUN` fails, 'EFAULT'
+    what: str              # 'done', 'fault', 'mmio', 'exit to L1', 'dead' or, where `KVM_RUN` fails, 'EFAULT' or 'ENOSPC'
     gpa: int = 0           # In the memory slots' space, when it is 'done' or 'mmio'
     value: int = 0         # What was read
     fault: 'Injected | None' = None
     exits: int = 0         # How often KVM had to look
     emulated: bool = False # KVM did the access itself
 
-# %% ../../nbs/mmu/23_vcpu.ipynb #f63eb1e1
+# %% ../../nbs/mmu/23_vcpu.ipynb #b6036d92
 MAX_EXITS = 64             # More are a loop: the kernel would hang here
 
 def access(
@@ -55,7 +55,7 @@ def access(
 ) -> Outcome:
     "One access of the guest's, to its end. KVM: `vcpu_enter_guest` (x86.c) and what it calls."
     for exits in range(MAX_EXITS):
-        if not enter_guest(vcpu): return Outcome('dead', exits=exits)
+        if not enter_guest(vcpu): return Outcome('dead' if 'TRIPLE_FAULT' in vcpu.requests else 'ENOSPC', exits=exits)
         vcpu.vm.point('in guest')
         if vcpu.requests: continue         # Whoever asked waits until the vCPU has left the guest
         found = processor_access(vcpu, gva, kind)
@@ -79,7 +79,7 @@ def _told_by_processor(vcpu, found):
     code = int(getattr(fault, 'error_code', 0))
     return Injected('guest', '#PF' if hasattr(fault, 'error_code') else '#GP', getattr(fault, 'gva', 0), code)
 
-# %% ../../nbs/mmu/23_vcpu.ipynb #bb7cd8d7
+# %% ../../nbs/mmu/23_vcpu.ipynb #cbf4390e
 def handle_exit(
     vcpu: Vcpu,
     found: Exit,
@@ -93,7 +93,7 @@ def handle_exit(
     KVM: `kvm_handle_page_fault` (mmu/mmu.c), `npf_interception` (svm/svm.c), `handle_ept_violation` (vmx/vmx.c)."""
     vcpu.injected, vcpu.npf_info = None, found.error_code if vcpu.host.has_tdp else None
     what, _ = page_fault(vcpu, found.addr, found.error_code)
-    if what == 'EFAULT': return 'EFAULT',
+    if what in ('EFAULT', 'ENOSPC'): return what,
     ended = _injected(vcpu) if vcpu.injected is not None else emulate(vcpu, gva, kind, value, size) if what == 'EMULATE' else ()
     vcpu.npf_info = None
     return ended

@@ -56,6 +56,18 @@ def setup_cells():
         return vcpu
 
 
+@pytest.mark.claim('nbs/mmu/23_vcpu.ipynb', '746e7fe9', 'where no table is free, for a root or for a page, `KVM_RUN` fails, and with room the same access is done')
+def test_where_no_table_is_free_for_a_root_or_for_a_page_kvm_run_fails_and_with_room_the_same_access_is_done():
+    for has_root in (False, True):
+        vcpu = new_vcpu(Vm(svm_host(4, npt=False), ram((0, 1 << 22)), prefetch=False), cr0=0x11)
+        vcpu.tlb = Tlb()
+        if has_root: enter_guest(vcpu)
+        vcpu.vm.n_max = vcpu.vm.n_used
+        assert access(vcpu, 0x1000, 0).what == 'ENOSPC'
+        vcpu.vm.n_max = None
+        assert access(vcpu, 0x1000, 0).what == 'done'
+
+
 @pytest.mark.claim('nbs/mmu/23_vcpu.ipynb', '661d3bf4', 'the picture tells the loop as it was: each entry, each exit with its code, and the end')
 def test_the_picture_tells_the_loop_as_it_was_each_entry_each_exit_with_its_code_and_the_end():
     drawn = draw_loop(guest()[0], 0x40_0010, WRITE, value=7).events
