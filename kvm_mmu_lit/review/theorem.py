@@ -236,7 +236,7 @@ def _broken(vm: Vm, number: 'int | str', why: str):
     "Stop the story: an invariant does not hold."
     raise broken_invariant(vm, number, why)
 
-# %% ../../nbs/review/16_theorem.ipynb #a1c8301b
+# %% ../../nbs/review/16_theorem.ipynb #47bf3351
 KINDS = (0, WRITE, USER, USER | WRITE, FETCH, USER | FETCH)
 SAMPLE = [(page, kind) for page in (*PAGES, LARGE + 0x1000, LARGE + 0x18_000, 0x18_000, 0x20_000) for kind in KINDS]      # What is looked at
 
@@ -297,6 +297,7 @@ class Story:
         elif do == 'invvpid': self._forget_all(n, lambda cr3, pgd, l2: l2)
         elif answer is None: self._flushed_by_register(event, before[n], after)
         if switched and self.setting.svm: self._entered(n, after)
+        elif switched and self.setting.host == 'shadow, VMX': self._kept(n, (after[1], *after[4:]))
 
     def _flushed_by_register(self, event, before, after):
         n, do, pcide = event['vcpu'], event['do'], before[2] & Cr4.PCIDE
@@ -313,11 +314,13 @@ class Story:
         self._forget_all(n, lambda cr3, pgd, l2: here(cr3, pgd, l2) and cr3 == loaded)
 
     def _kept(self, n, world):
-        "Back in a world nobody has flushed, maybe under other flags than when it was left."
+        "Back in a world nobody has flushed, maybe under other flags than when it was left. Its shadow is shared: what another vCPU has not flushed answers too, see below."
         allowed = self.allowed[n].setdefault(world, {})
-        for (here, _), known in self.known[n].items():
-            for key, frame in known.items() if (here[1], *here[4:]) == world else ():
-                if frame is not None: allowed.setdefault(key, set()).add(frame)
+        for m in range(len(self.known)) if not HOSTS[self.setting.host].has_tdp else (n,):
+            for (here, _), known in self.known[m].items():
+                for key, frame in known.items() if (here[1], *here[4:]) == world else ():
+                    if frame is not None: allowed.setdefault(key, set()).add(frame)
+            for key, frames in list(self.allowed[m].get(world, {}).items()): allowed.setdefault(key, set()).update(frames)
 
     def _entered(self, n, after):
         "SVM: into L2 or out of it with a flush of the context entered."

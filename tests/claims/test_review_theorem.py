@@ -90,6 +90,28 @@ def test_after_mov_to_cr3_has_flushed_l2_s_world_a_vm_entry_with_a_vpid_leads_to
     assert answer_of(vcpu, page, 0) == 'asks KVM'                  # The way by MOV to CR3
 
 
+@pytest.mark.claim('nbs/review/16_theorem.ipynb', 'c97d0759', 'back in L2 with a VPID, a vCPU is led to a frame the page had only while this vCPU was away')
+def test_back_in_l2_with_a_vpid_a_vcpu_is_led_to_a_frame_the_page_had_only_while_this_vcpu_was_away():
+    story = Story(Setting('shadow, VMX', '4-level', '4-level', vcpus=2), 1)
+    page, (here, there) = PAGES[0], story.machine.vcpus
+    def happen(vcpu, do, **what):
+        story.machine.happen(dict(do=do, vcpu=vcpu.index, **what))
+        enter_guest(vcpu)
+    def enter(vcpu): happen(vcpu, 'enter_l2', cr0=int(vcpu.cr0), cr3=ROOTS['Y'], cr4=int(vcpu.cr4), efer=int(vcpu.efer))
+    enter(here)
+    entry, new = story.world.ways['Y', page][-1][0], truth(here, page, 0) ^ 1
+    happen(here, 'leave_l2')
+    enter(there)
+    for value in (new << 12 | 0x67, 0):
+        happen(there, 'write', at=entry, value=value, size=8)
+        happen(there, 'read', at=page)
+        if value: assert truth(there, page, 0) == new
+    enter(here)
+    assert truth(here, page, 0) is None and answer_of(here, page, 0) == f"frame {new:#x}"
+    happen(there, 'invlpg', at=page)
+    assert answer_of(here, page, 0) == 'asks KVM'                  # The other's flush is a flush for all
+
+
 @pytest.mark.claim('nbs/review/16_theorem.ipynb', '6f07752a', 'for an L1 without NX the workaround for large pages sets a bit that KVM itself takes for reserved, and the guest gets its page')
 def test_for_an_l1_without_nx_the_workaround_for_large_pages_sets_a_bit_that_kvm_itself_takes_for_reserved_and_the_guest_gets_its_page():
     story = Story(Setting('NPT', '2-level', 'nonpaging', True), 1, everything=True)
