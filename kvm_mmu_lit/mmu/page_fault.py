@@ -142,7 +142,7 @@ def link(
         sp.unsync_children += 1
         if sp.unsync_children == 1: mark_parents_unsync(vm, sp)
 
-# %% ../../nbs/mmu/15_page_fault.ipynb #072843a8
+# %% ../../nbs/mmu/15_page_fault.ipynb #4542a9c0
 def faultin(vcpu: Vcpu, fault: Fault, access: int) -> str:
     "Find the host's frame, or learn that there is none. KVM: `kvm_faultin_pfn`, `handle_abnormal_pfn` (mmu/mmu.c)."
     vm = vcpu.vm
@@ -150,8 +150,8 @@ def faultin(vcpu: Vcpu, fault: Fault, access: int) -> str:
     found = host_frame(vm, fault.gfn)
     fault.has_slot = found is not None
     if found is not None:
-        if fault.write and fault.gfn in vm.moved: found = vm.moved[fault.gfn] = found[0], True     # The host lets go of its write protection
-        fault.pfn, fault.map_writable = found
+        if fault.write and fault.gfn in vm.moved: vm.moved[fault.gfn] = found[0], True     # The host lets go of its write protection
+        fault.pfn, fault.map_writable = host_frame(vm, fault.gfn)
         return 'EMULATE' if fault.write and not fault.map_writable else 'CONTINUE'
     cache_mmio(vcpu, 0 if fault.is_tdp else fault.addr, fault.gfn, access & vm.masks.mmio_access)
     return 'CONTINUE' if vm.masks.mmio_value else 'EMULATE'

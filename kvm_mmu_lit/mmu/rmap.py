@@ -51,15 +51,17 @@ def set_translation(sp: ShadowPage, index: int, gfn: int, access: int):
     if sp.has_gptes: sp.translation[index] = gfn << PAGE_SHIFT | access
     else: kvm_bug_on(gfn != page_gfn(sp, index), f"slot {index} of {sp.role} maps frame {gfn:#x}, must be {page_gfn(sp, index):#x}")
 
-# %% ../../nbs/mmu/07_rmap.ipynb #9d434bed
+# %% ../../nbs/mmu/07_rmap.ipynb #92b5aece
 def host_frame(
     vm: Vm,
     gfn: int,
 ) -> 'tuple | None':       # (host frame, may it be written); None in a hole
     "What the host keeps a guest frame in. KVM: `__gfn_to_pfn_memslot` (virt/kvm/kvm_main.c)."
-    if gfn in vm.moved: return vm.moved[gfn]
     slot = vm.memory.slot(gfn)
     if slot is None: return None
+    if gfn in vm.moved:
+        there = vm.moved[gfn]
+        return there and (there[0], there[1] and not slot.readonly)
     base = vm.slot_pfns.setdefault(slot.base_gfn, slot.base_gfn + (1 << 24))
     return base + gfn - slot.base_gfn, not slot.readonly
 

@@ -154,6 +154,16 @@ def test_a_stale_table_is_marked_on_every_way_that_leads_to_it_a_table_in_sync_o
         assert [table.unsync_children for _, table, _ in way] == [int(stale)] * 3
 
 
+@pytest.mark.claim('nbs/mmu/15_page_fault.ipynb', '338cdf79', 'a ROM stays one when the host puts another page behind it, also for the write that would undo a merge')
+def test_a_rom_stays_one_when_the_host_puts_another_page_behind_it_also_for_the_write_that_would_undo_a_merge():
+    vcpu, = guest(svm_host(4))
+    add_ram(vcpu.vm.memory, 0x50_0000, 0x1000, readonly=True)
+    for there in (None, (0x7777, True), (0x7778, False)):
+        if there: vcpu.vm.moved[0x500] = there
+        fault = Fault(0x50_0000, W, is_tdp=True, gfn=0x500)
+        assert faultin(vcpu, fault, 7) == 'EMULATE' and not fault.map_writable
+
+
 @pytest.mark.claim('nbs/mmu/15_page_fault.ipynb', 'df5db508', 'a write to memory that may only be read, and a hole that no entry can remember, end the fault at once; all else goes on')
 def test_a_write_to_memory_that_may_only_be_read_and_a_hole_that_no_entry_can_remember_end_the_fault_at_once_all_else_goes_on():
     for gfn, write, caching in product((0x100, 0x500, 0x900), (False, True), (False, True)):
