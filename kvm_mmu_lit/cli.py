@@ -211,7 +211,8 @@ def bit_rows(rows: list) -> list:
 
 def run_decode_spte(args) -> int:
     "`kvm-mmu decode spte`: an entry KVM writes, its bits and what KVM concludes from them."
-    from kvm_mmu_lit.mmu.spte import ad_enabled, base_masks, decode_spte, draw_spte, ept_masks, spte_fields
+    from kvm_mmu_lit.mmu.make_spte import decode_spte
+    from kvm_mmu_lit.mmu.spte import ad_enabled, base_masks, draw_spte, ept_masks, spte_fields
     masks = ept_masks(has_ad=ad_enabled(args.value)) if args.ept else base_masks()
     told = decode_spte(masks, args.value, args.level)
     rows = [(f.high, f.low, f.name, f.value(args.value), f.meaning) for f in spte_fields(masks, args.value)]

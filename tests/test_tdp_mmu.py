@@ -7,15 +7,18 @@ from hypothesis import given, settings, strategies as st
 from kvm_mmu_lit.guest.memory import ram
 from kvm_mmu_lit.mmu.contexts import KvmBug
 from kvm_mmu_lit.mmu.cpu_role import PageRole
+from kvm_mmu_lit.mmu.make_spte import make_mmio_spte, make_spte
 from kvm_mmu_lit.mmu.root_role import svm_host, vmx_host
 from kvm_mmu_lit.mmu.shadow_page import Vm
-from kvm_mmu_lit.mmu.spte import (REMOVED_SPTE, ad_enabled, is_accessed, is_large, is_last, is_mmu_writable, is_present, is_writable,
-                                  make_mmio_spte, make_spte, spte_pfn)
-from kvm_mmu_lit.mmu.tdp_mmu import (TdpIter, disallowed_hugepage_adjust, remote_flush, tdp_age_gfn_range, tdp_clear_dirty_pt_masked,
-    tdp_clear_dirty_slot, tdp_get_root, tdp_invalidate_all_roots, tdp_iterate, tdp_leaf, tdp_map, tdp_put_root, tdp_roots,
-    tdp_set_spte, tdp_set_spte_atomic, tdp_set_spte_gfn, tdp_split_huge_pages, tdp_test_age, tdp_unmap_gfn_range,
-    tdp_write_protect_gfn, tdp_wrprot_slot, tdp_zap_all, tdp_zap_collapsible, tdp_zap_invalidated_roots, tdp_zap_leafs, tdp_zap_root,
-    tdp_zap_sp)
+from kvm_mmu_lit.mmu.spte import (REMOVED_SPTE, ad_enabled, is_accessed, is_large, is_last, is_mmu_writable, is_present,
+                                  is_writable, spte_pfn)
+from kvm_mmu_lit.mmu.tdp_mmu import (TdpIter, remote_flush, tdp_get_root, tdp_iterate, tdp_leaf, tdp_map, tdp_put_root,
+                                     tdp_roots, tdp_set_spte, tdp_set_spte_atomic)
+from kvm_mmu_lit.mmu.tdp_ranges import (disallowed_hugepage_adjust, tdp_age_gfn_range, tdp_clear_dirty_pt_masked,
+                                        tdp_clear_dirty_slot, tdp_invalidate_all_roots, tdp_set_spte_gfn,
+                                        tdp_split_huge_pages, tdp_test_age, tdp_unmap_gfn_range, tdp_write_protect_gfn,
+                                        tdp_wrprot_slot, tdp_zap_all, tdp_zap_collapsible, tdp_zap_invalidated_roots,
+                                        tdp_zap_leafs, tdp_zap_root, tdp_zap_sp)
 
 ROLE = PageRole(level=4, direct=1, access=7)
 HOSTS = [svm_host(), vmx_host(), vmx_host(ad=False)]

@@ -26,7 +26,8 @@ from ..guest.permissions import FETCH, IMPLICIT, USER, WRITE, Pferr, permission_
 from ..guest.registers import Cr0, Cr4, Efer, Registers, Rflags
 from ..guest.reserved import (RsvdBits, can_use_gbpages, guest_rsvd_check, is_rsvd_bits_set, reset_rsvds_bits_mask, reset_rsvds_bits_mask_ept, rsvd_bits,
                                         shadow_zero_check, tdp_shadow_zero_check)
-from ..mmu.spte import GEN_BITS, SpteMasks, base_masks, ept_masks, make_mmio_spte, mmio_access, mmio_gen, mmio_gfn
+from ..mmu.make_spte import make_mmio_spte, mmio_access, mmio_gen, mmio_gfn
+from ..mmu.spte import GEN_BITS, SpteMasks, base_masks, ept_masks
 
 # %% ../../nbs/evidence/08_kernel_tables.ipynb #16c8e822
 _ROLE_BITS = dict(has_4_byte_gpte=4, direct=7, invalid=11, efer_nx=12, cr0_wp=13, smep_andnot_wp=14, smap_andnot_wp=15, ad_disabled=16, guest_mode=17,

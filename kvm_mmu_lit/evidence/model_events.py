@@ -19,8 +19,9 @@ from ..draw.timeline import Event, Timeline
 from .event_forms import PROBES
 from .ftrace import format_event, make_event
 from ..mmu.contexts import Did
+from ..mmu.make_spte import mmio_gen
 from ..mmu.shadow_page import ShadowPage, Vm
-from ..mmu.spte import SPTE_ADDRESS, SpteMasks, is_executable, is_last, is_present, mmio_gen
+from ..mmu.spte import SPTE_ADDRESS, SpteMasks, is_executable, is_last, is_present
 
 # %% ../../nbs/evidence/19_model_events.ipynb #7d768e4a
 def sp_fields(

@@ -32,11 +32,13 @@ from ..guest.permissions import Pferr
 from ..guest.reserved import bit_runs
 from ..mmu.contexts import NUM_PREV_ROOTS, KvmBug, Mmu
 from ..mmu.cpu_role import EXT_FIELDS, ROLE_FIELDS, CpuRole, ExtendedRole, PageRole
+from ..mmu.make_spte import make_nonleaf_spte, mmio_gen_bits
 from ..mmu.page_fault import RET_PF
 from ..mmu.register_writes import CR0_ROLE_BITS, CR4_ROLE_BITS, EFER_ROLE_BITS
 from ..mmu.root_role import PT32E_ROOT_LEVEL, PT64_ROOT_4LEVEL, PT64_ROOT_5LEVEL
-from ..mmu.spte import (GEN_BITS, L1TF_LENGTH, REMOVED_SPTE, SPTE_AD_DISABLED, SPTE_AD_MASK, SPTE_AD_WRPROT_ONLY, SPTE_ADDRESS, SPTE_PRESENT,
-                                  SPTE_SAVED_SHIFT, base_masks, ept_masks, make_nonleaf_spte, mark_access_track, mmio_gen_bits, with_mmio)
+from ..mmu.spte import (GEN_BITS, L1TF_LENGTH, REMOVED_SPTE, SPTE_AD_DISABLED, SPTE_AD_MASK,
+                                  SPTE_AD_WRPROT_ONLY, SPTE_ADDRESS, SPTE_PRESENT, SPTE_SAVED_SHIFT, base_masks,
+                                  ept_masks, mark_access_track, with_mmio)
 
 # %% ../../nbs/evidence/12_vectors.ipynb #4ffffb5c
 CHECKS = {   # (kind of file, group) -> ((what, function that gives rows), ...)

@@ -29,8 +29,9 @@ from ..mmu.cpu_role import MODES
 from ..mmu.guest_tables import registers_of
 from ..mmu.hardware import FETCH, GUEST_PAGE, USER, WRITE, Exit, host_walk, tdp_access
 from ..mmu.machine import Machine, new_machine
+from ..mmu.make_spte import decode_spte
 from ..mmu.play import HOST_KINDS
-from ..mmu.spte import decode_spte, is_last, is_present
+from ..mmu.spte import is_last, is_present
 from ..mmu.vcpu import Outcome, access
 from ..review.theorem import FORMAT_OF, with_root
 

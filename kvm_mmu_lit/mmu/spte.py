@@ -11,29 +11,24 @@ masks are a value, and everything here is plain arithmetic on 64-bit numbers.
 # %% auto #0
 __all__ = ['SPTE_PRESENT', 'SPTE_WRITABLE', 'SPTE_LARGE', 'SPTE_ADDRESS', 'SPTE_AD_MASK', 'SPTE_AD_DISABLED',
            'SPTE_AD_WRPROT_ONLY', 'SPTE_SAVED_SHIFT', 'REMOVED_SPTE', 'GEN_BITS', 'L1TF_LENGTH', 'ACC_EXEC',
-           'ACC_WRITE', 'ACC_USER', 'MT_UC', 'MT_WB', 'EPT_MT_SHIFT', 'SpteMasks', 'base_masks', 'with_mmio',
-           'ept_masks', 'svm_adjust_mmio_mask', 'masks_of', 'with_me', 'is_present', 'is_large', 'is_last',
-           'is_writable', 'spte_pfn', 'ad_enabled', 'ad_need_write_protect', 'is_mmu_writable', 'is_host_writable',
-           'is_mmio', 'is_access_track', 'is_accessed', 'is_dirty', 'is_executable', 'has_volatile_bits', 'spte_fields',
-           'draw_spte', 'check_writable', 'writable_state', 'mark_access_track', 'restore_access_track', 'make_spte',
-           'show_make_spte', 'make_nonleaf_spte', 'changed_pfn_spte', 'split_spte', 'make_executable', 'writable_moves',
-           'draw_writable_states', 'mmio_gen_bits', 'mmio_gen', 'make_mmio_spte', 'mmio_gfn', 'mmio_access',
-           'show_mmio', 'decode_spte', 'vmx_mt_mask', 'is_mmio_pfn', 'reset_shadow_zero_check', 'is_rsvd_spte']
+           'ACC_WRITE', 'ACC_USER', 'SpteMasks', 'base_masks', 'with_mmio', 'ept_masks', 'svm_adjust_mmio_mask',
+           'masks_of', 'with_me', 'is_present', 'is_large', 'is_last', 'is_writable', 'spte_pfn', 'ad_enabled',
+           'ad_need_write_protect', 'is_mmu_writable', 'is_host_writable', 'is_mmio', 'is_access_track', 'is_accessed',
+           'is_dirty', 'is_executable', 'has_volatile_bits', 'spte_fields', 'draw_spte', 'check_writable',
+           'writable_state', 'mark_access_track', 'restore_access_track']
 
-# %% ../../nbs/mmu/04_spte.ipynb #c2fc79ad
+# %% ../../nbs/mmu/04_spte.ipynb #61b8bd8d
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ..draw.bits import BitStrip
 from ..draw.explore import number
-from ..draw.graph import Graph
 from ..draw.ink import Hex
 from ..guest.addresses import PAGE_SHIFT
-from ..guest.gpte import EPT_IPAT, PT64_NX, PT_ACCESSED, PT_DIRTY, PT_PRESENT, PT_USER, GpteField
-from ..guest.reserved import RsvdBits, reset_rsvds_bits_mask_ept, rsvd_bits, shadow_zero_check, tdp_shadow_zero_check
+from ..guest.gpte import PT64_NX, PT_ACCESSED, PT_DIRTY, PT_PRESENT, PT_USER, GpteField
+from ..guest.reserved import rsvd_bits
 from .contexts import kvm_bug_on
-from .cpu_role import PageRole
-from .root_role import KINDS, PT32E_ROOT_LEVEL, Host
+from .root_role import Host
 
 # %% ../../nbs/mmu/04_spte.ipynb #31e481a4
 SPTE_PRESENT = 1 << 11             # `SPTE_MMU_PRESENT_MASK`: KVM's own word that an entry maps something
@@ -290,227 +285,3 @@ def restore_access_track(masks: SpteMasks, spte: int) -> int:
     "Give R and X back; W stays away. KVM: `restore_acc_track_spte` (mmu/spte.h)."
     saved = spte >> SPTE_SAVED_SHIFT & 5
     return spte & ~masks.acc_track & ~(5 << SPTE_SAVED_SHIFT) | saved
-
-# %% ../../nbs/mmu/04_spte.ipynb #c45b95b0
-def make_spte(
-    masks: SpteMasks,
-    role: PageRole,            # Of the table it stands in
-    access: int,               # Rights to grant, 0..7
-    pfn: int,
-    old_spte: int = 0,         # What stands there now
-    prefetch: bool = False,    # Nobody has accessed it yet
-    host_writable: bool = True,
-    protect=None,              # Called when it would be writable; True: the frame is a guest table, write-protect it
-    nx_huge: bool = False,     # The NX huge-page workaround is on
-    memtype: int = 0x70,       # For EPT: WB and IPAT
-    pml: bool = False,         # The CPU logs dirty pages, and must not log L2's
-    mmio_pfn: bool = False,    # The frame is a device's: not encrypted
-) -> tuple:                    # (entry, was it write-protected)
-    "A leaf entry, decided in KVM's order. KVM: `make_spte` (mmu/spte.c)."
-    kvm_bug_on(not access and not masks.present, "an EPT entry without any right is not present")
-    spte = SPTE_PRESENT | masks.present | masks.memtype & memtype | pfn << PAGE_SHIFT
-    spte |= SPTE_AD_DISABLED if role.ad_disabled else SPTE_AD_WRPROT_ONLY if pml and role.guest_mode else 0
-    if not prefetch and not role.ad_disabled: spte |= masks.accessed
-    if role.level > 1:
-        spte |= SPTE_LARGE
-        if nx_huge: access &= ~ACC_EXEC
-    spte |= (masks.x if access & ACC_EXEC else masks.nx) | (masks.user if access & ACC_USER else 0)
-    if not mmio_pfn: spte |= masks.me_value
-    if host_writable: spte |= masks.host_writable
-    wrprot = False
-    if host_writable and access & ACC_WRITE:
-        spte |= SPTE_WRITABLE | masks.mmu_writable
-        if is_last(old_spte, role.level) and is_writable(old_spte): pass          # Its frame was looked at when it became writable
-        elif protect is not None and protect():
-            wrprot, spte = True, spte & ~(SPTE_WRITABLE | masks.mmu_writable)
-        elif not role.ad_disabled: spte |= masks.dirty
-    return mark_access_track(masks, spte) if prefetch else spte, wrprot
-
-# %% ../../nbs/mmu/04_spte.ipynb #425a7835
-def show_make_spte(
-    ept: bool = False,
-    access: int = 7,             # X 1, W 2, U or R 4
-    level: int = 1,              # 1, 2 or 3
-    prefetch: bool = False,
-    host_writable: bool = True,
-    protected: bool = False,     # The frame is a guest's table
-    ad_disabled: bool = False,   # EPT without A and D
-) -> BitStrip:
-    "An entry made now."
-    masks = ept_masks(has_ad=not ad_disabled) if ept else base_masks()
-    role = PageRole(level=level, ad_disabled=int(ad_disabled and ept))
-    spte, _ = make_spte(masks, role, access, 0x200, 0, prefetch, host_writable, lambda: protected)
-    return draw_spte(spte, masks=masks)
-
-# %% ../../nbs/mmu/04_spte.ipynb #e8b20f3f
-def make_nonleaf_spte(
-    masks: SpteMasks,
-    child: int,            # Host address of the table
-    ad_disabled: bool = False,
-) -> int:
-    "An entry that leads to a table. It never restricts: rights are the child's business. KVM: `make_nonleaf_spte` (mmu/spte.c)."
-    spte = SPTE_PRESENT | child | masks.present | SPTE_WRITABLE | masks.user | masks.x | masks.me_value
-    return spte | (SPTE_AD_DISABLED if ad_disabled else masks.accessed)
-
-def changed_pfn_spte(masks: SpteMasks, spte: int, pfn: int) -> int:
-    "The host put another, read-only page behind it. KVM: `kvm_mmu_changed_pte_notifier_make_spte` (mmu/spte.c)."
-    keep = ~(SPTE_ADDRESS | SPTE_WRITABLE | masks.host_writable | masks.mmu_writable)
-    return mark_access_track(masks, spte & keep | pfn << PAGE_SHIFT)
-
-def split_spte(masks: SpteMasks, huge: int, role: PageRole, index: int, nx_huge: bool = False) -> int:
-    "One of the 512 entries that replace a large one; `role` is the new table's. KVM: `make_huge_page_split_spte` (mmu/spte.c)."
-    kvm_bug_on(not is_present(huge) or not is_large(huge), f"spte {huge:#x} is no large page to be split")
-    spte = huge | index << PAGE_SHIFT + 9 * (role.level - 1)
-    if role.level > 1: return spte
-    spte &= ~SPTE_LARGE
-    return make_executable(masks, spte) if role.access & ACC_EXEC and nx_huge else spte
-
-def make_executable(masks: SpteMasks, spte: int) -> int:
-    "Give the right to execute, tracked or not. KVM: `make_spte_executable` (mmu/spte.c)."
-    tracked = is_access_track(masks, spte)
-    if tracked: spte = restore_access_track(masks, spte)
-    spte = spte & ~masks.nx | masks.x
-    return mark_access_track(masks, spte) if tracked else spte
-
-# %% ../../nbs/mmu/04_spte.ipynb #0000c1d3
-_STATES = {'111': 'writable', '110': 'write-protected,\na fast fault may undo it', '100': 'write-protected:\na guest table', '000': 'read-only memory'}
-
-def writable_moves(
-    masks: SpteMasks,
-) -> list:               # Of (state, operation, state)
-    "Where each operation on an entry leads from each state."
-    operations = {
-        'log writes': lambda s: s & ~SPTE_WRITABLE,
-        'frame becomes a guest table': lambda s: s & ~(SPTE_WRITABLE | masks.mmu_writable),
-        'fast fault': lambda s: s | SPTE_WRITABLE if is_mmu_writable(masks, s) else s,
-        'host page changes': lambda s: changed_pfn_spte(masks, s, 0x99),
-        'made again': lambda s: make_spte(masks, PageRole(level=1), 7, 0x1234, s, host_writable=is_host_writable(masks, s))[0]}
-    moves = []
-    for state in _STATES:
-        bits = zip(state, (masks.host_writable, masks.mmu_writable, SPTE_WRITABLE))
-        spte = SPTE_PRESENT | masks.user | masks.accessed | sum(bit for digit, bit in bits if digit == '1')
-        moves += [(state, name, writable_state(masks, operate(spte))) for name, operate in operations.items()]
-    return moves
-
-def draw_writable_states(
-    ept: bool = False,
-) -> Graph:
-    "The four states, and what leads from one to another."
-    edges = [(start, end, name) for start, name, end in writable_moves(ept_masks() if ept else base_masks()) if start != end]
-    return Graph([(state, f"{state}\n{what}", 'shadow') for state, what in _STATES.items()], edges, caption='HOST_WRITABLE, MMU_WRITABLE, W')
-
-# %% ../../nbs/mmu/04_spte.ipynb #ae51243b
-def mmio_gen_bits(
-    gen: int,      # 0..2**19 - 1
-) -> int:
-    "A generation, spread over bits 10:3 and 62:52. KVM: `generation_mmio_spte_mask` (mmu/spte.c)."
-    kvm_bug_on(gen >> GEN_BITS, f"MMIO generation {gen:#x} has {GEN_BITS} bits")
-    return (gen & 0xff) << 3 | gen >> 8 << 52
-
-def mmio_gen(spte: int) -> int:
-    "The generation an MMIO entry was made in. KVM: `get_mmio_spte_generation` (mmu/spte.h)."
-    return spte >> 3 & 0xff | (spte >> 52 & 0x7ff) << 8
-
-def make_mmio_spte(
-    masks: SpteMasks,
-    gen: int,          # Of the memory slots; bit 63 (an update under way) is cut off
-    gfn: int,
-    access: int,
-) -> int:
-    "Remember that a frame lies in no slot, until the slots change. KVM: `make_mmio_spte` (mmu/spte.c)."
-    kvm_bug_on(not masks.mmio_value, "an MMIO entry while MMIO caching is off")
-    gpa, hidden = gfn << PAGE_SHIFT, masks.nonpresent_or_rsvd
-    fixed = mmio_gen_bits(gen & (1 << GEN_BITS) - 1) | masks.mmio_value | access & masks.mmio_access
-    return fixed | gpa | hidden | (gpa & hidden) << L1TF_LENGTH
-
-def mmio_gfn(masks: SpteMasks, spte: int) -> int:
-    "The frame an MMIO entry speaks of. KVM: `get_mmio_spte_gfn` (mmu/mmu.c)."
-    return (spte & masks.lower_gfn | spte >> L1TF_LENGTH & masks.nonpresent_or_rsvd) >> PAGE_SHIFT
-
-def mmio_access(masks: SpteMasks, spte: int) -> int:
-    "The rights an MMIO entry remembers. KVM: `get_mmio_spte_access` (mmu/mmu.c)."
-    return spte & masks.mmio_access
-
-# %% ../../nbs/mmu/04_spte.ipynb #2d183601
-def show_mmio(
-    ept: bool = False,
-    gen: int = 5,            # 0..2**19 - 1
-    gfn='0xfee00',           # A number, or text
-    l1tf: bool = False,      # The CPU has the bug, and 46 address bits
-) -> BitStrip:
-    "The entry that remembers a frame without memory."
-    base = base_masks(l1tf=l1tf)
-    masks = ept_masks(base) if ept else base
-    return draw_spte(make_mmio_spte(masks, gen, number(gfn), ACC_WRITE | ACC_USER), masks=masks)
-
-# %% ../../nbs/mmu/04_spte.ipynb #436c91c2
-def decode_spte(
-    masks: SpteMasks,
-    spte: int,           # Any 64-bit number
-    level: int = 1,      # Of the table it stands in
-) -> dict:               # 'kind', 'says', and by name what follows from the bits
-    "What kind of entry a number is, and what KVM concludes from it."
-    if not 0 <= spte < 1 << 64: raise ValueError(f"entry {spte:#x}: an entry has 64 bits")
-    if not 1 <= level <= 5: raise ValueError(f"level {level}: tables have levels 1..5")
-    if is_mmio(masks, spte):
-        gen, gfn = mmio_gen(spte), mmio_gfn(masks, spte)
-        return dict(kind='MMIO', says=f" of frame {gfn:#x}, generation {gen:#x}", gen=gen, gfn=gfn, access=mmio_access(masks, spte))
-    if not is_present(spte): return dict(kind={0: 'empty', REMOVED_SPTE: 'removed'}.get(spte, 'not present'), says='')
-    tracked = is_access_track(masks, spte)
-    if not is_last(spte, level): kind, says = 'table', f" at {spte & SPTE_ADDRESS:#x}"
-    else: kind, says = 'page, access-tracked' if tracked else 'page', f" of frame {spte_pfn(spte):#x}, {writable_state(masks, spte)}"
-    state = dict(writable_state=writable_state(masks, spte)) if is_last(spte, level) else {}
-    return dict(kind=kind, says=says, pfn=spte_pfn(spte), **state, writable=is_writable(spte), executable=is_executable(masks, spte),
-                accessed=is_accessed(masks, spte), dirty=is_dirty(masks, spte), ad_enabled=ad_enabled(spte),
-                ad_need_write_protect=ad_need_write_protect(spte), volatile=has_volatile_bits(masks, spte))
-
-# %% ../../nbs/mmu/04_spte.ipynb #bded73ad
-MT_UC, MT_WB, EPT_MT_SHIFT = 0, 6, 3
-
-def vmx_mt_mask(
-    mmio: bool = False,              # The frame is a device's
-    noncoherent_dma: bool = False,   # A device reads memory behind the caches
-    cd: bool = False,                # CR0.CD: the guest switched caches off
-    quirk: bool = True,              # ... and KVM does not take it seriously
-    mtrr_type: int = MT_WB,          # What the guest's MTRRs say, 0..6
-) -> int:                            # For `make_spte`: bits 6:3
-    "The memory type of an EPT entry. KVM: `vmx_get_mt_mask` (vmx/vmx.c)."
-    if mmio: return MT_UC << EPT_MT_SHIFT
-    if not noncoherent_dma: return MT_WB << EPT_MT_SHIFT | EPT_IPAT
-    if cd: return (MT_WB if quirk else MT_UC) << EPT_MT_SHIFT | EPT_IPAT
-    return mtrr_type << EPT_MT_SHIFT
-
-def is_mmio_pfn(
-    has_page: bool = True,      # The host keeps a `struct page` for the frame
-    reserved: bool = False,     # ... which no allocator owns
-    zero: bool = False,         # It is the page of zeroes
-    uncached: bool = True,      # The host maps it UC, UC- or WC (counts as so without PAT)
-    ram: bool = False,          # Without a page: the firmware's map calls it RAM
-) -> bool:
-    "Does a host frame belong to a device? KVM: `kvm_is_mmio_pfn` (mmu/spte.c)."
-    return reserved and not zero and uncached if has_page else not ram
-
-# %% ../../nbs/mmu/04_spte.ipynb #654f384b
-def reset_shadow_zero_check(
-    host: Host,
-    root_role: PageRole,
-    kind: str = 'shadow',       # Of the MMU: one of `KINDS`
-    phys_bits: int = 46,        # Left for frames
-    gbpages: bool = True,       # 1 GiB pages exist: the host's, or for 'shadow' those of the guest's CPUID
-    execonly: bool = True,      # 'shadow EPT': L1's EPT may map for execution alone
-) -> RsvdBits:
-    "Bits KVM's own entries leave 0. KVM: `reset_shadow_zero_bits_mask`, `reset_tdp_shadow_zero_bits_mask`, `reset_ept_shadow_zero_bits_mask` (mmu/mmu.c)."
-    if kind not in KINDS: raise ValueError(f"kind {kind!r}: one of {', '.join(KINDS)}")
-    me, largest = host.me_value, 3 if gbpages else 2
-    if kind == 'shadow EPT': return reset_rsvds_bits_mask_ept(rsvd_bits(phys_bits, 63), execonly, largest)
-    if kind == 'TDP': return tdp_shadow_zero_check(root_role.level, phys_bits, gbpages, host.tdp == 'ept', largest, me)
-    kvm_bug_on(root_role.level < PT32E_ROOT_LEVEL, f"a shadow root of level {root_role.level}")
-    return shadow_zero_check(root_role.level, bool(root_role.efer_nx), phys_bits, gbpages, me, me)
-
-def is_rsvd_spte(
-    check: RsvdBits,
-    spte: int,           # A present or an MMIO entry
-    level: int,          # Of the table it stands in
-) -> bool:
-    "Has it a bit KVM never sets? KVM: `is_rsvd_spte` (mmu/spte.h)."
-    return bool(check.bad_mt_xwr >> (spte & 0x3f) & 1 or spte & check.at(level, spte >> 7 & 1))

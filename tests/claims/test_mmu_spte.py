@@ -9,7 +9,7 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global CASES, EPT, EPT_ACCESSED, EPT_DIRTY, EPT_NO_AD, KvmBug, L2_ROLE, NO_AD_ROLE, NPT, ROLE, Table, all_hosts, all_mmus, draw_rsvd_bits, expect_fail, explore, predict, product, svm_host, vmx_host
+    global EPT, EPT_ACCESSED, EPT_DIRTY, EPT_NO_AD, KvmBug, NPT, Table, expect_fail, explore, predict, product
     from itertools import product
 
     from fastcore.test import expect_fail
@@ -17,30 +17,9 @@ def setup_cells():
     from kvm_mmu_lit.draw.explore import explore
     from kvm_mmu_lit.draw.table import Table
     from kvm_mmu_lit.guest.gpte import EPT_ACCESSED, EPT_DIRTY
-    from kvm_mmu_lit.guest.reserved import draw_rsvd_bits
     from kvm_mmu_lit.mmu.contexts import KvmBug
-    from kvm_mmu_lit.mmu.root_role import all_hosts, all_mmus, svm_host, vmx_host
 
     NPT, EPT, EPT_NO_AD = base_masks(), ept_masks(), ept_masks(has_ad=False)
-
-    ROLE, NO_AD_ROLE, L2_ROLE = PageRole(level=1, access=7, direct=1), PageRole(level=1, access=7, direct=1, ad_disabled=1), PageRole(level=1, access=7, direct=1, guest_mode=1)
-
-    CASES = (      # what, how to make it, the kernel's number
-        ('shadow paging, all rights', lambda: make_spte(NPT, ROLE, 7, 0x1234)[0], 0x1234e67),
-        ('user, read-only, no execution', lambda: make_spte(NPT, ROLE, 4, 0x1234)[0], 0x8000000001234a25),
-        ('2 MiB, all rights', lambda: make_spte(NPT, PageRole(level=2), 7, 0x200)[0], 0x200ee7),
-        ('all rights asked, read-only memory slot', lambda: make_spte(NPT, ROLE, 7, 0x1234, host_writable=False)[0], 0x1234825),
-        ('prefetched', lambda: make_spte(NPT, ROLE, 7, 0x1234, prefetch=True)[0], 0x1234e47),
-        ('EPT, all rights', lambda: make_spte(EPT, ROLE, 7, 0x1234)[0], 0x0600000001234b77),
-        ('EPT without A/D', lambda: make_spte(EPT_NO_AD, NO_AD_ROLE, 7, 0x1234)[0], 0x0610000001234877),
-        ('EPT, dirty pages logged, L2 runs', lambda: make_spte(EPT, L2_ROLE, 7, 0x1234, pml=True)[0], 0x0620000001234b77),
-        ('EPT without A/D, tracked', lambda: mark_access_track(EPT_NO_AD, 0x0610000001234877), 0x0750000001234870),
-        ('... and restored', lambda: restore_access_track(EPT_NO_AD, 0x0750000001234870), 0x0610000001234875),
-        ('a table, shadow paging', lambda: make_nonleaf_spte(NPT, 0), 0x827),
-        ('a table, EPT', lambda: make_nonleaf_spte(EPT, 0), 0x907),
-        ('a table, EPT without A/D', lambda: make_nonleaf_spte(EPT_NO_AD, 0, True), 0x10000000000807),
-        ('MMIO, shadow paging, frame 0xfee00, generation 5', lambda: make_mmio_spte(NPT, 5, 0xfee00, 6), 0x00080000fee0002f),
-        ('MMIO, EPT, the same', lambda: make_mmio_spte(EPT, 5, 0xfee00, 6), 0xfee0002e))
 
 
 @pytest.mark.claim('nbs/mmu/04_spte.ipynb', '8f3196f8', 'within a format no two bits of an entry that maps something overlap, whatever the hardware offers')
@@ -56,6 +35,20 @@ def test_a_value_outside_its_mask_is_a_bug_and_memory_encryption_moves_no_other_
     with expect_fail(KvmBug, contains="outside"): with_me(NPT, 1 << 47, 1 << 46)
     sme = with_me(NPT, 1 << 47, 1 << 47)
     assert {name for name in vars(NPT) if getattr(sme, name) != getattr(NPT, name)} == {'me_value', 'me_mask'}
+
+
+@pytest.mark.claim('nbs/mmu/04_spte.ipynb', 'f54b198a', 'of the eight combinations of the three bits four are states, wherever the bits lie')
+def test_of_the_eight_combinations_of_the_three_bits_four_are_states_wherever_the_bits_lie():
+    for masks in (NPT, EPT, EPT_NO_AD):
+        legal = set()
+        for host, mmu, w in product((0, 1), repeat=3):
+            spte = SPTE_PRESENT | masks.host_writable * host | masks.mmu_writable * mmu | SPTE_WRITABLE * w
+            if w <= mmu <= host:
+                check_writable(masks, spte)
+                legal.add(writable_state(masks, spte))
+            else:
+                with expect_fail(KvmBug, contains="writable"): check_writable(masks, spte)
+        assert legal == {'000', '100', '110', '111'}
 
 
 @pytest.mark.claim('nbs/mmu/04_spte.ipynb', '0024a870', 'tracking and restoring changes no right but W, for every combination of rights, and tracking twice is tracking once')
@@ -82,129 +75,3 @@ def test_an_entry_that_nobody_else_can_change_is_one_with_nothing_left_to_set_a_
         if w and not mmu: continue
         spte = SPTE_PRESENT | kind | masks.accessed * a | masks.dirty * d | SPTE_WRITABLE * w | masks.mmu_writable * mmu | masks.host_writable | masks.user
         assert has_volatile_bits(masks, spte) == (not a or bool(w and not d) or bool(mmu and not w))
-
-
-@pytest.mark.claim('nbs/mmu/04_spte.ipynb', '6f829cf6', 'whatever is asked, W is in the entry exactly when it was asked, the host allows it, nobody protects the frame and it is not prefetched without A/D')
-def test_whatever_is_asked_w_is_in_the_entry_exactly_when_it_was_asked_the_host_allows_it_nobody_protects_the_frame_and_it_is_not_prefetched_without_a_d():
-    for masks, ad_off, access, prefetch, host, protected in product((NPT, EPT_NO_AD), (0, 1), range(1, 8), (False, True), (False, True), (False, True)):
-        if ad_off and masks is NPT: continue     # Only EPT comes without A/D bits
-        spte, wrprot = make_spte(masks, PageRole(level=1, ad_disabled=ad_off), access, 0x1234, 0, prefetch, host, lambda: protected)
-        check_writable(masks, spte)
-        granted = bool(access & ACC_WRITE) and host
-        assert wrprot == (granted and protected) and is_writable(spte) == (granted and not protected and not (prefetch and ad_off))
-        assert is_mmu_writable(masks, spte) == (granted and not protected) and is_host_writable(masks, spte) == host
-
-
-@pytest.mark.claim('nbs/mmu/04_spte.ipynb', '269fde21', 'over a writable entry nobody is asked again, and D is not set by this call')
-def test_over_a_writable_entry_nobody_is_asked_again_and_d_is_not_set_by_this_call():
-    def never(): raise AssertionError("asked")
-    again, wrprot = make_spte(NPT, ROLE, 7, 0x1234, old_spte=0x1234e67, protect=never)
-    assert not wrprot and again == 0x1234e67 & ~NPT.dirty
-
-
-@pytest.mark.claim('nbs/mmu/04_spte.ipynb', '0f145428', "a large page that takes a table's place asks about its frames, though the entry to the table is writable")
-def test_a_large_page_that_takes_a_table_s_place_asks_about_its_frames_though_the_entry_to_the_table_is_writable():
-    asked = []
-    make_spte(NPT, PageRole(level=2), 7, 0x200, old_spte=make_nonleaf_spte(NPT, 0x123_4000, False), protect=lambda: asked.append(True))
-    assert asked and is_writable(make_nonleaf_spte(NPT, 0x123_4000, False))
-
-
-@pytest.mark.claim('nbs/mmu/04_spte.ipynb', 'a9915cd0', 'the 512 pieces of a large entry are the 4 KiB entries that would have been made, apart from A and D of a large page nobody used')
-def test_the_512_pieces_of_a_large_entry_are_the_4_kib_entries_that_would_have_been_made_apart_from_a_and_d_of_a_large_page_nobody_used():
-    huge = make_spte(EPT, PageRole(level=2), 7, 0x200)[0]
-    for i in range(512): assert split_spte(EPT, huge, ROLE, i) == make_spte(EPT, ROLE, 7, 0x200 + i)[0]
-
-
-@pytest.mark.claim('nbs/mmu/04_spte.ipynb', '2ea6f93f', 'of the eight combinations four are states, and no operation leaves them')
-def test_of_the_eight_combinations_four_are_states_and_no_operation_leaves_them():
-    legal = set()
-    for masks, bits in product((NPT, EPT), product((0, 1), repeat=3)):
-        spte = SPTE_PRESENT | masks.host_writable * bits[0] | masks.mmu_writable * bits[1] | SPTE_WRITABLE * bits[2]
-        try: check_writable(masks, spte)
-        except KvmBug: continue
-        legal.add(writable_state(masks, spte))
-    assert legal == {'000', '100', '110', '111'}
-    assert {state for masks in (NPT, EPT, EPT_NO_AD) for start, operation, end in writable_moves(masks) for state in (start, end)} == legal
-
-
-@pytest.mark.claim('nbs/mmu/04_spte.ipynb', '12cb4357', 'write protection that is for good is never undone by a fast fault; write protection that watches always is')
-def test_write_protection_that_is_for_good_is_never_undone_by_a_fast_fault_write_protection_that_watches_always_is():
-    moves = {(start, operation): end for start, operation, end in writable_moves(NPT)}
-    assert moves['100', 'fast fault'] == '100' and moves['000', 'fast fault'] == '000' and moves['110', 'fast fault'] == '111'
-
-
-@pytest.mark.claim('nbs/mmu/04_spte.ipynb', 'ad771539', 'all 524,288 generations come back, and no two share a spelling')
-def test_all_524_288_generations_come_back_and_no_two_share_a_spelling():
-    spread = [mmio_gen_bits(gen) for gen in range(1 << GEN_BITS)]
-    assert all(mmio_gen(bits) == gen for gen, bits in enumerate(spread)) and len(set(spread)) == 1 << GEN_BITS
-
-
-@pytest.mark.claim('nbs/mmu/04_spte.ipynb', '675d998f', 'an MMIO entry maps nothing and is neither removed nor empty, on every host')
-def test_an_mmio_entry_maps_nothing_and_is_neither_removed_nor_empty_on_every_host():
-    for masks in (NPT, EPT, EPT_NO_AD, base_masks(39, 39, True), svm_adjust_mmio_mask(base_masks(43), 43)):
-        for gen, gfn, access in product((0, 1, 0xff, 0x100, 0x7ffff), (0, 0xfee00, (1 << 24) - 1), range(8)):
-            spte = make_mmio_spte(masks, gen, gfn, access)
-            assert is_mmio(masks, spte) and not is_present(spte) and spte not in (0, REMOVED_SPTE)
-            assert (mmio_gen(spte), mmio_gfn(masks, spte), mmio_access(masks, spte)) == (gen, gfn, access & masks.mmio_access)
-
-
-@pytest.mark.claim('nbs/mmu/04_spte.ipynb', '8153547b', 'with L1TF every MMIO entry has the five bits set and still gives its frame back; without room for the move it keeps none')
-def test_with_l1tf_every_mmio_entry_has_the_five_bits_set_and_still_gives_its_frame_back_without_room_for_the_move_it_keeps_none():
-    for cache in range(36, 47):
-        masks = base_masks(cache, cache, True)
-        for gfn in (0, 0xfee00, (1 << cache - 12) - 1):
-            spte = make_mmio_spte(masks, 5, gfn, 6)
-            assert spte & masks.nonpresent_or_rsvd == masks.nonpresent_or_rsvd == 0x1f << cache - 5 and mmio_gfn(masks, spte) == gfn
-    assert base_masks(52, 52, True).nonpresent_or_rsvd == 0 and base_masks(52).mmio_value == 0
-
-
-@pytest.mark.claim('nbs/mmu/04_spte.ipynb', '936cfe29', 'the six kinds are told apart: nothing, removed, MMIO, tracked, a table, a page')
-def test_the_six_kinds_are_told_apart_nothing_removed_mmio_tracked_a_table_a_page():
-    kinds = {decode_spte(EPT_NO_AD, spte, level)['kind']: spte for spte, level in (
-        (0, 1), (REMOVED_SPTE, 1), (make_mmio_spte(EPT_NO_AD, 5, 0xfee00, 0), 1), (0x0750000001234870, 1), (make_nonleaf_spte(EPT_NO_AD, 0x5000, True), 2), (0x0610000001234877, 1))}
-    assert list(kinds) == ['empty', 'removed', 'MMIO', 'page, access-tracked', 'table', 'page'] and len(set(kinds.values())) == 6
-
-
-@pytest.mark.claim('nbs/mmu/04_spte.ipynb', 'b13dc7b3', 'every bit of every kind of entry has exactly one name')
-def test_every_bit_of_every_kind_of_entry_has_exactly_one_name():
-    for masks in (NPT, EPT, EPT_NO_AD, base_masks(39, 39, True), svm_adjust_mmio_mask(base_masks(43), 43)):
-        for spte in (0, REMOVED_SPTE, make_nonleaf_spte(masks, 0x5000), SPTE_PRESENT | SPTE_LARGE, make_mmio_spte(masks, 5, 0x1234, 7)):
-            assert sorted(bit for field in spte_fields(masks, spte) for bit in range(field.low, field.high + 1)) == list(range(64))
-
-
-@pytest.mark.claim('nbs/mmu/04_spte.ipynb', 'ee04b135', 'fifteen entries the kernel makes come out to the bit')
-def test_fifteen_entries_the_kernel_makes_come_out_to_the_bit():
-    for what, make, recorded in CASES: assert make() == recorded, (what, hex(make()))
-
-
-@pytest.mark.claim('nbs/mmu/04_spte.ipynb', '22cf630b', "the guest's own type counts in exactly one case: incoherent DMA, caches on, and real memory")
-def test_the_guest_s_own_type_counts_in_exactly_one_case_incoherent_dma_caches_on_and_real_memory():
-    for mmio, dma, cd, quirk in product((False, True), repeat=4):
-        heard = len({vmx_mt_mask(mmio, dma, cd, quirk, mtrr) for mtrr in (0, 1, 4, 5, 6)}) > 1
-        assert heard == (dma and not mmio and not cd)
-    assert vmx_mt_mask() == 0x70 and vmx_mt_mask(mmio=True) == 0
-
-
-@pytest.mark.claim('nbs/mmu/04_spte.ipynb', 'aa64c7f9', 'no entry made for any MMU of any host has a bit KVM must not set')
-def test_no_entry_made_for_any_mmu_of_any_host_has_a_bit_kvm_must_not_set():
-    made = 0
-    for mmu in all_mmus():
-        if mmu.mmu == 'nested_mmu': continue     # Builds nothing
-        masks, role = masks_of(mmu.host), mmu.root_role
-        check = reset_shadow_zero_check(mmu.host, role, mmu.name.split(',')[0])
-        for level, access, prefetch in product((1, 2, 3), (4, 5, 6, 7), (False, True)):
-            if level > role.level or not (role.efer_nx or masks.is_ept or access & ACC_EXEC): continue    # Without EFER.NX no entry of the guest's can refuse execution
-            here = PageRole(level=level, ad_disabled=role.ad_disabled, guest_mode=role.guest_mode)
-            spte, _ = make_spte(masks, here, access, 1 << 33, prefetch=prefetch)
-            made += 1
-            assert not is_rsvd_spte(check, spte, level), (mmu, level, access, hex(spte))
-    assert made > 1000
-
-
-@pytest.mark.claim('nbs/mmu/04_spte.ipynb', '2d66edf4', "an MMIO entry is one KVM's self-check refuses, on every host that remembers MMIO")
-def test_an_mmio_entry_is_one_kvm_s_self_check_refuses_on_every_host_that_remembers_mmio():
-    for host in all_hosts():
-        masks = masks_of(host)
-        for kind, level in (('TDP', 4), ('shadow', 4)):
-            if (kind == 'TDP') != host.has_tdp: continue
-            assert is_rsvd_spte(reset_shadow_zero_check(host, PageRole(level=level, efer_nx=1, direct=kind == 'TDP'), kind), make_mmio_spte(masks, 5, 0xfee00, 0), 1)

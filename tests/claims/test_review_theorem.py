@@ -11,8 +11,9 @@ def setup_cells():
     "The chapter's `#| setup` cells."
     global Efer, PLAIN, draw_host_walk, entry_of, is_present, is_rsvd_spte, other, used, zero_check_of
     from kvm_mmu_lit.guest.registers import Efer
+    from kvm_mmu_lit.mmu.make_spte import is_rsvd_spte
     from kvm_mmu_lit.mmu.page_fault import zero_check_of
-    from kvm_mmu_lit.mmu.spte import is_present, is_rsvd_spte
+    from kvm_mmu_lit.mmu.spte import is_present
 
     PLAIN = Setting('shadow', '4-level')
 
@@ -110,6 +111,21 @@ def test_back_in_l2_with_a_vpid_a_vcpu_is_led_to_a_frame_the_page_had_only_while
     assert truth(here, page, 0) is None and answer_of(here, page, 0) == f"frame {new:#x}"
     happen(there, 'invlpg', at=page)
     assert answer_of(here, page, 0) == 'asks KVM'                  # The other's flush is a flush for all
+
+
+@pytest.mark.claim('nbs/review/16_theorem.ipynb', '4d2b70d9', "over a stale note of MMIO a writable entry for the guest's top table is made")
+def test_over_a_stale_note_of_mmio_a_writable_entry_for_the_guest_s_top_table_is_made():
+    story = Story(Setting('shadow', '4-level'), 1)
+    vcpu, page, entry = story.machine.vcpus[0], PAGES[0], story.world.ways['A', PAGES[0]][-1][0]
+    def happen(do, **what): return story.machine.happen(dict(do=do, **what))
+    happen('write', vcpu=0, at=entry, value=HOLE | 0x67, size=8)
+    assert happen('read', vcpu=0, at=page).what == 'mmio'
+    happen('add_slot', gpa=HOLE, size=0x1_0000)
+    happen('write', vcpu=0, at=entry, value=ROOTS['A'] | 0x67, size=8)
+    assert not broken_tables(story.vm)
+    outcome = happen('write', vcpu=0, at=page)
+    assert outcome.gpa == ROOTS['A'] and not outcome.emulated and is_tracked(story.vm, ROOTS['A'] >> 12)
+    assert [number for number, _ in broken_tables(story.vm)] == [32]
 
 
 @pytest.mark.claim('nbs/review/16_theorem.ipynb', '6f07752a', 'for an L1 without NX the workaround for large pages sets a bit that KVM itself takes for reserved, and the guest gets its page')
