@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from kvm_mmu_lit.mmu import reload
+from kvm_mmu_lit.mmu import rmap
 from kvm_mmu_lit.mmu.contexts import KvmBug
 from kvm_mmu_lit.review.stories import ACTS, Ended, interrupted, shortened, tell
 from kvm_mmu_lit.review.theorem import Setting, Story, all_settings
@@ -77,11 +77,11 @@ def test_stories_of_hypothesis(measured):
 
 
 def test_what_fails_is_told_short():
-    "Without the sync at MOV to CR3, a machine of two vCPUs breaks; what is printed is a setting, an invariant and a few events."
+    "Without the flush after a frame has become a table, a machine of two vCPUs breaks; what is printed is a setting, an invariant and a few events."
     class Broken(Stories):
         @initialize(seed=st.integers(0, 9))
         def begin(self, seed): self.story, self.seed = Story(Setting('shadow', '4-level', vcpus=2), seed), seed
-    with patch.object(reload, 'sync_roots', lambda vcpu: None), pytest.raises(AssertionError) as failed: play(Broken, 400)
+    with patch.object(rmap, 'remote_flush', lambda vm: None), pytest.raises(AssertionError) as failed: play(Broken, 100)
     title, *events = str(failed.value).split('\n')
     assert title.startswith('shadow, 4-level guest, 2 vCPUs, seed ') and 'KvmBug: 5' in title
     assert 1 <= len(events) <= 8 and all(json.loads(event)['do'] for event in events)
