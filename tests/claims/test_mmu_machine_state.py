@@ -9,9 +9,11 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global EVENTS, FORMATS, draw_host_walk, entry_at, json, map_page, new_machine, predict, ram, rmap_entries, small_machine, svm_host, vmx_host
+    global EVENTS, FORMATS, draw_host_walk, entry_at, expect_fail, json, map_page, new_machine, predict, ram, rmap_entries, small_machine, svm_host, vmx_host
     import json
 
+    from fastcore.test import expect_fail
+    from kvm_mmu_lit.draw.exercise import predict
     from kvm_mmu_lit.guest.addresses import FORMATS
     from kvm_mmu_lit.guest.gpte import map_page
     from kvm_mmu_lit.guest.memory import ram
@@ -31,7 +33,97 @@ def setup_cells():
               dict(do='set_cr0', vcpu=1, value=0x8000_0001), dict(do='invlpg', vcpu=0, at=0x40_0000), dict(do='start_dirty_log', slot=0), dict(do='write', vcpu=1, at=0x40_2000, value=1),
               dict(do='unmap', start=0x100, end=0x102), dict(do='read', vcpu=0, at=0x40_0000), dict(do='get_dirty_log', slot=0))
 
-    from kvm_mmu_lit.draw.exercise import predict
+
+@pytest.mark.claim('nbs/mmu/27_machine_state.ipynb', 'f9fef168', 'A state is exactly what JSON has: written and read it is equal, and says the same text again')
+def test_a_state_is_exactly_what_json_has_written_and_read_it_is_equal_and_says_the_same_text_again():
+    one = small_machine(vcpus=2)
+    for event in EVENTS:
+        one.happen(event)
+        state = freeze(one)
+        text = json.dumps(state)
+        assert json.loads(text) == state and json.dumps(json.loads(text)) == text
+
+
+@pytest.mark.claim('nbs/mmu/27_machine_state.ipynb', '1d98790e', 'Freezing looks and does not touch: a machine frozen after every event says the same in the end')
+def test_freezing_looks_and_does_not_touch_a_machine_frozen_after_every_event_says_the_same_in_the_end():
+    looked, alone = small_machine(vcpus=2), small_machine(vcpus=2)
+    for event in EVENTS:
+        freeze(looked)
+        assert looked.happen(event) == alone.happen(event)
+    assert freeze(looked) == freeze(alone)
+
+
+@pytest.mark.claim('nbs/mmu/27_machine_state.ipynb', '06b1226b', 'A copy does not notice what happens to the original, not even in memory')
+def test_a_copy_does_not_notice_what_happens_to_the_original_not_even_in_memory():
+    one = small_machine()
+    copy, before = copy_machine(one), freeze(one)
+    one.happen(EVENTS[0])
+    assert freeze(copy) == before != freeze(one)
+
+
+@pytest.mark.claim('nbs/mmu/27_machine_state.ipynb', '0b4817f1', 'The edit marks the table above it out of sync and changes no entry of it; INVLPG then changes this one entry and nothing else in the table')
+def test_the_edit_marks_the_table_above_it_out_of_sync_and_changes_no_entry_of_it_invlpg_then_changes_this_one_entry_and_nothing_else_in_the_table():
+    machine = small_machine()
+    machine.happen(EVENTS[0])
+    leaf, = (f"{sp.spt:#x}" for sp in machine.vm.pages.values() if sp.gfn == 5)
+    states = [freeze(machine)]
+    for event in (EVENTS[1], EVENTS[4], dict(do='read', vcpu=0, at=0x40_0000)):
+        machine.happen(event)
+        states.append(freeze(machine))
+    edited, flushed, read = ({where for where, _, _ in differences(*pair) if where.startswith(f'pages[{leaf}]')} for pair in zip(states, states[1:]))
+    assert edited == {f'pages[{leaf}].unsync'}, edited
+    assert any('.sptes' in where for where in flushed | read) and not any('.unsync' in where for where in flushed)
+
+
+@pytest.mark.claim('nbs/mmu/27_machine_state.ipynb', '9b281116', 'No difference is overlooked and none invented: it is empty for equal states, and each place it names holds what it says')
+def test_no_difference_is_overlooked_and_none_invented_it_is_empty_for_equal_states_and_each_place_it_names_holds_what_it_says():
+    one, other = small_machine(vcpus=2), small_machine(vcpus=2)
+    for event in EVENTS: one.happen(event)
+    assert list(differences(freeze(one), freeze(copy_machine(one)))) == []
+    found = list(differences(freeze(other), freeze(one)))
+    assert found and all(old != new for _, old, new in found) and len({where for where, _, _ in found}) == len(found)
+    assert ('steps', 0, len(EVENTS)) in found and ('vcpus[1].cr0', other.vcpus[1].cr0, one.vcpus[1].cr0) in found
+    assert sorted(map(str, ((where, new, old) for where, old, new in found))) == sorted(map(str, differences(freeze(one), freeze(other))))
+    last = freeze(one)
+    swapped = {**last, 'pages': last['pages'][::-1]}
+    assert [where for where, _, _ in differences(last, swapped)] == ['pages'], "the order counts"
+
+
+@pytest.mark.claim('nbs/mmu/27_machine_state.ipynb', 'b9a4b875', 'Whatever part is missing, is of another type or is too many, the state is refused, and the place is named')
+def test_whatever_part_is_missing_is_of_another_type_or_is_too_many_the_state_is_refused_and_the_place_is_named():
+    one = small_machine()
+    for event in EVENTS[:2]: one.happen(event)
+    state, tried = freeze(one), 0
+    def parts(value, path=()):
+        if isinstance(value, dict): yield path, value
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else (): yield from parts(inner, (*path, key))
+    def changed(path, change):
+        again = json.loads(json.dumps(state))
+        part = again
+        for key in path: part = part[key]
+        change(part)
+        return again
+    for path, part in parts(state):
+        if path and path[-1] == 'pages': continue                # A frame that is missing is a frame of zeroes
+        for name in part:
+            for change in (lambda one: one.pop(name), lambda one: one.update({name: 1.5}), lambda one: one.update(colour=1)):
+                with expect_fail(ValueError, contains='colour' if 'colour' in str(change.__code__.co_names + change.__code__.co_consts) else name): thaw(changed(path, change))
+                tried += 1
+    assert tried > 300
+
+
+@pytest.mark.claim('nbs/mmu/27_machine_state.ipynb', 'b42993bb', 'A state that contradicts itself is refused: two tables at one address, a bucket with a table that is not there, an entry twice')
+def test_a_state_that_contradicts_itself_is_refused_two_tables_at_one_address_a_bucket_with_a_table_that_is_not_there_an_entry_twice():
+    one = small_machine()
+    one.happen(EVENTS[0])
+    state = freeze(one)
+    twice = {**state, 'pages': state['pages'] + state['pages'][-1:]}
+    nowhere = {**state, 'buckets': [[1, [0x7000]]]}
+    sp = state['pages'][-1]
+    double = {**state, 'pages': state['pages'][:-1] + [{**sp, 'sptes': sp['sptes'] * 2}]}
+    over = {**state, 'memory': state['memory'] * 2}
+    for wrong, why in ((twice, 'pages'), (nowhere, str(0x7000)), (double, 'sptes'), (over, 'overlaps')):
+        with expect_fail(ValueError, contains=why): thaw(wrong)
 
 
 @pytest.mark.claim('nbs/mmu/27_machine_state.ipynb', 'cf753d62', 'A machine that went through JSON goes on exactly as the one that did not, after every event of a story, on every kind of host')
@@ -45,12 +137,14 @@ def test_a_machine_that_went_through_json_goes_on_exactly_as_the_one_that_did_no
             assert json.dumps(freeze(one)) == json.dumps(freeze(other))
 
 
-@pytest.mark.claim('nbs/mmu/27_machine_state.ipynb', '06b1226b', 'A copy does not notice what happens to the original, not even in memory')
-def test_a_copy_does_not_notice_what_happens_to_the_original_not_even_in_memory():
-    one = small_machine()
-    copy, before = copy_machine(one), freeze(one)
-    one.happen(EVENTS[0])
-    assert freeze(copy) == before != freeze(one)
+@pytest.mark.claim('nbs/mmu/27_machine_state.ipynb', '08d901ca', 'A state without its TLB goes on differently: the processor that still knew the old page finds the new one')
+def test_a_state_without_its_tlb_goes_on_differently_the_processor_that_still_knew_the_old_page_finds_the_new_one():
+    one = small_machine(svm_host(4), 2)
+    for event in (dict(do='read', vcpu=1, at=0x40_0000), EVENTS[1]): one.happen(event)
+    state, question = freeze(one), dict(do='read', vcpu=1, at=0x40_0000)
+    forgetful = thaw({**state, 'vcpus': [{**vcpu, 'tlb': []} for vcpu in state['vcpus']]})
+    assert thaw(state).happen(question) == one.happen(question) and one.vcpus[1].tlb.entries
+    assert (one.happen(question).gpa >> 12, forgetful.happen(question).gpa >> 12) == (0x100, 0x101)
 
 
 @pytest.mark.claim('nbs/mmu/27_machine_state.ipynb', '7c69644e', "What is broken comes with its number, the entry concerned, the frames on both sides of it, its table's role, and the guest's own entry")
