@@ -15,7 +15,7 @@ from .cli import emit
 from .mmu.play import Played, answer_text, draw_play, event_text, make_scenario, play, read_scenario
 from .review.tables import broken_tables
 
-# %% ../nbs/cli_run.ipynb #bcd5d3c6
+# %% ../nbs/cli_run.ipynb #2db37af6
 def run_run(args) -> int:
     "`kvm-mmu run`: play a scenario. Exit code 0 when every event happened, 1 when an invariant broke, 2 for a file that cannot be used."
     scenario, lines, steps = read_scenario(args.file), [], []
@@ -24,7 +24,8 @@ def run_run(args) -> int:
         lines += step_lines(step, args.quiet)
     broken = bool(steps and steps[-1].broken)
     lines.append(f"{len(steps)} events, {'an invariant broke' if broken else 'none left' if len(steps) == len(scenario.events) else 'stopped'}")
-    emit(args, '\n'.join(lines), [step_data(step) for step in steps], draw_play(steps, scenario.says or str(args.file.name)))
+    emit(args, '\n'.join(lines), [step_data(step) for step in steps],
+         lambda: draw_play(steps, scenario.says or args.file.name))
     return int(broken)
 
 def step_lines(step: Played, quiet: bool) -> list:

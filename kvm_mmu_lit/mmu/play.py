@@ -50,7 +50,7 @@ def _known(value, names, where):
     if extra: raise ValueError(f"{where} has no {', '.join(sorted(extra))}; it has {', '.join(names)}")
     return value
 
-# %% ../../nbs/mmu/28_play.ipynb #4fef9313
+# %% ../../nbs/mmu/28_play.ipynb #1b3079ef
 def read_scenario(
     path: 'str | Path',
 ) -> Scenario:         # A `ValueError` names the file and the place in it
@@ -59,8 +59,10 @@ def read_scenario(
     if path.stat().st_size > MAX_SCENARIO: raise ValueError(f"{path}: {path.stat().st_size:,} bytes, a scenario has at most {MAX_SCENARIO:,}")
     try: data = json.loads(path.read_text(), parse_int=int, parse_constant=_no_constant)
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as why: raise ValueError(f"{path}: {why or 'nested too deeply'}") from None
+    except ValueError as why: raise ValueError(f"{path}: {why}") from None        # A number of thousands of digits, or NaN
     try: return make_scenario(data)
     except ValueError as why: raise ValueError(f"{path}: {why}") from None
+    except RecursionError: raise ValueError(f"{path}: nested too deeply") from None
 
 def _no_constant(name): raise ValueError(f"{name} is no number of a scenario")
 
@@ -71,14 +73,14 @@ def make_scenario(
     data = _numbers(data)
     _known(data, ('says', 'host', 'mode', 'cr3', 'vcpus', 'memory', 'tables', 'stores', 'prefetch', 'limit', 'events'), 'scenario')
     host, mode = data.get('host', 'svm shadow'), data.get('mode', '4-level')
-    if host not in HOST_KINDS: raise ValueError(f"host: {host!r}, must be one of {', '.join(HOST_KINDS)}")
-    if mode not in MODES: raise ValueError(f"mode: {mode!r}, must be one of {', '.join(MODES)}")
+    if not isinstance(host, str) or host not in HOST_KINDS: raise ValueError(f"host: {host!r}, must be one of {', '.join(HOST_KINDS)}")
+    if not isinstance(mode, str) or mode not in MODES: raise ValueError(f"mode: {mode!r}, must be one of {', '.join(MODES)}")
     memory = _memory(data.get('memory', [dict(base=0, size=8 << 20)]), HOST_KINDS[host]())
     for i, one in enumerate(_need(data.get('tables', []), list, 'tables')): _map(memory, one, f'tables[{i}]')
     for i, one in enumerate(_need(data.get('stores', []), list, 'stores')): _put(memory, one, f'stores[{i}]')
     machine = new_machine(HOST_KINDS[host](), memory, mode, _need(data.get('cr3', 0x1000), int, 'cr3', 0, (1 << 52) - 1),
                           _need(data.get('vcpus', 1), int, 'vcpus', 1, 16), prefetch=_need(data.get('prefetch', True), bool, 'prefetch'))
-    machine.vm.n_max = data.get('limit')
+    if 'limit' in data: machine.vm.n_max = _need(data['limit'], int, 'limit', 1, 1 << 30)
     events = _need(data.get('events', []), list, 'events')
     if len(events) > MAX_EVENTS: raise ValueError(f"events: {len(events):,}, at most {MAX_EVENTS:,}")
     return Scenario(machine, tuple(events), _need(data.get('says', ''), str, 'says'))
@@ -91,7 +93,7 @@ def _numbers(value):
         except ValueError: return value
     return value
 
-# %% ../../nbs/mmu/28_play.ipynb #e1f64f01
+# %% ../../nbs/mmu/28_play.ipynb #de4b011a
 def _memory(slots, host):
     "The memory slots; they may not overlap, nor lie where no address is."
     memory, total = GuestMemory(), 0
@@ -109,15 +111,17 @@ def _memory(slots, host):
 def _map(memory, one, where):
     "Page tables: where they begin, which frames they may take, what they map."
     _known(one, ('root', 'format', 'frames', 'map'), where)
-    fmt = FORMATS.get(one.get('format', '4level'))
+    fmt = FORMATS.get(_need(one.get('format', '4level'), str, f'{where}.format'))
     if fmt is None or not fmt.root_level: raise ValueError(f"{where}.format: {one.get('format')!r}, must be one of {', '.join(name for name in FORMATS if FORMATS[name].root_level)}")
     frames = [_need(gfn, int, f'{where}.frames', 0, 1 << 40) for gfn in _need(one.get('frames', []), list, f'{where}.frames')]
     for i, line in enumerate(_need(one.get('map', []), list, f'{where}.map')):
         at = f'{where}.map[{i}]'
         _known(line, ('at', 'to', 'bits', 'upper', 'level', 'pages'), at)
-        gva, gpa, bits = (_need(line.get(name, 0), int, f'{at}.{name}', 0, (1 << 64) - 1) for name in ('at', 'to', 'bits'))
+        gva, gpa, bits, upper = (_need(line.get(name, other), int, f'{at}.{name}', 0, (1 << 64) - 1)
+                                 for name, other in (('at', 0), ('to', 0), ('bits', 0), ('upper', 7)))
+        level = _need(line.get('level', 1), int, f'{at}.level')
         for page in range(_need(line.get('pages', 1), int, f'{at}.pages', 1, 1 << 18)):
-            try: map_page(memory, _need(one.get('root'), int, f'{where}.root'), fmt, gva + page * PAGE_SIZE, gpa + page * PAGE_SIZE, frames, bits, line.get('upper', 7), line.get('level', 1))
+            try: map_page(memory, _need(one.get('root'), int, f'{where}.root'), fmt, gva + page * PAGE_SIZE, gpa + page * PAGE_SIZE, frames, bits, upper, level)
             except ValueError as why: raise ValueError(f"{at}: {why}") from None
 
 def _put(memory, one, where):
