@@ -9,10 +9,14 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global FORMATS, draw_host_walk, enter_guest, eptp_of, expect_fail, map_page, predict, small_machine, svm_host, vmx_host, write_entry
+    global FORMATS, draw_host_walk, enter_guest, eptp_of, expect_fail, frame_of, launch, map_page, predict, product, small_machine, svm_host, sync_race, vmx_host, walk_race, write_entry, wrong, zap_race
+    from itertools import product
+
+    from fastcore.test import expect_fail
+    from kvm_mmu_lit.draw.exercise import predict
     from kvm_mmu_lit.guest.addresses import FORMATS
     from kvm_mmu_lit.guest.gpte import map_page
-    from kvm_mmu_lit.mmu.hardware import draw_host_walk
+    from kvm_mmu_lit.mmu.hardware import draw_host_walk, frame_of
     from kvm_mmu_lit.mmu.root_role import svm_host, vmx_host
 
     def small_machine(host=svm_host(4, npt=False), vcpus=1):
@@ -22,13 +26,30 @@ def setup_cells():
         for page in range(4): map_page(memory, 0x1000, FORMATS['4level'], 0x40_0000 + (page << 12), 0x10_0000 + (page << 12), free, 0x7, 0x7)
         return new_machine(host, memory, vcpus=vcpus)
 
+    wrong = (('set_cr0', 1 << 63), ('set_cr4', 0), ('set_efer', 0))
+
+    launch = dict(do='enter_l2', vcpu=0, cr3=0x1000, **dict(zip(('cr0', 'cr4', 'efer'), map(int, MODES['4-level']))))
+
+    def walk_race(at='guest tables walked'):
+        machine = small_machine(vcpus=2)
+        machine.happen(dict(do='write', vcpu=1, at=0x5ff8, value=0))        # vCPU 1 has written to that table before: no exit
+        return machine, dict(do='read', vcpu=0, at=0x40_0000, meanwhile=dict(at=at, event=dict(do='write', vcpu=1, at=0x5000, value=0)))
+
+    def zap_race(host=svm_host(4)):
+        machine = small_machine(host, 2)
+        for event in (dict(do='write', vcpu=0, at=0x40_0000, value=1), dict(do='start_dirty_log', slot=0)): machine.happen(event)
+        return machine, dict(do='write', vcpu=0, at=0x40_0000, value=2, meanwhile=dict(at='fast page fault', nth=5, event=dict(do='unmap', start=0x100, end=0x101)))
+
+    def sync_race(at='sync: marked in sync'):
+        machine = small_machine(vcpus=2)
+        edit = dict(do='write', vcpu=0, at=0x5000, value=0x10_1067)
+        for event in (dict(do='read', vcpu=1, at=0x40_0000), edit, edit, dict(do='set_cr3', vcpu=1, value=0x1000)): machine.happen(event)
+        return machine, dict(do='read', vcpu=1, at=0x40_0000, meanwhile=dict(at=at, event={**edit, 'value': 0x10_2067}))
+
     from kvm_mmu_lit.guest.memory import write_entry
     from kvm_mmu_lit.mmu.nested_switch import eptp_of
 
-    from fastcore.test import expect_fail
     from kvm_mmu_lit.mmu.reload import enter_guest
-
-    from kvm_mmu_lit.draw.exercise import predict
 
 
 @pytest.mark.claim('nbs/mmu/26_machine.ipynb', '7c189cbd', 'A level-1 table may be edited unseen: vCPU 1 keeps its old page until it flushes')
@@ -41,6 +62,19 @@ def test_a_level_1_table_may_be_edited_unseen_vcpu_1_keeps_its_old_page_until_it
     assert machine.happen(dict(do='read', vcpu=1, at=0x40_0008)).gpa == 0x10_1008
 
 
+@pytest.mark.claim('nbs/mmu/26_machine.ipynb', '9394adee', 'An access says how it ended: done with what was read, or the fault the guest gets, or a device')
+def test_an_access_says_how_it_ended_done_with_what_was_read_or_the_fault_the_guest_gets_or_a_device():
+    machine = small_machine()
+    def ended(do, at, **more):
+        told = machine.happen(dict(do=do, vcpu=0, at=at, **more))
+        return told.fault.error_code if told.fault else (told.what, told.value)
+    assert ended('write', 0x40_0010, value=0x1234, size=2) == ('done', 0x1234) == ended('read', 0x40_0010, size=4)
+    assert ended('fetch', 0x40_0000) == ('done', 0)
+    assert ended('read', 0x50_0000) == 0x0, "nothing is mapped there"
+    assert ended('read', 0x3000, user=True) == 0x5 and ended('write', 0x3000, user=True, value=0) == 0x7, "a supervisor's page"
+    assert ended('read', 0x3000) == ('done', 0x4027), "the guest's entry of level 2, with the A bit of the walks so far"
+
+
 @pytest.mark.claim('nbs/mmu/26_machine.ipynb', '0aea8f55', 'A write into a table above level 1 is emulated, every time; into a level-1 table once, then never')
 def test_a_write_into_a_table_above_level_1_is_emulated_every_time_into_a_level_1_table_once_then_never():
     machine = small_machine()
@@ -51,13 +85,109 @@ def test_a_write_into_a_table_above_level_1_is_emulated_every_time_into_a_level_
     assert [one.emulated for one in last] == [False] * 3 and [one.exits > 0 for one in last] == [True, False, False]
 
 
-@pytest.mark.claim('nbs/mmu/26_machine.ipynb', '49686bae', 'An entry that changes between walk and fetch is never built from, at whichever point the change comes')
+@pytest.mark.claim('nbs/mmu/26_machine.ipynb', '73989ca3', "A refused MOV leaves the register and KVM's tables as they were; CR0.WP=0 lets a supervisor write what is read-only")
+def test_a_refused_mov_leaves_the_register_and_kvm_s_tables_as_they_were_cr0_wp_0_lets_a_supervisor_write_what_is_read_only():
+    machine = small_machine()
+    vcpu, memory = machine.vcpus[0], machine.vm.memory
+    memory.words(8)[5][0] = 0x10_0001                                # 0x40_0000: read-only, the supervisor's
+    write = dict(do='write', vcpu=0, at=0x40_0000, value=5)
+    assert machine.happen(write).fault.error_code == 0x3
+    before = vcpu.cr0, vcpu.cr4, vcpu.efer, set(machine.vm.pages), vcpu.mmu.root
+    for do, value in wrong: assert '#GP' in str(machine.happen(dict(do=do, vcpu=0, value=value)))
+    assert before == (vcpu.cr0, vcpu.cr4, vcpu.efer, set(machine.vm.pages), vcpu.mmu.root)
+    assert machine.happen(dict(do='set_cr0', vcpu=0, value=vcpu.cr0 & ~(1 << 16))) is None and machine.happen(write).what == 'done'
+
+
+@pytest.mark.claim('nbs/mmu/26_machine.ipynb', 'd5066b10', 'Each kind of flush brings the new page, whichever kind it is, and without one vCPU 1 may stay with the old')
+def test_each_kind_of_flush_brings_the_new_page_whichever_kind_it_is_and_without_one_vcpu_1_may_stay_with_the_old():
+    edit, read = dict(do='write', vcpu=0, at=0x5000, value=0x10_1067), dict(do='read', vcpu=1, at=0x40_0000)
+    seen = {}
+    for flush in (None, dict(do='invlpg', vcpu=1, at=0x40_0000), dict(do='set_cr3', vcpu=1, value=0x1000), *(dict(do='invpcid', vcpu=1, kind=kind, pcid=0, at=0x40_0000) for kind in range(4))):
+        machine = small_machine(vcpus=2)
+        for event in (read, edit): machine.happen(event)
+        if flush: machine.happen(flush)
+        seen[str(flush)] = machine.happen(read).gpa >> 12
+    assert seen.pop('None') == 0x100 and set(seen.values()) == {0x101} and len(seen) == 6
+
+
+@pytest.mark.claim('nbs/mmu/26_machine.ipynb', 'd8780c9a', "L2 runs under registers of its own and leaves L1's as they were, on hosts of both vendors; L2 is no hypervisor, and L1 cannot leave what it has not entered")
+def test_l2_runs_under_registers_of_its_own_and_leaves_l1_s_as_they_were_on_hosts_of_both_vendors_l2_is_no_hypervisor_and_l1_cannot_leave_what_it_has_not_entered():
+    for host in (svm_host(4, npt=False), vmx_host(4, 0)):
+        machine = small_machine(host)
+        vcpu = machine.vcpus[0]
+        before = vcpu.cr0, vcpu.cr3, vcpu.cr4, vcpu.efer
+        with expect_fail(ValueError, contains='leave_l2 while L1 runs'): machine.happen(dict(do='leave_l2', vcpu=0))
+        machine.happen({**launch, 'cr3': 0x2000})
+        assert vcpu.guest_mode and vcpu.cr3 == 0x2000
+        with expect_fail(ValueError, contains='L2 is no hypervisor here'): machine.happen(launch)
+        machine.happen(dict(do='leave_l2', vcpu=0))
+        assert not vcpu.guest_mode and before == (vcpu.cr0, vcpu.cr3, vcpu.cr4, vcpu.efer)
+
+
+@pytest.mark.claim('nbs/mmu/26_machine.ipynb', 'ea609997', "A store of KVM's into a page table is followed at once, a write of the guest's only after a flush")
+def test_a_store_of_kvm_s_into_a_page_table_is_followed_at_once_a_write_of_the_guest_s_only_after_a_flush():
+    for event, frame in ((dict(do='write', vcpu=0, at=0x5000, value=0x10_1067), 0x100), (dict(do='store', vcpu=0, gpa=0x5000, value=0x10_1067), 0x101)):
+        machine = small_machine()
+        machine.happen(dict(do='read', vcpu=0, at=0x40_0000))
+        machine.happen(event)
+        assert machine.happen(dict(do='read', vcpu=0, at=0x40_0000)).gpa >> 12 == frame
+
+
+@pytest.mark.claim('nbs/mmu/26_machine.ipynb', '1df16bf4', 'The second event happens at the point named, the n-th time it is reached, and once; at a point that is not reached it does not happen')
+def test_the_second_event_happens_at_the_point_named_the_n_th_time_it_is_reached_and_once_at_a_point_that_is_not_reached_it_does_not_happen():
+    def steps(at, nth=1, event=dict(do='read', vcpu=1, at=0x40_1000)):
+        machine = small_machine(vcpus=2)
+        machine.happen(dict(do='read', vcpu=0, at=0x40_0000, meanwhile=dict(at=at, nth=nth, event=event)))
+        return machine.steps
+    assert steps('guest tables walked') == 2 and steps('in guest') == 2 == steps('in guest', 2), "it enters twice: once to fault, once to read"
+    assert steps('in guest', 3) == steps('guest tables walked', 2) == steps('tdp exchange') == steps('syncing') == 1
+    again = dict(do='read', vcpu=1, at=0x40_1000, meanwhile=dict(at='faulted in', event=dict(do='read', vcpu=0, at=0x40_2000)))
+    assert steps('faulted in', event=again) == 3
+
+
+@pytest.mark.claim('nbs/mmu/26_machine.ipynb', '03a5e3ce', 'An entry that changes between walk and fetch is never built from, at whichever point the change comes')
 def test_an_entry_that_changes_between_walk_and_fetch_is_never_built_from_at_whichever_point_the_change_comes():
     for at in ('walked', 'guest tables walked', 'faulted in'):
-        machine = small_machine(vcpus=2)
-        for page in (0x5000, 0x6000): machine.happen(dict(do='write', vcpu=1, at=0x5ff8, value=0))
-        told = machine.happen(dict(do='read', vcpu=0, at=0x40_0000, meanwhile=dict(at=at, event=dict(do='write', vcpu=1, at=0x5000, value=0))))
-        assert told.what == 'fault' and told.fault.error_code == 0, (at, told)
+        machine, event = walk_race(at)
+        told = machine.happen(event)
+        assert machine.steps == 3 and told.what == 'fault' and told.fault.error_code == 0, (at, told)
+        assert not is_present(last_entry(machine.vcpus[0], 0x40_0000)[2])
+
+
+@pytest.mark.claim('nbs/mmu/26_machine.ipynb', '9f559f9c', 'The picture tells what happens without it: same answer, same tables, same bytes, for every point and whichever entry is edited')
+def test_the_picture_tells_what_happens_without_it_same_answer_same_tables_same_bytes_for_every_point_and_whichever_entry_is_edited():
+    for at, gpte_at in product(UNLOCKED, (0x1000, 0x2000, 0x3010, 0x5000)):
+        machines = []
+        for drawn in (False, True):
+            machine, event = walk_race(at)
+            event['meanwhile']['event']['at'] = gpte_at
+            rows = draw_race(machine, event, 0x40_0000, gpte_at).events if drawn else machine.happen(event) and ()
+            machines.append((machine.steps, [(sp.gfn, sp.sptes) for sp in machine.vm.pages.values()], bytes(machine.vm.memory.slot(5).page(5))))
+        assert machines[0] == machines[1] and rows[-1].lane == 'vCPU 0', (at, gpte_at)
+
+
+@pytest.mark.claim('nbs/mmu/26_machine.ipynb', 'ab9e0606', "Whenever the host takes the frame away during a fast fault, the write ends in the frame's new page, and the log knows of it")
+def test_whenever_the_host_takes_the_frame_away_during_a_fast_fault_the_write_ends_in_the_frame_s_new_page_and_the_log_knows_of_it():
+    for host, nth in product((svm_host(4), vmx_host(), vmx_host(tdp_mmu=False), vmx_host(ad=False)), range(1, 8)):
+        machine, event = zap_race(host)
+        event['meanwhile']['nth'] = nth
+        assert machine.happen(event).what == 'done' and machine.vm.memory.slot(0x100).page(0x100)[0] == 2
+        assert 0x100 in machine.happen(dict(do='get_dirty_log', slot=0))
+        spte = last_entry(machine.vcpus[0], 0x10_0000)[2]
+        assert frame_of(machine.vm, spte_pfn(spte)) == 0x100, "the frame's page of now, not the one it had"
+
+
+@pytest.mark.claim('nbs/mmu/26_machine.ipynb', 'ad9c61af', 'While a table is being synced a store into it exits and waits; afterwards it succeeds, marks the table again, and the next flush finds it')
+def test_while_a_table_is_being_synced_a_store_into_it_exits_and_waits_afterwards_it_succeeds_marks_the_table_again_and_the_next_flush_finds_it():
+    for at in LOCKED:
+        machine, event = sync_race(at)
+        steps, store = machine.steps, event['meanwhile']['event']
+        assert machine.happen(event).gpa >> 12 == 0x101 and machine.steps == steps + 1, "it has waited"
+        table, = (sp for sp in machine.vm.pages.values() if sp.gfn == 5)
+        assert not table.unsync and not needs_no_exit(machine, store)
+        assert machine.happen(store).exits and table.unsync
+        machine.happen(dict(do='invlpg', vcpu=1, at=0x40_0000))
+        assert machine.happen(dict(do='read', vcpu=1, at=0x40_0000)).gpa >> 12 == 0x102
 
 
 @pytest.mark.claim('nbs/mmu/26_machine.ipynb', '93511492', "An L2 in PAE mode starts with the four entries at its CR3, as L1's nested tables place it, and a MOV to CR3 of its own reads there too")
