@@ -28,7 +28,7 @@ from .machine_state import broken_invariant, with_state
 from .root_role import Host, svm_host, vmx_host
 from .root_cache import cached_roots
 
-# %% ../../nbs/mmu/28_play.ipynb #521f2663
+# %% ../../nbs/mmu/28_play.ipynb #edf89033
 HOST_KINDS = {'svm shadow': lambda: svm_host(5, npt=False), 'svm npt': lambda: svm_host(5), 'vmx shadow': lambda: vmx_host(5, 0), 'vmx ept': lambda: vmx_host(5, 5)}
 MAX_SCENARIO, MAX_MEMORY, MAX_EVENTS = 16 << 20, 256 << 20, 1_000_000     # Bytes of the file, bytes of guest memory, events
 
@@ -39,6 +39,7 @@ class Scenario:
     events: tuple
     says: str = ''
 
+# %% ../../nbs/mmu/28_play.ipynb #ba0fa8dc
 def _need(value, kind, where, low=0, high=None):
     if type(value) is not kind or kind is int and not (low <= value and (high is None or value <= high)):
         bounds = f" in {low:#x}..{high:#x}" if kind is int and high is not None else ''
@@ -132,7 +133,7 @@ def _put(memory, one, where):
     try: write_gpa(memory, _need(one.get('gpa'), int, f'{where}.gpa'), value.to_bytes(size, 'little'))
     except ValueError as why: raise ValueError(f"{where}: {why}") from None
 
-# %% ../../nbs/mmu/28_play.ipynb #751ca636
+# %% ../../nbs/mmu/28_play.ipynb #a54b0b02
 @dataclass(frozen=True)
 class Played:
     "One event, what became of it, and what KVM did."
@@ -167,6 +168,7 @@ def _told(bug):
     named = '' if bug.kind == 'broken invariant' else 'invariant ' if bug.kind.startswith('invariant') else f"{bug.kind}: "
     return f"{type(bug).__name__}: {named}{bug}", bug.state
 
+# %% ../../nbs/mmu/28_play.ipynb #b72c3bfa
 def did_text(
     did: Did,
 ) -> str:
@@ -193,6 +195,7 @@ def answer_text(answer) -> str:
     told = f"{fault.what} at {fault.addr:#x}, code {fault.error_code:#x}" if fault is not None else what
     return told + (f", {answer.exits} exit{'s' * (answer.exits > 1)}" if answer.exits else '') + (', emulated' if answer.emulated else '')
 
+# %% ../../nbs/mmu/28_play.ipynb #667c645a
 def draw_play(
     steps: list,           # Of `Played`
     caption: str = '',

@@ -9,7 +9,7 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global Path, STORY, StringIO, kvm_mmu, main, patch, redirect_stderr, redirect_stdout, tempfile
+    global Path, STORY, StringIO, base_masks, command, draw_spte, kvm_mmu, main, patch, predict, redirect_stderr, redirect_stdout, tempfile
     import tempfile
     from contextlib import redirect_stderr, redirect_stdout
     from io import StringIO
@@ -17,19 +17,27 @@ def setup_cells():
     from unittest.mock import patch
 
     from kvm_mmu_lit.cli import main
+    from kvm_mmu_lit.draw.exercise import predict
+    from kvm_mmu_lit.mmu.spte import base_masks, draw_spte
 
     STORY = {'says': 'two CR3s', 'memory': [{'base': 0, 'size': '0x400000'}], 'tables': [
         {'root': '0x1000', 'frames': [3, 4, 5], 'map': [{'at': '0x400000', 'to': '0x100000', 'bits': 7}]}, {'root': '0x2000', 'frames': [6, 7, 8], 'map': [{'at': '0x400000', 'to': '0x101000', 'bits': 7}]}],
              'events': [{'do': 'write', 'vcpu': 0, 'at': '0x400000', 'value': 1}, {'do': 'set_cr3', 'vcpu': 0, 'value': '0x2000'}, {'do': 'read', 'vcpu': 0, 'at': '0x400000'},
                         {'do': 'set_cr3', 'vcpu': 0, 'value': '0x1000'}, {'do': 'read', 'vcpu': 0, 'at': '0x400000'}]}
 
+    def command(*argv):
+        "(Exit code, output, errors) of `kvm-mmu`."
+        with redirect_stdout(StringIO()) as said, redirect_stderr(StringIO()) as wrong:
+            try: code = main(list(map(str, argv)))
+            except SystemExit as end: code = end.code
+        return code, said.getvalue(), wrong.getvalue()
+
     def kvm_mmu(story, *options):
         "(Exit code, what `kvm-mmu run` prints) for a story."
-        with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()) as said, redirect_stderr(StringIO()):
+        with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / 'story.json'
-            path.write_text(json.dumps(story))
-            code = main(['run', str(path), *options])
-        return code, said.getvalue()
+            path.write_text(story if isinstance(story, str) else json.dumps(story))
+            return command('run', path, *options)[:2]
 
 
 @pytest.mark.claim('nbs/cli_run.ipynb', 'fd96481e', 'The command says for each event what became of it, and 0 when all happened')
@@ -37,6 +45,16 @@ def test_the_command_says_for_each_event_what_became_of_it_and_0_when_all_happen
     code, said = kvm_mmu(STORY, '--quiet', '--until-violation')
     assert code == 0 and said.count('\n') == 6 and said.endswith('5 events, none left\n')
     assert '-> done, 1 exit' in said.splitlines()[0] and said.splitlines()[4].endswith('-> done')      # The second time the root is cached, and so is the page
+
+
+@pytest.mark.claim('nbs/cli_run.ipynb', 'f2f3de22', '`--svg` writes this very picture, whole or not at all, and says on the terminal what it says without it')
+def test_svg_writes_this_very_picture_whole_or_not_at_all_and_says_on_the_terminal_what_it_says_without_it():
+    with tempfile.TemporaryDirectory() as folder:
+        picture = Path(folder) / 'story.svg'
+        assert kvm_mmu(STORY, '--quiet', '--svg', picture) == kvm_mmu(STORY, '--quiet')
+        assert picture.read_text() == draw_play(list(play(make_scenario(STORY))), STORY['says']).svg()
+        assert kvm_mmu({**STORY, 'mode': 'x'}, '--svg', Path(folder) / 'none.svg')[0] == 2
+        assert [path.name for path in Path(folder).iterdir()] == ['story.svg']
 
 
 @pytest.mark.claim('nbs/cli_run.ipynb', '7d3db6a3', 'JSON holds the same steps')
@@ -60,6 +78,40 @@ def test_a_violation_is_exit_code_1_what_broke_is_named_by_its_number_and_shown_
     assert last['broken'].startswith('KvmBug: invariant 14') and last['state'][0] == lines[at + 1].strip()
 
 
-@pytest.mark.claim('nbs/cli_run.ipynb', '339b64dd', 'A file that cannot be used is exit code 2')
-def test_a_file_that_cannot_be_used_is_exit_code_2():
-    assert kvm_mmu({**STORY, 'mode': 'x'})[0] == 2
+@pytest.mark.claim('nbs/cli_run.ipynb', 'c82b725d', 'A story that is checked ends as one that is not, to the letter')
+def test_a_story_that_is_checked_ends_as_one_that_is_not_to_the_letter():
+    assert kvm_mmu(STORY) == kvm_mmu(STORY, '--until-violation')
+    assert kvm_mmu(STORY, '--json') == kvm_mmu(STORY, '--json', '--until-violation')
+
+
+@pytest.mark.claim('nbs/cli_run.ipynb', '914c147f', 'A file that cannot be used is exit code 2, one line of error and no output, whatever is wrong with it, the file itself among it')
+def test_a_file_that_cannot_be_used_is_exit_code_2_one_line_of_error_and_no_output_whatever_is_wrong_with_it_the_file_itself_among_it():
+    wrong = [{**STORY, 'mode': 'x'}, {**STORY, 'vcpus': 0}, {**STORY, 'limit': 'x'}, {**STORY, 'memory': STORY['memory'] * 2}, {**STORY, 'events': [{'do': 'x'}]}, '', '[]', '{"says": NaN}', '[' * 900 + ']' * 900]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / 'story.json'
+        for story in wrong:
+            path.write_text(story if isinstance(story, str) else json.dumps(story))
+            code, said, error = command('run', path, '--json')
+            assert (code, said, error.count('\n')) == (2, '', 1) and error.startswith(f'kvm-mmu: {path}: '), (story, error)
+        for other in (path.with_name('none.json'), Path(folder)):
+            code, said, error = command('run', other)
+            assert (code, said, error.count('\n')) == (2, '', 1) and str(other) in error
+
+
+@pytest.mark.claim('nbs/cli_run.ipynb', '0ad98fbc', "A guest's fault is an answer and exit code 0; an impossible event is exit code 2, and then no step is printed")
+def test_a_guest_s_fault_is_an_answer_and_exit_code_0_an_impossible_event_is_exit_code_2_and_then_no_step_is_printed():
+    code, said = kvm_mmu({**STORY, 'events': [{'do': 'read', 'vcpu': 0, 'at': '0x7ff000'}]}, '--quiet')
+    assert code == 0 and '#PF at 0x7ff000, code 0x0' in said
+    assert kvm_mmu({**STORY, 'events': STORY['events'] + [{'do': 'leave_l2', 'vcpu': 0}]}) == (2, '')
+
+
+@pytest.mark.claim('nbs/cli_run.ipynb', '4f0403f9', 'What the command says of an entry is what the machine that wrote it meant: its host frame, and the right to write after a write')
+def test_what_the_command_says_of_an_entry_is_what_the_machine_that_wrote_it_meant_its_host_frame_and_the_right_to_write_after_a_write():
+    story = make_scenario({**STORY, 'events': STORY['events'][:1]})
+    answer = next(play(story)).answer
+    sp = list(story.machine.vm.pages.values())[-1]
+    spte, = sp.sptes.values()
+    code, said, _ = command('decode', 'spte', hex(spte), '--json')
+    told = json.loads(said)
+    assert code == 0 and told['kind'].startswith('page') and hex(spte >> 12 & (1 << 40) - 1)[2:] in command('decode', 'spte', hex(spte))[1]
+    assert any(field['name'] == 'W' and field['value'] == 1 for field in told['fields']), told['fields']

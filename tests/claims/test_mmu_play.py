@@ -9,14 +9,18 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global ENTRY_OF, EVENTS, HOLE, HOST_EVENTS, STORY, copy_machine, expect_fail, freeze, product, replace, tempfile
+    global ENTRY_OF, EVENTS, HOLE, HOST_EVENTS, SMALLEST, STORY, copy_machine, expect_fail, freeze, predict, product, replace, tempfile
     import tempfile
     from dataclasses import replace
     from itertools import product
 
     from fastcore.test import expect_fail
+    from kvm_mmu_lit.draw.exercise import predict
     from kvm_mmu_lit.mmu.machine import EVENTS, HOST_EVENTS
     from kvm_mmu_lit.mmu.machine_state import copy_machine, freeze
+
+    SMALLEST = """{"tables": [{"root": "0x1000", "frames": [2, 3, 4], "map": [{"at": "0x400000", "to": "0x100000", "bits": 7}]}],
+               "events": [{"do": "read", "vcpu": 0, "at": "0x400000"}]}"""
 
     STORY = {'says': 'an edit, and a late flush', 'host': 'svm shadow', 'mode': '4-level', 'cr3': '0x1000', 'vcpus': 2, 'memory': [{'base': 0, 'size': '0x400000'}],
              'tables': [{'root': '0x1000', 'format': '4level', 'frames': [2, 3, 4, 5, 6, 7, 8],
@@ -26,6 +30,14 @@ def setup_cells():
 
     HOLE = 0x100_0000                                                # No slot of the story is there
     ENTRY_OF = {4: 0x1000, 3: 0x2000, 2: 0x3010, 1: 0x5000}          # Level -> where the story's entry for 0x40_0000 stands
+
+
+@pytest.mark.claim('nbs/mmu/28_play.ipynb', 'e71df6b3', 'The smallest file is a story: one read, one exit, one page; and an empty object is a machine to which nothing happens')
+def test_the_smallest_file_is_a_story_one_read_one_exit_one_page_and_an_empty_object_is_a_machine_to_which_nothing_happens():
+    step, = play(make_scenario(json.loads(SMALLEST)))
+    assert (step.answer.what, step.answer.gpa, step.answer.exits) == ('done', 0x10_0000, 1) and step.did
+    empty = make_scenario({})
+    assert empty.events == () and len(empty.machine.vcpus) == 1 and list(play(empty)) == []
 
 
 @pytest.mark.claim('nbs/mmu/28_play.ipynb', 'bd056f48', 'The reader of the late flush sees the old page once, and the new one after it')
@@ -42,6 +54,17 @@ def test_a_file_says_the_same_as_the_value_it_was_written_from():
         assert [step.answer for step in play(read_scenario(path))] == [step.answer for step in play(make_scenario(STORY))]
 
 
+@pytest.mark.claim('nbs/mmu/28_play.ipynb', '7dfc3119', 'Looking does not change the story: step by step or at once, on a copy or again from the file, it is the same')
+def test_looking_does_not_change_the_story_step_by_step_or_at_once_on_a_copy_or_again_from_the_file_it_is_the_same():
+    once = [(step.answer, step.did, step.roots) for step in play(make_scenario(STORY))]
+    scenario = make_scenario(STORY)
+    steps = play(scenario)
+    for n, told in enumerate(once):
+        step = next(steps)
+        assert (step.number, step.answer, step.did, step.roots) == (n + 1, *told) and freeze(copy_machine(scenario.machine)) == freeze(scenario.machine)
+    assert scenario.machine.steps == len(once) == len(STORY['events'])
+
+
 @pytest.mark.claim('nbs/mmu/28_play.ipynb', '7d725b9b', 'Whatever a scenario cannot have is refused before anything happens, with its place')
 def test_whatever_a_scenario_cannot_have_is_refused_before_anything_happens_with_its_place():
     def without(**changes): return make_scenario({**STORY, **changes})
@@ -51,6 +74,36 @@ def test_whatever_a_scenario_cannot_have_is_refused_before_anything_happens_with
              (dict(speed=1), 'scenario has no speed'), (dict(events={}), 'events: '), (dict(memory=[dict(base=0, size=1 << 40)]), 'at most')]
     for changes, why in wrong:
         with expect_fail(ValueError, contains=why): without(**changes)
+
+
+@pytest.mark.claim('nbs/mmu/28_play.ipynb', '756d81db', 'Wherever the file has a number, anything else is refused by its place, and so is a number out of bounds; whatever stands elsewhere, the answer is a machine or a `ValueError`')
+def test_wherever_the_file_has_a_number_anything_else_is_refused_by_its_place_and_so_is_a_number_out_of_bounds_whatever_stands_elsewhere_the_answer_is_a_machine_or_a_valueerror():
+    whole = {**STORY, 'limit': 100, 'prefetch': False, 'stores': [{'gpa': 0x3000, 'value': 0, 'size': 8}], 'events': []}
+    whole['tables'] = [{**STORY['tables'][0], 'map': [{'at': 0, 'to': 0, 'pages': 16, 'bits': 3, 'upper': 7, 'level': 1}]}]
+    def places(value, path=()):
+        if path: yield path, value
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else (): yield from places(inner, (*path, key))
+    numbers = 0
+    for (path, value), junk in product(places(whole), (None, True, 1.5, [], {}, 'x', -1, 1 << 70)):
+        story = json.loads(json.dumps(whole))
+        part = story
+        for key in path[:-1]: part = part[key]
+        part[path[-1]] = junk
+        is_number = type(value) is int or str(value)[:2] == '0x'
+        try: make_scenario(story)
+        except ValueError as why: assert str(path[0]) in str(why), (path, junk, str(why))
+        else: assert not is_number, (path, junk)
+        numbers += is_number
+    assert numbers > 150
+
+
+@pytest.mark.claim('nbs/mmu/28_play.ipynb', '7042268e', 'A file that is no scenario is one line of error with its name: no text, no JSON, no numbers, lists too deep, too long a number')
+def test_a_file_that_is_no_scenario_is_one_line_of_error_with_its_name_no_text_no_json_no_numbers_lists_too_deep_too_long_a_number():
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / 'wrong.json'
+        for data in (b'', b'[', b'\xff', b'[]', b'{"limit": NaN}', b'{"says": ' + b'[' * 900 + b']' * 900 + b'}', b'[' * 100_000, b'{"limit": 1' + b'0' * 5000 + b'}'):
+            path.write_bytes(data)
+            with expect_fail(ValueError, contains='wrong.json: '): read_scenario(path)
 
 
 @pytest.mark.claim('nbs/mmu/28_play.ipynb', '9394ef9b', 'An impossible event is refused with its place in the list')
