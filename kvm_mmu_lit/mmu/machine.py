@@ -35,7 +35,7 @@ from .spte import is_present, is_writable, spte_pfn
 from .tlb import Tlb, processor_access
 from .vcpu import access, store
 
-# %% ../../nbs/mmu/26_machine.ipynb #a5871a90
+# %% ../../nbs/mmu/26_machine.ipynb #d00bf10f
 @dataclass
 class Machine:
     "A VM with its vCPUs, and how far its story has got."
@@ -50,10 +50,10 @@ class Machine:
     ):
         "One event, to its end. What it answers: an `Outcome`, a fault, or whatever the host is told."
         check_event(self, event)
-        self.steps += 1
         meanwhile = event.get('meanwhile')
-        if meanwhile is None: return EVENTS[event['do']].act(self, event)
-        return _with_interruption(self, event, meanwhile)
+        answer = EVENTS[event['do']].act(self, event) if meanwhile is None else _with_interruption(self, event, meanwhile)
+        self.steps += 1        # One that is refused on the way is none
+        return answer
 
 # %% ../../nbs/mmu/26_machine.ipynb #26e0a669
 def new_machine(
@@ -166,13 +166,13 @@ def draw_events() -> Table:
     rows = [('host' if name in HOST_EVENTS else 'a vCPU', name, ', '.join(event.needs), ', '.join(event.may), event.says) for name, event in EVENTS.items()]
     return Table(('who', 'do', 'needs', 'may have', 'what it is'), rows)
 
-# %% ../../nbs/mmu/26_machine.ipynb #2cecaae8
+# %% ../../nbs/mmu/26_machine.ipynb #6659b6eb
 def check_event(
     machine: Machine,
     event: dict,
 ):
     "Refuse what cannot be asked for; a `ValueError` says which value breaks which rule."
-    if not isinstance(event, dict) or event.get('do') not in EVENTS:
+    if not isinstance(event, dict) or not isinstance(event.get('do'), str) or event['do'] not in EVENTS:
         raise ValueError(f"{str(event)[:80]}: an event is an object with 'do', one of {', '.join(EVENTS)}")
     kind, name = EVENTS[event['do']], event['do']
     who = {} if name in HOST_EVENTS else dict(vcpu=len(machine.vcpus) - 1)
@@ -187,7 +187,7 @@ def check_event(
 
 def _check_value(name, key, value, rule):
     if rule in (bool, dict, str, list): ok = isinstance(value, rule)
-    elif isinstance(rule, tuple): ok = value in rule
+    elif isinstance(rule, tuple): ok = type(value) is type(rule[0]) and value in rule
     else: ok = type(value) is int and 0 <= value <= rule
     said = rule.__name__ if isinstance(rule, type) else f"one of {rule}" if isinstance(rule, tuple) else f"0..{rule:#x}"
     if not ok: raise ValueError(f"{name}: {key}={str(value)[:40]!r}, must be {said}")
@@ -214,6 +214,9 @@ def _check_pdptrs(vm, event):
 
 def _check_meanwhile(machine, meanwhile):
     if meanwhile.get('at') not in UNLOCKED + LOCKED: raise ValueError(f"meanwhile: at={meanwhile.get('at')!r}, must be one of {', '.join(UNLOCKED + LOCKED)}")
+    unknown, nth = set(meanwhile) - {'at', 'nth', 'event'}, meanwhile.get('nth', 1)
+    if unknown: raise ValueError(f"meanwhile has no {min(unknown)!r}; it has at, nth, event")
+    if type(nth) is not int or nth < 1: raise ValueError(f"meanwhile: nth={str(nth)[:40]!r}, must be 1 or more")
     if not isinstance(meanwhile.get('event'), dict): raise ValueError("meanwhile needs an 'event'")
     check_event(machine, meanwhile['event'])
 

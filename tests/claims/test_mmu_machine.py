@@ -190,6 +190,17 @@ def test_while_a_table_is_being_synced_a_store_into_it_exits_and_waits_afterward
         assert machine.happen(dict(do='read', vcpu=1, at=0x40_0000)).gpa >> 12 == 0x102
 
 
+@pytest.mark.claim('nbs/mmu/26_machine.ipynb', 'cef8f887', 'what is no event is refused by name and is no step, whatever is wrong with it')
+def test_what_is_no_event_is_refused_by_name_and_is_no_step_whatever_is_wrong_with_it():
+    read, refused = dict(do='read', vcpu=0, at=0), new_machine(svm_host(4))
+    wrong = ({'do': []}, [], dict(read, size=True), dict(read, size=1.0), dict(read, at='0'), dict(read, colour=1), dict(do='delete_slot', slot=1),
+             *(dict(read, meanwhile=meanwhile) for meanwhile in ([], dict(at=[], event=read), dict(at='in guest'), dict(at='in guest', event=read, nth=0),
+                                                                 dict(at='in guest', event=read, nth='2'), dict(at='in guest', event=read, colour=1))))
+    for event in wrong:
+        with expect_fail(ValueError): refused.happen(event)
+    assert refused.steps == 0
+
+
 @pytest.mark.claim('nbs/mmu/26_machine.ipynb', '93511492', "An L2 in PAE mode starts with the four entries at its CR3, as L1's nested tables place it, and a MOV to CR3 of its own reads there too")
 def test_an_l2_in_pae_mode_starts_with_the_four_entries_at_its_cr3_as_l1_s_nested_tables_place_it_and_a_mov_to_cr3_of_its_own_reads_there_too():
     for host, fmt, pgd in ((svm_host(4), '4level', 0x2_0000), (vmx_host(4), 'ept4', eptp_of(0x2_0000))):
