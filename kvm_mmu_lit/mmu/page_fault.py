@@ -295,7 +295,7 @@ def draw_log_round(
     for n in (1, 2): note('guest', f"writes, fault {n}", fast_page_fault(vcpu, Fault(addr, P | W | U, is_tdp=True)))
     return Timeline(('answer', 'HOST, MMU, W', 'frames in the log'), rows, "a round of the dirty log, without the lock")
 
-# %% ../../nbs/mmu/17_page_fault.ipynb #44edefd7
+# %% ../../nbs/mmu/17_page_fault.ipynb #2d5186bb
 def direct_prefetch(vcpu: Vcpu, sp: ShadowPage, index: int):
     "Map the neighbours in memory of a page that was needed, where an A bit tells a guess from a use. KVM: `direct_pte_prefetch` (mmu/mmu.c)."
     vm = vcpu.vm
@@ -313,7 +313,7 @@ def _map_run(vcpu, sp, run):
     vm, gfns, access = vcpu.vm, [page_gfn(sp, i) for i in run], int(sp.role.access)
     slot = vm.memory.slot(gfns[0])
     if slot is None or gfns[-1] >= slot.end_gfn or access & ACC_WRITE and is_logged(vm, gfns[0]): return False
-    frames = list(takewhile(lambda frame: frame[1], (host_frame(vm, gfn) for gfn in gfns)))
+    frames = list(takewhile(lambda frame: frame and frame[1], (host_frame(vm, gfn) for gfn in gfns)))
     for i, gfn, frame in zip(run, gfns, frames): set_spte(vcpu, sp, i, access, gfn, frame[0])
     return bool(frames)
 
