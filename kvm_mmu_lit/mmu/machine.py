@@ -10,7 +10,7 @@ wrong one is the author's mistake.
 
 # %% auto #0
 __all__ = ['MAX64', 'EVENTS', 'HOST_EVENTS', 'UNLOCKED', 'LOCKED', 'Machine', 'new_machine', 'Event', 'draw_events',
-           'check_event', 'draw_points', 'needs_no_exit', 'draw_race']
+           'check_event', 'value_text', 'draw_points', 'needs_no_exit', 'draw_race']
 
 # %% ../../nbs/mmu/26_machine.ipynb #2a9f7f37
 from dataclasses import dataclass, field
@@ -166,7 +166,7 @@ def draw_events() -> Table:
     rows = [('host' if name in HOST_EVENTS else 'a vCPU', name, ', '.join(event.needs), ', '.join(event.may), event.says) for name, event in EVENTS.items()]
     return Table(('who', 'do', 'needs', 'may have', 'what it is'), rows)
 
-# %% ../../nbs/mmu/26_machine.ipynb #6659b6eb
+# %% ../../nbs/mmu/26_machine.ipynb #a6864f95
 def check_event(
     machine: Machine,
     event: dict,
@@ -190,7 +190,12 @@ def _check_value(name, key, value, rule):
     elif isinstance(rule, tuple): ok = type(value) is type(rule[0]) and value in rule
     else: ok = type(value) is int and 0 <= value <= rule
     said = rule.__name__ if isinstance(rule, type) else f"one of {rule}" if isinstance(rule, tuple) else f"0..{rule:#x}"
-    if not ok: raise ValueError(f"{name}: {key}={str(value)[:40]!r}, must be {said}")
+    if not ok: raise ValueError(f"{name}: {key}={value_text(value)}, must be {said}")
+
+def value_text(value) -> str:
+    "A value that somebody else wrote, for an error: numbers as elsewhere in this book, and nothing too long for a line."
+    text = f"{value:#x}" if type(value) is int else repr(value)
+    return text if len(text) <= 40 else text[:40] + '...'
 
 def _check_sense(machine, event):
     "Events that the machine's state forbids."
@@ -210,13 +215,13 @@ def _check_sense(machine, event):
 def _check_pdptrs(vm, event):
     pdptrs = event['pdptrs']
     if vm.host.vendor == 'svm' or event.get('nested_pgd') is None: raise ValueError("enter_l2: pdptrs, and only a VMCS with EPT has fields for them")
-    if len(pdptrs) != 4 or not all(type(pdpte) is int and 0 <= pdpte <= MAX64 for pdpte in pdptrs): raise ValueError(f"enter_l2: pdptrs={str(pdptrs)[:80]}, must be four numbers up to {MAX64:#x}")
+    if len(pdptrs) != 4 or not all(type(pdpte) is int and 0 <= pdpte <= MAX64 for pdpte in pdptrs): raise ValueError(f"enter_l2: pdptrs={value_text(pdptrs)}, must be four numbers up to {MAX64:#x}")
 
 def _check_meanwhile(machine, meanwhile):
     if meanwhile.get('at') not in UNLOCKED + LOCKED: raise ValueError(f"meanwhile: at={meanwhile.get('at')!r}, must be one of {', '.join(UNLOCKED + LOCKED)}")
     unknown, nth = set(meanwhile) - {'at', 'nth', 'event'}, meanwhile.get('nth', 1)
     if unknown: raise ValueError(f"meanwhile has no {min(unknown)!r}; it has at, nth, event")
-    if type(nth) is not int or nth < 1: raise ValueError(f"meanwhile: nth={str(nth)[:40]!r}, must be 1 or more")
+    if type(nth) is not int or nth < 1: raise ValueError(f"meanwhile: nth={value_text(nth)}, must be 1 or more")
     if not isinstance(meanwhile.get('event'), dict): raise ValueError("meanwhile needs an 'event'")
     check_event(machine, meanwhile['event'])
 

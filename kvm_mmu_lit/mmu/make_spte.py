@@ -183,7 +183,7 @@ def show_mmio(
     masks = ept_masks(base) if ept else base
     return draw_spte(make_mmio_spte(masks, gen, number(gfn), ACC_WRITE | ACC_USER), masks=masks)
 
-# %% ../../nbs/mmu/05_make_spte.ipynb #436c91c2
+# %% ../../nbs/mmu/05_make_spte.ipynb #6a7e7e3b
 def decode_spte(
     masks: SpteMasks,
     spte: int,           # Any 64-bit number
@@ -198,7 +198,7 @@ def decode_spte(
     if not is_present(spte): return dict(kind={0: 'empty', REMOVED_SPTE: 'removed'}.get(spte, 'not present'), says='')
     tracked = is_access_track(masks, spte)
     if not is_last(spte, level): kind, says = 'table', f" at {spte & SPTE_ADDRESS:#x}"
-    else: kind, says = 'page, access-tracked' if tracked else 'page', f" of frame {spte_pfn(spte):#x}, {writable_state(masks, spte)}"
+    else: kind, says = 'page, access-tracked' if tracked else 'page', f" of frame {spte_pfn(spte):#x}, writable state {writable_state(masks, spte)}"
     state = dict(writable_state=writable_state(masks, spte)) if is_last(spte, level) else {}
     return dict(kind=kind, says=says, pfn=spte_pfn(spte), **state, writable=is_writable(spte), executable=is_executable(masks, spte),
                 accessed=is_accessed(masks, spte), dirty=is_dirty(masks, spte), ad_enabled=ad_enabled(spte),

@@ -11,19 +11,19 @@ became of it, and everything KVM did on the way.
 __all__ = ['HOST_KINDS', 'MAX_SCENARIO', 'MAX_MEMORY', 'MAX_EVENTS', 'Scenario', 'read_scenario', 'make_scenario', 'Played',
            'play', 'did_text', 'event_text', 'answer_text', 'draw_play']
 
-# %% ../../nbs/mmu/28_play.ipynb #649cb591
+# %% ../../nbs/mmu/28_play.ipynb #45cdf7a3
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..draw.timeline import Event as Row
 from ..draw.timeline import Timeline
-from ..guest.addresses import FORMATS, PAGE_SIZE
-from ..guest.gpte import map_page
+from ..guest.addresses import FORMATS, PAE, PAGE_SHIFT, PAGE_SIZE, is_canonical, page_size
+from ..guest.gpte import frame_mask, map_page
 from ..guest.memory import GuestMemory, add_ram, write_gpa
 from .contexts import Did, KvmBug
 from .cpu_role import MODES
-from .machine import Machine, new_machine
+from .machine import Machine, new_machine, value_text
 from .machine_state import broken_invariant, with_state
 from .root_role import Host, svm_host, vmx_host
 from .root_cache import cached_roots
@@ -39,11 +39,11 @@ class Scenario:
     events: tuple
     says: str = ''
 
-# %% ../../nbs/mmu/28_play.ipynb #ba0fa8dc
+# %% ../../nbs/mmu/28_play.ipynb #68a9c2a6
 def _need(value, kind, where, low=0, high=None):
     if type(value) is not kind or kind is int and not (low <= value and (high is None or value <= high)):
         bounds = f" in {low:#x}..{high:#x}" if kind is int and high is not None else ''
-        raise ValueError(f"{where}: {str(value)[:40]!r}, must be {'a number' if kind is int else 'a ' + kind.__name__}{bounds}")
+        raise ValueError(f"{where}: {value_text(value)}, must be {'a number' if kind is int else 'a ' + kind.__name__}{bounds}")
     return value
 
 def _known(value, names, where):
@@ -51,21 +51,26 @@ def _known(value, names, where):
     if extra: raise ValueError(f"{where} has no {', '.join(sorted(extra))}; it has {', '.join(names)}")
     return value
 
-# %% ../../nbs/mmu/28_play.ipynb #1b3079ef
+# %% ../../nbs/mmu/28_play.ipynb #295d5973
 def read_scenario(
     path: 'str | Path',
 ) -> Scenario:         # A `ValueError` names the file and the place in it
     "Read a scenario file."
     path = Path(path)
     if path.stat().st_size > MAX_SCENARIO: raise ValueError(f"{path}: {path.stat().st_size:,} bytes, a scenario has at most {MAX_SCENARIO:,}")
-    try: data = json.loads(path.read_text(), parse_int=int, parse_constant=_no_constant)
+    try: data = json.loads(path.read_text(), parse_constant=_no_constant, object_pairs_hook=_no_twice)
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as why: raise ValueError(f"{path}: {why or 'nested too deeply'}") from None
-    except ValueError as why: raise ValueError(f"{path}: {why}") from None        # A number of thousands of digits, or NaN
+    except ValueError as why: raise ValueError(f"{path}: {why}") from None        # A number of thousands of digits, NaN, a name given twice
     try: return make_scenario(data)
     except ValueError as why: raise ValueError(f"{path}: {why}") from None
     except RecursionError: raise ValueError(f"{path}: nested too deeply") from None
 
 def _no_constant(name): raise ValueError(f"{name} is no number of a scenario")
+
+def _no_twice(pairs):
+    for i, (name, _) in enumerate(pairs):
+        if any(name == other for other, _ in pairs[:i]): raise ValueError(f"an object has {name!r} twice")
+    return dict(pairs)
 
 def make_scenario(
     data: dict,        # As in the file; numbers may be texts like '0x1000'
@@ -77,7 +82,8 @@ def make_scenario(
     if not isinstance(host, str) or host not in HOST_KINDS: raise ValueError(f"host: {host!r}, must be one of {', '.join(HOST_KINDS)}")
     if not isinstance(mode, str) or mode not in MODES: raise ValueError(f"mode: {mode!r}, must be one of {', '.join(MODES)}")
     memory = _memory(data.get('memory', [dict(base=0, size=8 << 20)]), HOST_KINDS[host]())
-    for i, one in enumerate(_need(data.get('tables', []), list, 'tables')): _map(memory, one, f'tables[{i}]')
+    taken = {}
+    for i, one in enumerate(_need(data.get('tables', []), list, 'tables')): _tables(memory, one, f'tables[{i}]', taken)
     for i, one in enumerate(_need(data.get('stores', []), list, 'stores')): _put(memory, one, f'stores[{i}]')
     machine = new_machine(HOST_KINDS[host](), memory, mode, _need(data.get('cr3', 0x1000), int, 'cr3', 0, (1 << 52) - 1),
                           _need(data.get('vcpus', 1), int, 'vcpus', 1, 16), prefetch=_need(data.get('prefetch', True), bool, 'prefetch'))
@@ -94,7 +100,7 @@ def _numbers(value):
         except ValueError: return value
     return value
 
-# %% ../../nbs/mmu/28_play.ipynb #de4b011a
+# %% ../../nbs/mmu/28_play.ipynb #cafa8be3
 def _memory(slots, host):
     "The memory slots; they may not overlap, nor lie where no address is."
     memory, total = GuestMemory(), 0
@@ -109,21 +115,35 @@ def _memory(slots, host):
         except ValueError as why: raise ValueError(f"{where}: {why}") from None
     return memory
 
-def _map(memory, one, where):
+def _tables(memory, one, where, taken):
     "Page tables: where they begin, which frames they may take, what they map."
     _known(one, ('root', 'format', 'frames', 'map'), where)
-    fmt = FORMATS.get(_need(one.get('format', '4level'), str, f'{where}.format'))
-    if fmt is None or not fmt.root_level: raise ValueError(f"{where}.format: {one.get('format')!r}, must be one of {', '.join(name for name in FORMATS if FORMATS[name].root_level)}")
-    frames = [_need(gfn, int, f'{where}.frames', 0, 1 << 40) for gfn in _need(one.get('frames', []), list, f'{where}.frames')]
-    for i, line in enumerate(_need(one.get('map', []), list, f'{where}.map')):
-        at = f'{where}.map[{i}]'
-        _known(line, ('at', 'to', 'bits', 'upper', 'level', 'pages'), at)
-        gva, gpa, bits, upper = (_need(line.get(name, other), int, f'{at}.{name}', 0, (1 << 64) - 1)
-                                 for name, other in (('at', 0), ('to', 0), ('bits', 0), ('upper', 7)))
-        level = _need(line.get('level', 1), int, f'{at}.level')
-        for page in range(_need(line.get('pages', 1), int, f'{at}.pages', 1, 1 << 18)):
-            try: map_page(memory, _need(one.get('root'), int, f'{where}.root'), fmt, gva + page * PAGE_SIZE, gpa + page * PAGE_SIZE, frames, bits, upper, level)
-            except ValueError as why: raise ValueError(f"{at}: {why}") from None
+    names = [name for name, fmt in FORMATS.items() if fmt.root_level]
+    name = _need(one.get('format', '4level'), str, f'{where}.format')
+    if name not in names: raise ValueError(f"{where}.format: {name!r}, must be one of {', '.join(names)}")
+    fmt, root = FORMATS[name], _need(one.get('root'), int, f'{where}.root')
+    aligned = 32 if FORMATS[name] is PAE else PAGE_SIZE
+    if root % aligned: raise ValueError(f"{where}.root: {root:#x}, must be a multiple of {aligned:#x}")
+    frames = [_need(gfn, int, f'{where}.frames[{n}]', 0, 1 << 40) for n, gfn in enumerate(_need(one.get('frames', []), list, f'{where}.frames'))]
+    for gfn, place in [(root >> PAGE_SHIFT, f'{where}.root'), *((gfn, f'{where}.frames[{n}]') for n, gfn in enumerate(frames))]:
+        before = taken.setdefault(gfn, place)
+        if before is not place and not (before.endswith('root') and place.endswith('root')): raise ValueError(f"{place}: frame {gfn:#x} is a table of {before} already")
+    for i, line in enumerate(_need(one.get('map', []), list, f'{where}.map')): _map(memory, root, fmt, frames, line, f'{where}.map[{i}]')
+
+def _map(memory, root, fmt, frames, line, where):
+    _known(line, ('at', 'to', 'bits', 'upper', 'level', 'pages'), where)
+    gva, gpa, bits, upper = (_need(line.get(name, other), int, f'{where}.{name}', 0, (1 << 64) - 1)
+                             for name, other in (('at', 0), ('to', 0), ('bits', 0), ('upper', 7)))
+    level = _need(line.get('level', 1), int, f'{where}.level', 1, 3)
+    size = page_size(min(level, fmt.root_level), fmt)
+    if gva % size: raise ValueError(f"{where}.at: {gva:#x}, must be a multiple of {size:#x}, the size of the page")
+    for name, value, at in (('bits', bits, level), ('upper', upper, 1)):
+        if level <= fmt.root_level and value & frame_mask(at, fmt): raise ValueError(f"{where}.{name}: {value:#x} has bits of the address, which is 'to'")
+    for page in range(_need(line.get('pages', 1), int, f'{where}.pages', 1, 1 << 18)):
+        addr = gva + page * size
+        if not is_canonical(addr, fmt): raise ValueError(f"{where}.at: {addr:#x}, no address of {fmt.address_bits} bits{', sign-extended' if fmt.signed else ''}")
+        try: map_page(memory, root, fmt, addr, gpa + page * size, frames, bits, upper, level)
+        except ValueError as why: raise ValueError(f"{where}: {why}") from None
 
 def _put(memory, one, where):
     "Plain bytes."

@@ -24,13 +24,13 @@ def test_addresses_are_read_as_people_write_them():
     with expect_fail(argparse.ArgumentTypeError, contains='is not a number'): parse_number('top')
 
 
-@pytest.mark.claim('nbs/cli.ipynb', '5a4772d0', 'one number says different things in the two formats, and a number beyond 64 bits nothing')
+@pytest.mark.claim('nbs/cli.ipynb', 'b7d33ab3', 'one number says different things in the two formats, and a number beyond 64 bits nothing')
 def test_one_number_says_different_things_in_the_two_formats_and_a_number_beyond_64_bits_nothing():
     def told(*argv):
         with contextlib.redirect_stdout(io.StringIO()) as out: assert main(['decode', 'spte', *argv]) == 0
         return out.getvalue().splitlines()[0]
     assert told('0xfee0002e', '--ept') == 'MMIO of frame 0xfee00, generation 0x5' and told('0xfee0002e') == 'not present'
-    assert told('0x1234e67') == 'page of frame 0x1234, 111' and told('0x827', '--level', '2') == 'table at 0x0' and told('0x5a0') == 'removed'
+    assert told('0x1234e67') == 'page of frame 0x1234, writable state 111' and told('0x827', '--level', '2') == 'table at 0x0' and told('0x5a0') == 'removed'
     assert main(['decode', 'spte', hex(1 << 64)]) == 2
 
 

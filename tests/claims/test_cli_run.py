@@ -9,7 +9,7 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global Path, STORY, StringIO, base_masks, command, draw_spte, kvm_mmu, main, patch, predict, redirect_stderr, redirect_stdout, tempfile
+    global Path, STORIES, STORY, StringIO, base_masks, command, draw_spte, kvm_mmu, last_entry, main, patch, predict, redirect_stderr, redirect_stdout, tempfile
     import tempfile
     from contextlib import redirect_stderr, redirect_stdout
     from io import StringIO
@@ -18,6 +18,7 @@ def setup_cells():
 
     from kvm_mmu_lit.cli import main
     from kvm_mmu_lit.draw.exercise import predict
+    from kvm_mmu_lit.mmu.page_fault import last_entry
     from kvm_mmu_lit.mmu.spte import base_masks, draw_spte
 
     STORY = {'says': 'two CR3s', 'memory': [{'base': 0, 'size': '0x400000'}], 'tables': [
@@ -38,6 +39,16 @@ def setup_cells():
             path = Path(folder) / 'story.json'
             path.write_text(story if isinstance(story, str) else json.dumps(story))
             return command('run', path, *options)[:2]
+
+    STORIES = next(folder / 'tests/data/scenarios' for folder in (Path.cwd(), *Path.cwd().parents) if (folder / 'tests/data/scenarios').is_dir())
+
+
+@pytest.mark.claim('nbs/cli_run.ipynb', 'ede39188', 'Each story that comes with the book ends, with every invariant checked after every event')
+def test_each_story_that_comes_with_the_book_ends_with_every_invariant_checked_after_every_event():
+    for path in sorted(STORIES.glob('*.json')):
+        code, said, error = command('run', path, '--quiet', '--until-violation')
+        assert (code, error) == (0, '') and said.endswith(', none left\n'), path.name
+    assert len(list(STORIES.glob('*.json'))) == 8
 
 
 @pytest.mark.claim('nbs/cli_run.ipynb', 'fd96481e', 'The command says for each event what became of it, and 0 when all happened')
@@ -115,3 +126,15 @@ def test_what_the_command_says_of_an_entry_is_what_the_machine_that_wrote_it_mea
     told = json.loads(said)
     assert code == 0 and told['kind'].startswith('page') and hex(spte >> 12 & (1 << 40) - 1)[2:] in command('decode', 'spte', hex(spte))[1]
     assert any(field['name'] == 'W' and field['value'] == 1 for field in told['fields']), told['fields']
+
+
+@pytest.mark.claim('nbs/cli_run.ipynb', 'a5de0285', 'Read in its own format an entry means the same on both hosts; read in the other one it does not')
+def test_read_in_its_own_format_an_entry_means_the_same_on_both_hosts_read_in_the_other_one_it_does_not():
+    scenario = make_scenario({**STORY, 'host': 'vmx ept', 'events': STORY['events'][:1]})
+    list(play(scenario))
+    spte = last_entry(scenario.machine.vcpus[0], 0x10_0000)[2]
+    def told(spte, *ept): return json.loads(command('decode', 'spte', hex(spte), '--json', *ept)[1])
+    here, there = told(spte, '--ept'), told(spte)
+    assert (here['kind'], here['pfn'], here['writable_state'], here['executable']) == ('page', 0x100_0100, '111', True)
+    assert any(field['name'] == 'MT' and field['value'] == 6 for field in here['fields'])
+    assert there['pfn'] == here['pfn'] and there['writable_state'] != '111'

@@ -9,13 +9,16 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global ENTRY_OF, EVENTS, HOLE, HOST_EVENTS, SMALLEST, STORY, copy_machine, expect_fail, freeze, predict, product, replace, tempfile
+    global ENTRY_OF, EVENTS, HOLE, HOST_EVENTS, SMALLEST, STORY, Walker, copy_machine, expect_fail, freeze, load_pdptrs, mappings, predict, product, replace, small_registers, tempfile
     import tempfile
     from dataclasses import replace
     from itertools import product
 
     from fastcore.test import expect_fail
     from kvm_mmu_lit.draw.exercise import predict
+    from kvm_mmu_lit.guest.address_space import mappings
+    from kvm_mmu_lit.guest.registers import load_pdptrs
+    from kvm_mmu_lit.guest.walk import Walker, small_registers
     from kvm_mmu_lit.mmu.machine import EVENTS, HOST_EVENTS
     from kvm_mmu_lit.mmu.machine_state import copy_machine, freeze
 
@@ -65,15 +68,32 @@ def test_looking_does_not_change_the_story_step_by_step_or_at_once_on_a_copy_or_
     assert scenario.machine.steps == len(once) == len(STORY['events'])
 
 
-@pytest.mark.claim('nbs/mmu/28_play.ipynb', '7d725b9b', 'Whatever a scenario cannot have is refused before anything happens, with its place')
+@pytest.mark.claim('nbs/mmu/28_play.ipynb', 'bb1f1a1f', 'Whatever a scenario cannot have is refused before anything happens, with its place')
 def test_whatever_a_scenario_cannot_have_is_refused_before_anything_happens_with_its_place():
     def without(**changes): return make_scenario({**STORY, **changes})
     wrong = [(dict(memory=[dict(base=0, size=0x2000), dict(base=0x1000, size=0x1000)]), 'memory[1]: '), (dict(memory=[dict(base=1 << 52, size=0x1000)]), 'beyond MAXPHYADDR'),
              (dict(memory=[dict(base=0, size=1)]), 'whole 4096-byte pages'), (dict(mode='6-level'), "mode: '6-level'"), (dict(vcpus=0), 'vcpus: '), (dict(host='arm'), "host: 'arm'"),
              (dict(tables=[dict(root=1 << 40, frames=[2], map=[dict(at=0, to=0)])]), 'tables[0].map[0]: table at'), (dict(stores=[dict(gpa=1 << 40, value=1)]), 'stores[0]: '),
+             (dict(tables=[dict(root=0x1001)]), 'tables[0].root: 0x1001, must be a multiple of 0x1000'), (dict(tables=[dict(root=0x1000, frames=[2, 1])]), 'tables[0].frames[1]: frame 0x1 is'),
+             (dict(tables=[dict(root=0x1000, frames=[2]), dict(root=0x3000, frames=[2])]), 'tables[1].frames[0]: frame 0x2 is a table of tables[0].frames[0] already'),
              (dict(speed=1), 'scenario has no speed'), (dict(events={}), 'events: '), (dict(memory=[dict(base=0, size=1 << 40)]), 'at most')]
+    for line, why in (({'at': 0x800}, '.at: 0x800, must be a multiple of 0x1000'), ({'at': 0x1000, 'level': 2}, '.at: 0x1000, must be a multiple of 0x200000'), ({'at': 1 << 47}, '.at: 0x800000000000, no address of 48 bits'),
+                      ({'at': (1 << 47) - 0x1000, 'pages': 2}, '.at: 0x800000000000'), ({'bits': 0x1007}, '.bits: 0x1007 has bits of the address'), ({'upper': 0x2007}, '.upper: 0x2007'), ({'to': 1 << 52}, ': 0x10000000000000 cannot be the frame')):
+        wrong.append((dict(tables=[dict(root=0x1000, frames=[2, 3, 4], map=[line])]), f'tables[0].map[0]{why}'))
     for changes, why in wrong:
         with expect_fail(ValueError, contains=why): without(**changes)
+
+
+@pytest.mark.claim('nbs/mmu/28_play.ipynb', '125b77ce', "Of every format, what a file maps is where the guest's own walk finds it, page after page of each size")
+def test_of_every_format_what_a_file_maps_is_where_the_guest_s_own_walk_finds_it_page_after_page_of_each_size():
+    for (name, fmt), level in product(FORMATS.items(), (1, 2)):
+        if not fmt.root_level: continue
+        size = page_size(level, fmt)
+        memory = make_scenario({'memory': [{'base': 0, 'size': 0x10000}], 'tables': [{'root': 0x1000, 'format': name, 'frames': [2, 3, 4, 5], 'map': [
+            {'at': 4 * size, 'to': 8 * size, 'pages': 3, 'level': level, 'bits': 6, 'upper': 6}]}]}).machine.vm.memory
+        regs = small_registers(name, wp=True, nx=True, smep=False, smap=False)
+        walker = Walker(memory, load_pdptrs(memory, regs) if fmt is PAE else regs, fmt)
+        assert [(page.va, page.gpa, page.level) for page in mappings(walker)] == [((4 + n) * size, (8 + n) * size, level) for n in range(3)], (name, level)
 
 
 @pytest.mark.claim('nbs/mmu/28_play.ipynb', '756d81db', 'Wherever the file has a number, anything else is refused by its place, and so is a number out of bounds; whatever stands elsewhere, the answer is a machine or a `ValueError`')
@@ -97,11 +117,11 @@ def test_wherever_the_file_has_a_number_anything_else_is_refused_by_its_place_an
     assert numbers > 150
 
 
-@pytest.mark.claim('nbs/mmu/28_play.ipynb', '7042268e', 'A file that is no scenario is one line of error with its name: no text, no JSON, no numbers, lists too deep, too long a number')
-def test_a_file_that_is_no_scenario_is_one_line_of_error_with_its_name_no_text_no_json_no_numbers_lists_too_deep_too_long_a_number():
+@pytest.mark.claim('nbs/mmu/28_play.ipynb', '2f50cc5b', 'A file that is no scenario is one line of error with its name: no text, no JSON, no numbers, lists too deep, too long a number, a name given twice')
+def test_a_file_that_is_no_scenario_is_one_line_of_error_with_its_name_no_text_no_json_no_numbers_lists_too_deep_too_long_a_number_a_name_given_twice():
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / 'wrong.json'
-        for data in (b'', b'[', b'\xff', b'[]', b'{"limit": NaN}', b'{"says": ' + b'[' * 900 + b']' * 900 + b'}', b'[' * 100_000, b'{"limit": 1' + b'0' * 5000 + b'}'):
+        for data in (b'', b'[', b'\xff', b'[]', b'{"limit": NaN}', b'{"says": ' + b'[' * 900 + b']' * 900 + b'}', b'[' * 100_000, b'{"limit": 1' + b'0' * 5000 + b'}', b'{"host": "svm npt", "host": "svm shadow"}'):
             path.write_bytes(data)
             with expect_fail(ValueError, contains='wrong.json: '): read_scenario(path)
 
