@@ -28,7 +28,7 @@ from .guest.addresses import FORMATS, page_size, size_name
 from .guest.gpte import Acc, draw_gpte, gpte_fields, is_last_gpte
 from .guest.permissions import FETCH, IMPLICIT, USER, WRITE, Pferr, access_text
 from .guest.registers import GeneralProtection, decode_register, draw_register
-from .guest.verdict import GuestWalk, PageFault, decode_error_code, draw_error_code, draw_walk, rights_text
+from .guest.verdict import GuestWalk, decode_error_code, draw_error_code, draw_walk, rights_text
 from .guest.walk import Walker
 from .guest.explain import explain
 from .guest.address_space import Tables, count_mappings, draw_ranges, having, mappings, ranges

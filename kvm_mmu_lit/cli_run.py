@@ -10,10 +10,8 @@ decode spte` says what one of KVM's entries means.
 __all__ = ['run_run', 'step_lines', 'step_data']
 
 # %% ../nbs/cli_run.ipynb #6d51217d
-import json
-
 from .cli import emit
-from .mmu.play import Played, answer_text, draw_play, event_text, make_scenario, play, read_scenario
+from .mmu.play import Played, answer_text, draw_play, event_text, play, read_scenario
 from .review.tables import broken_tables
 
 # %% ../nbs/cli_run.ipynb #cc2f87af

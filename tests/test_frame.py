@@ -65,6 +65,16 @@ def test_a_module_says_each_name_once(module):
     assert sorted(names) == sorted(set(names))
 
 
+@pytest.mark.parametrize('module', chapter_order())
+def test_a_module_uses_what_it_imports(module):
+    tree = ast.parse(ROOT.joinpath(*module.split('.')).with_suffix('.py').read_text())
+    bound = {(alias.asname or alias.name).split('.')[0] for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    types = [getattr(node, field, None) for node in ast.walk(tree) for field in ('annotation', 'returns')]
+    quoted = {word for one in types if one is not None for part in ast.walk(one) if isinstance(part, ast.Constant) for word in re.findall(r'\w+', str(part.value))}
+    assert bound - names - quoted == set()
+
+
 def test_every_module_belongs_to_a_chapter():
     found = {'.'.join(path.relative_to(ROOT).with_suffix('').parts) for path in export.modules() if path.name not in ('__init__.py', '_modidx.py')}
     assert found == set(chapter_order())

@@ -40,7 +40,7 @@ def changed_copy(tmp_path, guest, name, change):
 
 @pytest.mark.parametrize('folder', GUESTS, ids=lambda path: path.name)
 def test_every_row_of_a_recorded_guest_agrees(folder):
-    agreements, calls = check_guest(folder), []
+    agreements = check_guest(folder)
     assert [str(a) for a in agreements if not a.agrees] == []
     assert missing_truths(folder) == []
     rows = {a.source.split('/')[1]: a.rows for a in agreements}

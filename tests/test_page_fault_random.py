@@ -8,7 +8,9 @@ from kvm_mmu_lit.guest.registers import Cr0, Cr4
 from kvm_mmu_lit.mmu.cpu_role import MODES
 from kvm_mmu_lit.mmu.guest_tables import guest_tables
 from kvm_mmu_lit.mmu.invlpg import example_shadow, invalidate_gva, pte_prefetch
-from kvm_mmu_lit.mmu.page_fault import F, P, U, W, Fault, direct_page_fault, fast_page_fault, last_entry
+from kvm_mmu_lit.mmu.direct_fault import direct_page_fault
+from kvm_mmu_lit.mmu.fast_page_fault import fast_page_fault
+from kvm_mmu_lit.mmu.page_fault import F, P, U, W, Fault, last_entry
 from kvm_mmu_lit.mmu.reload import enter_guest
 from kvm_mmu_lit.mmu.rmap import host_frame, rmap_entries
 from kvm_mmu_lit.mmu.root_role import svm_host, vmx_host

@@ -3,11 +3,11 @@ from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
 from kvm_mmu_lit.guest.registers import Cr0, Cr4, Efer
 from kvm_mmu_lit.mmu.contexts import (INVALID_PAGE, MODES, WHO, Did, KvmBug, Mmu, NullDereference, Root, Vcpu, draw_contexts, forget_roles, init_mmu,
-    init_shadow_ept_roles, kvm_bug_on, show_contexts, show_pairings, vcpu_at, walker_of)
+    kvm_bug_on, vcpu_at, walker_of)
 from kvm_mmu_lit.mmu.cpu_role import (COSTS, EXT_FIELDS, INPUTS, ROLE_FIELDS, CpuRole, PageRole, calc_cpu_role, cpu_role, diff_roles, draw_role,
     page_role, show_flip)
 from kvm_mmu_lit.mmu.root_role import (Host, all_hosts, all_mmus, has_per_vcpu_root, mmu_table, root_storage, shadow_ept_roles, shadow_npt_roles,

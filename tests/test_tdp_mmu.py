@@ -4,7 +4,6 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from kvm_mmu_lit.guest.memory import ram
 from kvm_mmu_lit.mmu.contexts import KvmBug
 from kvm_mmu_lit.mmu.cpu_role import PageRole
 from kvm_mmu_lit.mmu.make_spte import make_mmio_spte, make_spte

@@ -6,7 +6,6 @@ down by `review.stories.shortened`, which knows what an event is, and told in a 
 """
 import json
 import os
-import random
 import time
 from unittest.mock import patch
 

@@ -13,7 +13,7 @@ __all__ = ['Field', 'BitStrip']
 
 # %% ../../nbs/draw/02_bits.ipynb #7cbdfd56
 from dataclasses import dataclass
-from .ink import Canvas, Hex, Picture, ink, columns, frozen_rows, plain, text_width, titled, BLACK, FAINT, PAPER
+from .ink import Canvas, Hex, Picture, ink, columns, frozen_rows, text_width, titled, BLACK, FAINT, PAPER
 
 # %% ../../nbs/draw/02_bits.ipynb #5f83e227
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ __all__ = ['STATES', 'Slot', 'Box', 'Chain']
 
 # %% ../../nbs/draw/04_chain.ipynb #5269631b
 from dataclasses import dataclass
-from .ink import (Canvas, Picture, ink, fold, frozen_rows, plain, text_width, titled,
-                                  BLACK, EDGE, FAINT, LINE, PALE, PAPER)
+from .ink import Canvas, Picture, ink, fold, frozen_rows, plain, text_width, titled, BLACK, FAINT, LINE, PALE, PAPER
 
 # %% ../../nbs/draw/04_chain.ipynb #df16427b
 STATES = {'': ' ', 'taken': '>', 'refused': '!', 'changed': '*'}   # And how the text form marks them
@@ -90,7 +89,7 @@ class Chain(Picture):
 
     def arrows(self) -> list:
         "(box, row of `Box.lines`, box it leads to) for every slot that was taken or refused."
-        found, columns = [], self.columns()
+        found = []
         for n, box in enumerate(self.boxes):
             after = [m for m in range(n + 1, len(self.boxes)) if self.boxes[m].lane == box.lane]
             found += [(n, i, after[0]) for i, slot in enumerate(box.lines())

@@ -16,7 +16,7 @@ __all__ = ['EXACT', 'show_byte', 'control', 'start_value', 'number', 'public_nam
 # %% ../../nbs/draw/08_explore.ipynb #5d5b1baa
 import json, os, sys
 from dataclasses import dataclass
-from .ink import Picture, escape
+from .ink import escape
 from .bits import BitStrip
 
 # %% ../../nbs/draw/08_explore.ipynb #a80cd1ba

@@ -12,7 +12,7 @@ __all__ = ['Range', 'size_text', 'about_text', 'RangeMap']
 
 # %% ../../nbs/draw/07_ranges.ipynb #09e7ab5b
 from dataclasses import dataclass
-from .ink import Canvas, Hex, Picture, ink, columns, fold, frozen_rows, plain, text_width, titled, BLACK, FAINT
+from .ink import Canvas, Hex, Picture, ink, columns, fold, frozen_rows, text_width, titled, BLACK, FAINT
 
 # %% ../../nbs/draw/07_ranges.ipynb #9d75a008
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ __all__ = ['Table', 'Grid']
 
 # %% ../../nbs/draw/03_table.ipynb #a51dfdff
 from dataclasses import dataclass
-from .ink import (Canvas, Hex, Picture, ink, columns, escape, fold, plain, text_width, titled,
-                                  BLACK, EDGE, FAINT, PAPER)
+from .ink import Canvas, Hex, Picture, ink, columns, escape, plain, text_width, titled, BLACK, EDGE, FAINT, PAPER
 
 # %% ../../nbs/draw/03_table.ipynb #d8828f7c
 def _tuples(rows): return tuple(tuple(row) for row in rows)

@@ -20,7 +20,7 @@ from ..draw.ink import BLACK, EDGE, FAINT, Canvas, Picture, columns, ink, text_w
 from ..draw.table import Table
 from .below import RULES
 from .event_forms import KVMMMU, write_text
-from .matching import COMPARED, Run
+from .matching import Run
 
 # %% ../../nbs/evidence/24_beside.ipynb #d905abf0
 OUTSIDE = {

@@ -14,7 +14,7 @@ __all__ = ['NO_VECTORS', 'NOT_THERE', 'kind_of', 'evidence_in', 'check_path', 'c
 from collections.abc import Callable
 from pathlib import Path
 
-from .agreement import Agreement, EvidenceError, agreement_table, draw_agreements
+from .agreement import Agreement, EvidenceError
 from .guests import check_guest, missing_truths
 from .replay import check_scenario
 from .scenarios import is_scenario

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from ..draw.graph import Graph
 from ..draw.table import Table
-from .mmu_states import MmuState, RecordedRoot, Snapshot
+from .mmu_states import MmuState, Snapshot
 from ..mmu.contexts import INVALID_PAGE, Mmu, Vcpu
 from ..mmu.shadow_page import Vm
 

@@ -16,10 +16,9 @@ __all__ = ['FAULT_ENDS', 'NO_FAULT_FOR', 'FAULT_CAUSES', 'frames_ahead', 'after_
 
 # %% ../../nbs/evidence/22_faults.ipynb #e156fdfa
 from ..draw.timeline import Event, Timeline
-from .below import HeardMemory, HostFrames, cr4_missing, host_of
+from .below import HostFrames
 from .ftrace import TraceEvent
 from .matching import Run, upcoming
-from .scenarios import Scenario
 from .walks import finish_walks, hear_point, tell
 from ..guest.addresses import PAGE_SHIFT
 from ..guest.memory import write_gpa

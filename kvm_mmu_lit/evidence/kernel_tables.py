@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from itertools import product
 
 from .vector_files import Column, Form
-from ..guest.addresses import EPT4, EPT5, LONG4, LONG5, PAE, PTE32, GpteFormat
+from ..guest.addresses import EPT4, EPT5
 from ..guest.gpte import ACC_ALL, Acc, gpte_access, is_last_gpte, is_present_gpte, protect_clean_gpte
 from ..guest.permissions import FETCH, IMPLICIT, USER, WRITE, Pferr, permission_bitmask, permission_fault, pkey_refuses, pkru_mask, refresh_cr0_wp, refusals
 from ..guest.registers import Cr0, Cr4, Efer, Registers, Rflags

@@ -16,7 +16,6 @@ __all__ = ['MAX_FILE', 'MAX_ARRAY', 'MAX_ARRAYS', 'MAX_DIRECTORY', 'UNREADABLE',
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path

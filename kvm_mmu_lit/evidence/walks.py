@@ -14,7 +14,6 @@ __all__ = ['tell', 'Walking', 'begin_walk', 'end_walk', 'finish_walks', 'fail_wa
 # %% ../../nbs/evidence/21_walks.ipynb #fb0614bd
 from dataclasses import dataclass
 
-from ..draw.table import Table
 from ..draw.timeline import Event, Timeline
 from .ftrace import TraceEvent
 from .matching import Run, expect, is_read_for_a_walk, match_call, pair, pass_below, read_for_a_walk, upcoming

@@ -16,7 +16,7 @@ __all__ = ['ROOT_B', 'KERNEL', 'UPPER_HALF', 'SCENES', 'check_mode', 'two_spaces
 
 # %% ../../nbs/lab/06_shadow_dag.ipynb #194d0986
 from ..draw.graph import Edge, Graph, Node
-from ..guest.addresses import FORMATS, PAGE_SHIFT, pt_index
+from ..guest.addresses import FORMATS, pt_index
 from ..guest.gpte import map_page
 from ..guest.memory import read_entry, write_entry
 from .fault_stepper import OWN_TABLE, PAGES, lab_machine, page_address

@@ -23,14 +23,13 @@ from ..draw.ink import Hex
 from ..draw.table import Table
 from ..guest.addresses import FORMATS, PAGE_SHIFT
 from ..guest.gpte import flags_text, map_page
-from ..guest.memory import GuestMemory, write_entry
+from ..guest.memory import GuestMemory
 from ..guest.nested_walk import NestedWalker
 from .fault_stepper import entry_text, guest_walk, lab_machine
-from .two_dimensions import L2_AT, L2_PAGES, L2_ROOT, NESTED_ROOT, enter, l2_page, nested_machine
+from .two_dimensions import L2_AT, L2_PAGES, NESTED_ROOT, enter, l2_page, nested_machine
 from ..mmu.contexts import Vcpu
 from ..mmu.cpu_role import MODES
 from ..mmu.hardware import host_walk
-from ..mmu.machine import Machine
 from ..mmu.play import answer_text
 from ..mmu.spte import is_last, is_present, spte_pfn
 from ..review.theorem import FORMAT_OF, nested_walker
@@ -196,7 +195,7 @@ def missing(
     "L2 reads a byte again, after something on the way was taken away."
     if what not in MISSING: raise ValueError(f"{what!r}: one of {', '.join(MISSING)}")
     machine, *_ = story_of(hypervisor, l2, 2)
-    vcpu, vm, (gva, l2_gpa, gpa, walk) = machine.vcpus[0], machine.vm, addresses(hypervisor, l2)
+    vcpu, (gva, l2_gpa, gpa, walk) = machine.vcpus[0], addresses(hypervisor, l2)
     nested, own = (walk, walk) if l2_gpa is None else (walk.steps[-1], walk.inner)
     if what == MISSING[1]: machine.happen(dict(do='unmap', start=gpa >> PAGE_SHIFT, end=(gpa >> PAGE_SHIFT) + 1))
     for name, table, base in ((MISSING[2], nested, 0), (MISSING[3], own, L2_AT if l2_gpa is not None else 0)):

@@ -19,11 +19,11 @@ __all__ = ['GUESTS', 'NESTED', 'WALKED', 'L2_ROOT', 'NESTED_ROOT', 'L2_AT', 'L2_
 from ..draw.chain import Box, Chain, Slot
 from ..draw.ink import Hex
 from ..draw.table import Grid
-from ..guest.addresses import FORMATS, PAGE_SHIFT
+from ..guest.addresses import FORMATS
 from ..guest.gpte import flags_text, map_page
 from ..guest.memory import ram, read_gpa, write_gpa
 from ..guest.nested_walk import NestedWalk, draw_nested_walk, nested_guest
-from ..guest.permissions import USER, WRITE
+from ..guest.permissions import WRITE
 from ..guest.walk import SMALL_PAGES
 from .fault_stepper import guest_walk, lab_machine, page_address
 from ..mmu.contexts import Vcpu

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from ..draw.graph import Edge, Graph, Node
 from ..draw.timeline import Event, Timeline
 from ..guest.registers import Cr0, Cr4, Rflags
-from .fault_stepper import PAGES, lab_machine, page_address
+from .fault_stepper import lab_machine, page_address
 from ..mmu.hardware import FETCH, USER, WRITE
 from ..mmu.machine import Machine
 from ..mmu.page_fault import last_entry

@@ -13,7 +13,7 @@ __all__ = ['ROLE_FIELDS', 'EXT_FIELDS', 'MODES', 'COSTS', 'INPUTS', 'PageRole', 
            'show_moves', 'page_role', 'cpu_role', 'show_flip']
 
 # %% ../../nbs/mmu/01_cpu_role.ipynb #ee13ed42
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import product
 

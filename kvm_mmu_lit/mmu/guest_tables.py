@@ -39,7 +39,7 @@ def registers_of(
     mmu: Mmu,
 ) -> tuple:        # (Registers, format)
     "What decides how the tables of an MMU are read: the vCPU's registers, or L1's when they are L1's nested tables."
-    host, more = vcpu.host, dict(maxphyaddr=vcpu.host.maxphyaddr, vendor='amd' if vcpu.host.vendor == 'svm' else 'intel', gbpages=vcpu.gbpages)
+    more = dict(maxphyaddr=vcpu.host.maxphyaddr, vendor='amd' if vcpu.host.vendor == 'svm' else 'intel', gbpages=vcpu.gbpages)
     if mmu.walker == 'ept':
         level = mmu.cpu_role.base.level
         return Registers(eptp=vcpu.nested_pgd & 0x40 | level - 1 << 3 | 6, ept_execonly=bool(mmu.cpu_role.ext.execonly), **more), EPT5 if level == 5 else EPT4

@@ -21,10 +21,10 @@ from ..draw.ink import Hex
 from ..draw.table import Table
 from ..guest.addresses import PAE, PAGE_SHIFT, PTE32, Gfn, Gpa, pt_index
 from ..guest.memory import GuestMemory, read_gpa
-from .contexts import Did, Vcpu, kvm_bug_on
+from .contexts import Did, kvm_bug_on
 from .cpu_role import PageRole, diff_roles
 from .root_role import Host
-from .spte import SPTE_ADDRESS, SPTE_LARGE, SPTE_PRESENT, masks_of
+from .spte import masks_of
 
 # %% ../../nbs/mmu/06_shadow_page.ipynb #427ac2bd
 @dataclass

@@ -12,18 +12,18 @@ __all__ = ['DESIGNS', 'STORIES', 'question_of', 'TestPolicy', 'BeforePolicy', 'O
            'RoleBitPolicy', 'design', 'design_table', 'machine', 'step_of', 'tell', 'show_design', 'story_table']
 
 # %% ../../nbs/review/02_designs.ipynb #bd2cff35
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..draw.table import Table
 from ..draw.timeline import Timeline
 from ..guest.addresses import PAGE_SHIFT
-from ..mmu.contexts import INVALID_PAGE, KvmBug, Mmu, Vcpu, kvm_bug_on
+from ..mmu.contexts import Mmu, Vcpu, kvm_bug_on
 from ..mmu.cpu_role import MODES, PageRole
 from ..mmu.nested_switch import enter_l2, l2_state, leave_l2, lettered_memory
 from ..mmu.register_writes import load_pdptrs, set_cr3
 from ..mmu.reload import enter_guest
 from ..mmu.root_cache import LETTERS, RootPolicy, draw_switches, pointer, run_switches
-from ..mmu.root_role import PT32E_ROOT_LEVEL, PT64_ROOT_4LEVEL, Host, root_storage, svm_host
+from ..mmu.root_role import PT32E_ROOT_LEVEL, Host, root_storage, svm_host
 from ..mmu.roots import free_root_page, get_pdptrs, guest_pgd, new_vcpu
 from ..mmu.zap import commit_zap
 from ..mmu.shadow_page import ShadowPage, Vm, add_shadow_page, to_shadow_page

@@ -24,10 +24,10 @@ __all__ = ['INVARIANTS', 'Invariant', 'role_fits_its_bits', 'wp_bits_exclude_wp'
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..draw.table import Grid, Table
+from ..draw.table import Grid
 from ..guest.addresses import PAGE_SHIFT
 from ..guest.registers import CR3_NOFLUSH, CR3_PCID_MASK, Cr4
-from ..mmu.contexts import INVALID_PAGE, KvmBug, Mmu, Vcpu
+from ..mmu.contexts import KvmBug, Mmu, Vcpu
 from ..mmu.cpu_role import ROLE_FIELDS, PageRole, calc_cpu_role, diff_roles
 from ..mmu.root_role import PT64_ROOT_4LEVEL, MmuCase, has_per_vcpu_root, root_storage, tdp_root_role
 from ..mmu.roots import get_pdptrs, guest_pgd

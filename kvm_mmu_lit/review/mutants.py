@@ -96,7 +96,7 @@ GUEST_MUTANTS = (
     _M('flooding never', 'sync', 'return sp.write_flooding >= 3', 'return False', "a frame that is a table no longer stays protected"),
 )
 
-# %% ../../nbs/review/18_mutants.ipynb #3e309a29
+# %% ../../nbs/review/18_mutants.ipynb #b2e1d00b
 FAULT_MUTANTS = (
     _M('stale child unmarked', 'page_fault', 'if (child.unsync or child.unsync_children) and index not in sp.unsync_slots:', 'if False:', "a stale table is linked and no flush finds it"),
     _M('any child will do', 'page_fault', 'child.gfn == gfn and child.role == role: return None', 'child.gfn == gfn: return None', "a table made for other rights is used"),
@@ -104,10 +104,10 @@ FAULT_MUTANTS = (
     _M('leaf without flush', 'page_fault', "    if flush: remote_flush(vm)\n    if known", "    if known", "an entry that was replaced is still in a TLB"),
     _M('never stale', 'page_fault', 'return bool(busy) or vm.mmu_seq != fault.mmu_seq', 'return False', "a frame the host took away meanwhile is mapped"),
     _M('tracked not asked', 'page_fault', 'return not fault.rsvd and fault.present and fault.write and is_tracked(vm, fault.gfn)', 'return False', "a store into a tracked table walks on"),
-    _M('fast for everybody', 'page_fault', 'if fault.write and is_mmu_writable(vm.masks, spte):', 'if fault.write:', "a right taken for good is given back"),
-    _M('fast exchange blind', 'page_fault', 'if sp.sptes.get(index, 0) != spte: continue', 'pass', "an entry another vCPU changed is overwritten"),
+    _M('fast for everybody', 'fast_page_fault', 'if fault.write and is_mmu_writable(vm.masks, spte):', 'if fault.write:', "a right taken for good is given back"),
+    _M('fast exchange blind', 'fast_page_fault', 'if sp.sptes.get(index, 0) != spte: continue', 'pass', "an entry another vCPU changed is overwritten"),
     _M('read-only memory written', 'page_fault', "return 'EMULATE' if fault.write and not fault.map_writable else 'CONTINUE'", "return 'CONTINUE'", "the fault comes again and again"),
-    _M('MMIO for ever', 'page_fault', 'valid = vm.invalidating is None and mmio_gen(spte) == gen', 'valid = True', "memory that appeared is taken for a hole"),
+    _M('MMIO for ever', 'direct_fault', 'valid = vm.invalidating is None and mmio_gen(spte) == gen', 'valid = True', "memory that appeared is taken for a hole"),
     _M('large page logged', 'page_fault', 'if fault.max_level == 1 or fault.pfn is None or is_logged(vm, fault.gfn): return', 'if fault.max_level == 1 or fault.pfn is None: return', "one write marks one page of 512"),
     _M('large page anywhere', 'tdp_ranges', 'if (level, gfn // size) not in vm.no_large and not moved', 'if not moved', "a large page covers a table"),
     _M('changed below', 'shadow_fault', "if gpte_changed(vcpu, tables, walked, level - 1): return 'RETRY'", 'pass', "a walk that is no longer true is mapped"),

@@ -18,10 +18,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ..draw.table import Grid, Table
+from ..draw.table import Grid
 from ..mmu.contexts import Mmu, Root
-from ..mmu.cpu_role import CpuRole, PageRole
-from ..mmu.root_role import PT32E_ROOT_LEVEL, PT64_ROOT_4LEVEL, MmuCase, all_mmus, has_per_vcpu_root, root_storage
+from ..mmu.root_role import PT32E_ROOT_LEVEL, PT64_ROOT_4LEVEL, MmuCase, all_mmus, has_per_vcpu_root
 from ..mmu.shadow_page import Vm, to_shadow_page
 
 # %% ../../nbs/review/01_predicates.ipynb #e04b0bc3

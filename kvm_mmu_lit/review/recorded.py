@@ -15,10 +15,10 @@ import json
 import sys
 from pathlib import Path
 
-from .designs import DESIGNS, design
-from .explore import Counterexample, Exploration, replay
+from .designs import DESIGNS
+from .explore import Counterexample, Exploration
 from .histories import world, worlds
-from .verdicts import Verdict, coverage_table, draw_history, verdict, verdict_table
+from .verdicts import Verdict, verdict, verdict_table
 
 # %% ../../nbs/review/10_recorded.ipynb #7eb3b27e
 FORMAT = 'kvm_mmu_lit verdicts 1'

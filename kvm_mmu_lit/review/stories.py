@@ -18,7 +18,6 @@ from collections import Counter
 from dataclasses import dataclass
 
 from ..draw.ink import Hex
-from ..draw.table import Table
 from ..draw.timeline import Event, Timeline
 from ..guest.addresses import PAGE_SHIFT
 from ..guest.memory import read_entry

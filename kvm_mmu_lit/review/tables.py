@@ -13,7 +13,7 @@ __all__ = ['SLACK', 'CHECKS', 'IN_THEOREM', 'ELSEWHERE', 'MORE', 'Books', 'broke
            'broken_roles', 'broken_roots', 'broken_entry', 'broken_tables', 'Watch', 'numbers_of', 'places',
            'places_table']
 
-# %% ../../nbs/review/15_tables.ipynb #303d109f
+# %% ../../nbs/review/15_tables.ipynb #7494f59c
 import re
 from collections import Counter
 from functools import lru_cache
@@ -22,15 +22,14 @@ from ..draw.table import Table
 from ..guest.addresses import PAGE_SHIFT
 from ..mmu.contexts import Vcpu, init_mmu
 from ..mmu.make_spte import mmio_gen, mmio_gfn
-from ..mmu.page_fault import zero_check_of
+from ..mmu.direct_fault import zero_check_of
 from ..mmu.root_role import MmuCase, root_storage
 from ..mmu.rmap import entry_at, host_frame, is_logged, page_gfn, sptep_of
 from ..mmu.roots import is_obsolete_root
-from ..mmu.shadow_page import ShadowPage, Vm, to_shadow_page
-from ..mmu.spte import (GEN_BITS, REMOVED_SPTE, SPTE_ADDRESS, is_access_track, is_host_writable, is_large,
-                                  is_last, is_mmio, is_mmu_writable, is_present, is_writable, mark_access_track,
-                                  restore_access_track, spte_pfn)
-from .invariants import INVARIANTS, entries_of, in_scope, seen_of
+from ..mmu.shadow_page import Vm, to_shadow_page
+from ..mmu.spte import (GEN_BITS, REMOVED_SPTE, SPTE_ADDRESS, is_access_track, is_host_writable, is_last, is_mmio,
+                                  is_mmu_writable, is_present, is_writable, mark_access_track, restore_access_track, spte_pfn)
+from .invariants import entries_of, in_scope, seen_of
 
 # %% ../../nbs/review/15_tables.ipynb #58b381bd
 class Books:

@@ -27,16 +27,15 @@ from ..guest.memory import add_ram, ram, read_entry
 from ..guest.nested_walk import NestedWalk, NestedWalker
 from ..guest.registers import CR3_NOFLUSH, CR3_PCID_MASK, Cr0, Cr4
 from ..guest.verdict import GuestWalk
-from ..mmu.contexts import KvmBug, Vcpu
-from ..mmu.cpu_role import MODES
+from ..mmu.contexts import Vcpu
 from ..mmu.guest_tables import guest_tables, registers_of
 from ..mmu.hardware import FETCH, USER, WRITE, Exit, Reached, frame_of
-from ..mmu.machine import Machine, new_machine
+from ..mmu.machine import new_machine
 from ..mmu.machine_state import broken_invariant
 from ..mmu.nested_switch import eptp_of
 from ..mmu.reload import enter_guest
 from ..mmu.rmap import is_tracked
-from ..mmu.root_role import Host, svm_host, vmx_host
+from ..mmu.root_role import svm_host, vmx_host
 from ..mmu.shadow_page import Vm
 from ..mmu.spte import SPTE_ADDRESS, is_mmio
 from ..mmu.tlb import processor_access

@@ -9,7 +9,8 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global Path, STORIES, STORY, StringIO, base_masks, command, draw_spte, kvm_mmu, last_entry, main, patch, predict, redirect_stderr, redirect_stdout, tempfile
+    global Path, STORIES, STORY, StringIO, base_masks, command, draw_spte, json, kvm_mmu, last_entry, main, make_scenario, patch, predict, redirect_stderr, redirect_stdout, tempfile
+    import json
     import tempfile
     from contextlib import redirect_stderr, redirect_stdout
     from io import StringIO
@@ -19,6 +20,7 @@ def setup_cells():
     from kvm_mmu_lit.cli import main
     from kvm_mmu_lit.draw.exercise import predict
     from kvm_mmu_lit.mmu.page_fault import last_entry
+    from kvm_mmu_lit.mmu.play import make_scenario
     from kvm_mmu_lit.mmu.spte import base_masks, draw_spte
 
     STORY = {'says': 'two CR3s', 'memory': [{'base': 0, 'size': '0x400000'}], 'tables': [

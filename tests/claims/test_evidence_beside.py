@@ -9,12 +9,13 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global Counter, DATA, Path, count, damaged, draw_rules, every, format_event, load_scenario, parse_line, replay, rows, run, shadow, unsync
+    global COMPARED, Counter, DATA, Path, count, damaged, draw_rules, every, format_event, load_scenario, parse_line, replay, rows, run, shadow, unsync
     from collections import Counter
     from pathlib import Path
 
     from kvm_mmu_lit.evidence.ftrace import format_event, parse_line
     from kvm_mmu_lit.evidence.below import draw_rules
+    from kvm_mmu_lit.evidence.matching import COMPARED
     from kvm_mmu_lit.evidence.replay import damaged, replay
     from kvm_mmu_lit.evidence.scenarios import load_scenario
 

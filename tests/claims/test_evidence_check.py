@@ -9,11 +9,12 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global DATA, expect_fail, shutil, tempfile
+    global DATA, agreement_table, draw_agreements, expect_fail, shutil, tempfile
     import shutil
     import tempfile
 
     from fastcore.test import expect_fail
+    from kvm_mmu_lit.evidence.agreement import agreement_table, draw_agreements
 
     DATA = next(p for p in (Path('../../tests/data'), Path('tests/data')) if p.exists())
 

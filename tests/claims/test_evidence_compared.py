@@ -9,7 +9,7 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global DATA, Path, Root, Vm, differing, enter_guest, expect_fail, first_load, host_of, load_scenario, matched, new_vcpu, ram, replace, shadow
+    global DATA, Path, RecordedRoot, Root, Vm, differing, enter_guest, expect_fail, first_load, host_of, load_scenario, matched, new_vcpu, ram, replace, shadow
     from dataclasses import replace
     from pathlib import Path
 
@@ -20,6 +20,7 @@ def setup_cells():
     from kvm_mmu_lit.mmu.reload import enter_guest, new_vcpu
     from kvm_mmu_lit.mmu.shadow_page import Vm
     from kvm_mmu_lit.evidence.below import host_of
+    from kvm_mmu_lit.evidence.mmu_states import RecordedRoot
 
     DATA = next(folder / 'tests/data/kvm-traces' for folder in (Path.cwd(), *Path.cwd().parents) if (folder / 'tests/data/kvm-traces').is_dir())
 

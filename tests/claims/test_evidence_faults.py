@@ -9,13 +9,13 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global Addresses, DATA, Path, SPTE_WRITABLE, Stores, at, differing, draw_events, ends, enter_guest, load_scenario, new_vcpu, replace, shadow, until, watch
+    global Addresses, DATA, HeardMemory, Path, SPTE_WRITABLE, Stores, at, cr4_missing, differing, draw_events, ends, enter_guest, host_of, load_scenario, new_vcpu, replace, shadow, until, watch
     from dataclasses import replace
     from pathlib import Path
 
     from kvm_mmu_lit.evidence.compared import Addresses
     from kvm_mmu_lit.evidence.ftrace import draw_events
-    from kvm_mmu_lit.evidence.below import Stores
+    from kvm_mmu_lit.evidence.below import HeardMemory, Stores, cr4_missing, host_of
     from kvm_mmu_lit.evidence.scenarios import load_scenario
     from kvm_mmu_lit.mmu.reload import enter_guest, new_vcpu
     from kvm_mmu_lit.mmu.spte import SPTE_WRITABLE

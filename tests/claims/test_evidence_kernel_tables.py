@@ -9,12 +9,13 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global DATA, Path, RESERVED_PARTS, agreement_table, agreements, compare, load_vectors, np
+    global DATA, LONG4, LONG5, PAE, PTE32, Path, RESERVED_PARTS, agreement_table, agreements, compare, load_vectors, np
     from pathlib import Path
 
     import numpy as np
 
     from kvm_mmu_lit.evidence.vector_files import load_vectors
+    from kvm_mmu_lit.guest.addresses import LONG4, LONG5, PAE, PTE32
 
     DATA = next(folder / 'tests/data/kernel-vectors' for folder in (Path.cwd(), *Path.cwd().parents) if (folder / 'tests/data/kernel-vectors').is_dir())
 

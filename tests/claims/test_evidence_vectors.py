@@ -9,13 +9,14 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global DATA, Path, checked, everything, json, kept, np, shutil, tempfile
+    global DATA, Path, agreement_table, checked, draw_agreements, everything, json, kept, np, shutil, tempfile
     import json
     import shutil
     import tempfile
     from pathlib import Path
 
     import numpy as np
+    from kvm_mmu_lit.evidence.agreement import agreement_table, draw_agreements
 
     DATA = next(folder / 'tests/data/kernel-vectors' for folder in (Path.cwd(), *Path.cwd().parents) if (folder / 'tests/data/kernel-vectors').is_dir())
 

@@ -9,11 +9,12 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global expect_fail, explore, guest_walk, predict
+    global PAGE_SHIFT, expect_fail, explore, guest_walk, predict
     from fastcore.test import expect_fail
 
     from kvm_mmu_lit.draw.exercise import predict
     from kvm_mmu_lit.draw.explore import explore
+    from kvm_mmu_lit.guest.addresses import PAGE_SHIFT
     from kvm_mmu_lit.lab.fault_stepper import guest_walk
 
 

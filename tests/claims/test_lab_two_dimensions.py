@@ -9,11 +9,12 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global expect_fail, explore, predict
+    global PAGE_SHIFT, expect_fail, explore, predict
     from fastcore.test import expect_fail
 
     from kvm_mmu_lit.draw.exercise import predict
     from kvm_mmu_lit.draw.explore import explore
+    from kvm_mmu_lit.guest.addresses import PAGE_SHIFT
 
 
 @pytest.mark.claim('nbs/lab/09_two_dimensions.ipynb', '43e61c6f', 'n levels over m levels are (n+1)(m+1) - 1 reads; PDPTEs are registers and count for neither')

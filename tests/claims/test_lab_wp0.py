@@ -9,13 +9,13 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global GuestWalk, MODES, draw_spte, expect_fail, explore, guest_walk, predict
+    global GuestWalk, MODES, PAGES, draw_spte, expect_fail, explore, guest_walk, predict
     from fastcore.test import expect_fail
 
     from kvm_mmu_lit.draw.exercise import predict
     from kvm_mmu_lit.draw.explore import explore
     from kvm_mmu_lit.guest.verdict import GuestWalk
-    from kvm_mmu_lit.lab.fault_stepper import guest_walk
+    from kvm_mmu_lit.lab.fault_stepper import PAGES, guest_walk
     from kvm_mmu_lit.mmu.cpu_role import MODES
     from kvm_mmu_lit.mmu.spte import draw_spte
 

@@ -9,7 +9,8 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global Acc, EPT_ROLES, FETCH, LINUX, READ, READ_ONLY, REWRITTEN, Table, USER, WP0, WP1, WRITE, expect_fail, explore, guest, hardware, itertools, paging_format, permission_bitmask, pkru_mask, possible, predict, refusals
+    global Acc, EPT_ROLES, FETCH, LINUX, READ, READ_ONLY, REWRITTEN, Table, USER, WP0, WP1, WRITE, expect_fail, explore, guest, hardware, itertools, paging_format, permission_bitmask, pkru_mask, possible, predict, refusals, replace
+    from dataclasses import replace
     import itertools
     from fastcore.test import expect_fail
     from kvm_mmu_lit.draw.exercise import predict

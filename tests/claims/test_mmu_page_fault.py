@@ -9,51 +9,23 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global FORMATS, Grid, Hex, KvmBug, Table, by_hand, draw_error_code, draw_spte, expect_fail, explore, guest, is_accessed, large_key, leaf_and_child, map_page, mark_access_track, predict, prefetched, product, random, replace, rmap_entries, slot_with, touched, try_to_unsync, write_entry
+    global KvmBug, add_ram, draw_error_code, expect_fail, is_writable, large_key, leaf_and_child, predict, product, random, replace, rmap_entries, slot_with, writable_state
     import random
     from dataclasses import replace
     from itertools import product
 
     from fastcore.test import expect_fail
     from kvm_mmu_lit.draw.exercise import predict
-    from kvm_mmu_lit.draw.explore import explore
-    from kvm_mmu_lit.draw.ink import Hex
-    from kvm_mmu_lit.draw.table import Grid, Table
-    from kvm_mmu_lit.guest.addresses import FORMATS
-    from kvm_mmu_lit.guest.gpte import map_page
-    from kvm_mmu_lit.guest.memory import write_entry
+    from kvm_mmu_lit.guest.memory import add_ram
     from kvm_mmu_lit.guest.verdict import draw_error_code
     from kvm_mmu_lit.mmu.contexts import KvmBug
     from kvm_mmu_lit.mmu.rmap import large_key, rmap_entries
-    from kvm_mmu_lit.mmu.spte import draw_spte, is_accessed, mark_access_track
-    from kvm_mmu_lit.mmu.unsync import try_to_unsync
-
-    def guest(host=svm_host(4, npt=False), vcpus=1, **vm):
-        "4-level paging: frames 0 to 15 one to one (entries in frame 4), four pages at 0x40_0000 that lead to frames 0x100 on (entries in frame 5)."
-        memory, free, (cr0, cr4, efer) = ram((0, 1 << 22)), list(range(2, 9)), map(int, MODES['4-level'])
-        for page in range(16): map_page(memory, 0x1000, FORMATS['4level'], page << 12, page << 12, free, 0x3, 0x7)
-        for page in range(4): map_page(memory, 0x1000, FORMATS['4level'], 0x40_0000 + (page << 12), 0x10_0000 + (page << 12), free, 0x7, 0x7)
-        machine = Vm(host, memory, **{'prefetch': False, **vm})
-        for _ in range(vcpus): enter_guest(new_vcpu(machine, cr0=cr0, cr3=0x1000, cr4=cr4, efer=efer))
-        return machine.vcpus
-
-    def by_hand(vcpu, addr, level=1):
-        "The way to an address of the guest's memory and a leaf there, as a write would leave them."
-        vm, gfn = vcpu.vm, addr >> 12 & -(1 << 9 * (level - 1))
-        pfn, root = host_frame(vm, gfn)[0], to_shadow_page(vm, vcpu.mmu.root.hpa)
-        def leaf(sp, old=0): return build_leaf(vm, sp, gfn >> 9 * (sp.role.level - 1) & 511, 7, gfn, pfn, False, True, True)
-        if root.tdp: return tdp_map(vm, root, gfn, pfn, level, leaf)
-        for at, sp, index in shadow_walk(vm, vcpu.mmu, addr):
-            if at == level: break
-            child = get_child(vcpu, sp, index, addr >> 12 & -(1 << 9 * (at - 1)), True, 7)
-            if child is not None: link(vm, sp, index, child)
-        sp.sptes[index] = leaf(sp)[0]
-        rmap_add(vm, sp, index, gfn, 7)
+    from kvm_mmu_lit.mmu.spte import is_writable, writable_state
 
     def leaf_and_child(stale=False):
         "The old MMU: a level-2 table with a large leaf over frame 0x200 in slot 1, and a table for the same frames."
-        vcpu, = guest(svm_host(4, tdp_mmu=False))
-        by_hand(vcpu, 0x20_0000, level=2)
+        vcpu, = example_vcpus(svm_host(4, tdp_mmu=False))
+        map_by_hand(vcpu, 0x20_0000, level=2)
         sp, index, spte = last_entry(vcpu, 0x20_0000)
         assert sp.role.level == 2 and is_large(spte)
         child = get_child(vcpu, sp, index, 0x200, True, 7)
@@ -62,9 +34,9 @@ def setup_cells():
 
     def slot_with(what):
         "The old MMU, a level-2 slot for frame 0x200 that holds this; (vCPU, table, slot, host frame)."
-        vcpu, = guest(svm_host(4, tdp_mmu=False))
+        vcpu, = example_vcpus(svm_host(4, tdp_mmu=False))
         vm = vcpu.vm
-        by_hand(vcpu, 0x20_0000, level=1 if what == 'a table' else 2)
+        map_by_hand(vcpu, 0x20_0000, level=1 if what == 'a table' else 2)
         sp, index = next((sp, index) for level, sp, index in shadow_walk(vm, vcpu.mmu, 0x20_0000) if level == 2)
         pfn = host_frame(vm, 0x200)[0]
         if what == 'another frame': set_spte(vcpu, sp, index, 7, 0x200, pfn + 512)
@@ -72,25 +44,6 @@ def setup_cells():
             zap_entry(vm, sp, index)
             if what == 'MMIO': mark_mmio(vcpu, sp, index, 0x200, 7)
         return vcpu, sp, index, pfn
-
-    def touched(host, state='111', tracked=False):
-        "One page mapped, then its entry brought into this state of the three bits, and access-tracked."
-        vcpu, = guest(host)
-        vm = vcpu.vm
-        by_hand(vcpu, 0x10_0000)
-        sp, index, spte = last_entry(vcpu, 0x10_0000)
-        for digit, bit in zip(state, (vm.masks.host_writable, vm.masks.mmu_writable, SPTE_WRITABLE)):
-            if digit == '0': spte &= ~bit
-        sp.sptes[index] = mark_access_track(vm.masks, spte) if tracked else spte
-        return vcpu, sp, index
-
-    def prefetched(page, host=svm_host(4, tdp_mmu=False), before=(), memory=()):
-        "Slots of the last table after one fault at this page, in a guest that maps neighbours along: {slot: entry}."
-        vcpu, = guest(host, prefetch=True)
-        for base, size in memory: add_ram(vcpu.vm.memory, base, size, readonly=True)
-        for other in before: direct_page_fault(vcpu, Fault(other << 12, U, is_tdp=True))
-        direct_page_fault(vcpu, Fault(page << 12, U, is_tdp=True))
-        return vcpu, last_entry(vcpu, page << 12)[0].sptes
 
 
 @pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', 'e5a7b7aa', 'each of the five questions is one bit of the error code, whatever the others and the bits above say')
@@ -100,11 +53,11 @@ def test_each_of_the_five_questions_is_one_bit_of_the_error_code_whatever_the_ot
         assert [fault.present, fault.write, fault.user, fault.rsvd, fault.exec] == [bool(code >> bit & 1) for bit in range(5)]
 
 
-@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', 'b90d452c', 'a table linked while the walk stands at its slot is walked through, and each slot is nine more bits of the address')
+@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', 'ce099d33', 'a table linked while the walk stands at its slot is walked through, and each slot is nine more bits of the address')
 def test_a_table_linked_while_the_walk_stands_at_its_slot_is_walked_through_and_each_slot_is_nine_more_bits_of_the_address():
     rng = random.Random(1)
     for levels, _ in product((4, 5), range(20)):
-        vcpu, = guest(svm_host(levels, tdp_mmu=False))
+        vcpu, = example_vcpus(svm_host(levels, tdp_mmu=False))
         addr, seen = rng.randrange(1 << 47), []
         for level, sp, index in shadow_walk(vcpu.vm, vcpu.mmu, addr):
             seen.append((level, index))
@@ -112,21 +65,21 @@ def test_a_table_linked_while_the_walk_stands_at_its_slot_is_walked_through_and_
         assert seen == [(level, addr >> shift & 511) for level, shift in zip((5, 4, 3, 2, 1), (48, 39, 30, 21, 12))][5 - levels:]
 
 
-@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', '215688fb', 'the last entry of a way is the leaf, or the hole the way ends in')
+@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', '04808f2f', 'the last entry of a way is the leaf, or the hole the way ends in')
 def test_the_last_entry_of_a_way_is_the_leaf_or_the_hole_the_way_ends_in():
-    vcpu, = guest(svm_host(4, tdp_mmu=False))
+    vcpu, = example_vcpus(svm_host(4, tdp_mmu=False))
     root = to_shadow_page(vcpu.vm, vcpu.mmu.root.hpa)
     assert last_entry(vcpu, 0x10_0000) == (root, 0, 0)
-    by_hand(vcpu, 0x10_0000)
+    map_by_hand(vcpu, 0x10_0000)
     sp, index, spte = last_entry(vcpu, 0x10_0000)
     assert (sp.role.level, index, spte_pfn(spte)) == (1, 0x100, host_frame(vcpu.vm, 0x100)[0])
     assert last_entry(vcpu, 0x10_1000) == (sp, 0x101, 0) and last_entry(vcpu, 1 << 39) == (root, 1, 0)
 
 
-@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', '1f188a1c', 'the table below an entry stays only if it is of this frame and of these rights')
+@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', '17ef5a29', 'the table below an entry stays only if it is of this frame and of these rights')
 def test_the_table_below_an_entry_stays_only_if_it_is_of_this_frame_and_of_these_rights():
-    vcpu, = guest(svm_host(4, tdp_mmu=False))
-    by_hand(vcpu, 0x10_0000)
+    vcpu, = example_vcpus(svm_host(4, tdp_mmu=False))
+    map_by_hand(vcpu, 0x10_0000)
     _, sp, index = next(iter(shadow_walk(vcpu.vm, vcpu.mmu, 0x10_0000)))
     child = vcpu.vm.pages[sp.sptes[index] & SPTE_ADDRESS]
     assert get_child(vcpu, sp, index, child.gfn, True, 7) is None
@@ -154,9 +107,9 @@ def test_a_stale_table_is_marked_on_every_way_that_leads_to_it_a_table_in_sync_o
         assert [table.unsync_children for _, table, _ in way] == [int(stale)] * 3
 
 
-@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', '338cdf79', 'a ROM stays one when the host puts another page behind it, also for the write that would undo a merge')
+@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', 'a768c81b', 'a ROM stays one when the host puts another page behind it, also for the write that would undo a merge')
 def test_a_rom_stays_one_when_the_host_puts_another_page_behind_it_also_for_the_write_that_would_undo_a_merge():
-    vcpu, = guest(svm_host(4))
+    vcpu, = example_vcpus(svm_host(4))
     add_ram(vcpu.vm.memory, 0x50_0000, 0x1000, readonly=True)
     for there in (None, (0x7777, True), (0x7778, False)):
         if there: vcpu.vm.moved[0x500] = there
@@ -164,10 +117,10 @@ def test_a_rom_stays_one_when_the_host_puts_another_page_behind_it_also_for_the_
         assert faultin(vcpu, fault, 7) == 'EMULATE' and not fault.map_writable
 
 
-@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', 'df5db508', 'a write to memory that may only be read, and a hole that no entry can remember, end the fault at once; all else goes on')
+@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', 'ad1ff7e5', 'a write to memory that may only be read, and a hole that no entry can remember, end the fault at once; all else goes on')
 def test_a_write_to_memory_that_may_only_be_read_and_a_hole_that_no_entry_can_remember_end_the_fault_at_once_all_else_goes_on():
     for gfn, write, caching in product((0x100, 0x500, 0x900), (False, True), (False, True)):
-        vcpu, = guest(svm_host(4))
+        vcpu, = example_vcpus(svm_host(4))
         vm = vcpu.vm
         add_ram(vm.memory, 0x50_0000, 0x1000, readonly=True)
         if not caching: vm.masks = replace(vm.masks, mmio_value=0)
@@ -178,51 +131,51 @@ def test_a_write_to_memory_that_may_only_be_read_and_a_hole_that_no_entry_can_re
         assert fault.map_writable == (gfn == 0x100) and bool(vcpu.mmio) == (gfn == 0x900)
 
 
-@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', '4c7deab8', 'a page the host has merged with another is mapped without W for a read, and the write that comes gets its right back at once')
+@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', '0e0f9aca', 'a page the host has merged with another is mapped without W for a read, and the write that comes gets its right back at once')
 def test_a_page_the_host_has_merged_with_another_is_mapped_without_w_for_a_read_and_the_write_that_comes_gets_its_right_back_at_once():
     for write in (False, True):
-        vcpu, = guest(svm_host(4))
+        vcpu, = example_vcpus(svm_host(4))
         vcpu.vm.moved[0x100] = 0x200_0000, False
         fault = Fault(0x10_0000, U | W * write, is_tdp=True, gfn=0x100)
         assert faultin(vcpu, fault, 7) == 'CONTINUE' and fault.map_writable == write and vcpu.vm.moved[0x100] == (0x200_0000, write)
 
 
-@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', '9b03e5a6', 'a write to memory the guest may only read is emulated, and no entry is made for it')
+@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', '6f3128a3', 'a write to memory the guest may only read is emulated, and no entry is made for it')
 def test_a_write_to_memory_the_guest_may_only_read_is_emulated_and_no_entry_is_made_for_it():
-    vcpu, = guest(svm_host(4))
+    vcpu, = example_vcpus(svm_host(4))
     add_ram(vcpu.vm.memory, 0x50_0000, 0x1000, readonly=True)
     assert [faultin(vcpu, Fault(0x50_0000, code, is_tdp=True, gfn=0x500), 7) for code in (U, U | W)] == ['CONTINUE', 'EMULATE']
 
 
-@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', 'e41085fe', 'an MMIO access is known again by its page and in its generation, and page 0 never is')
+@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', '2fcaf09e', 'an MMIO access is known again by its page and in its generation, and page 0 never is')
 def test_an_mmio_access_is_known_again_by_its_page_and_in_its_generation_and_page_0_never_is():
     for by_frame, page, asked, newer in product((False, True), (0, 0xfee00), (0, 0xfee00, 0xfee01), (0, 1)):
-        vcpu, = guest()
+        vcpu, = example_vcpus()
         cache_mmio(vcpu, 0 if by_frame else page << 12, page if by_frame else 0x900, 7)
         vcpu.vm.generation += newer
         assert mmio_in_cache(vcpu, asked << 12 | 0x30, by_frame) == (page == asked != 0 and not newer)
 
 
-@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', 'e82801cd', 'while slots are changing no MMIO access is remembered')
+@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', '70202240', 'while slots are changing no MMIO access is remembered')
 def test_while_slots_are_changing_no_mmio_access_is_remembered():
-    vcpu, = guest()
+    vcpu, = example_vcpus()
     vcpu.vm.invalidating = 0, 0
     cache_mmio(vcpu, 0xfee0_0000, 0xfee00, 7)
     assert vcpu.mmio is None
 
 
-@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', '73b003b4', 'of an L2 with nested paging no address is remembered, and no access is known again')
+@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', 'd10b6248', 'of an L2 with nested paging no address is remembered, and no access is known again')
 def test_of_an_l2_with_nested_paging_no_address_is_remembered_and_no_access_is_known_again():
-    vcpu, = guest()
+    vcpu, = example_vcpus()
     vcpu.walk_mmu_is = 'nested_mmu'
     cache_mmio(vcpu, 0xfee0_0000, 0xfee00, 7)
     assert vcpu.mmio[0] == 0 and not mmio_in_cache(vcpu, 0xfee0_0000, True) and not mmio_in_cache(vcpu, 0xfee0_0000, False)
 
 
-@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', '8c88f336', 'a fault is stale if its root is obsolete, or the host takes its frame away or took any since, and not for a frame without memory')
+@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', '7650b2a1', 'a fault is stale if its root is obsolete, or the host takes its frame away or took any since, and not for a frame without memory')
 def test_a_fault_is_stale_if_its_root_is_obsolete_or_the_host_takes_its_frame_away_or_took_any_since_and_not_for_a_frame_without_memory():
     def stale(change, has_slot=True, gfn=0x100):
-        vcpu, = guest()
+        vcpu, = example_vcpus()
         vm, fault = vcpu.vm, Fault(gfn << 12, W, gfn=gfn, has_slot=has_slot)
         change(vcpu, vm)
         return is_stale(vcpu, fault)
@@ -246,9 +199,9 @@ def test_a_per_vcpu_root_has_no_generation_to_compare_so_it_is_stale_as_long_as_
         assert is_stale(vcpu, Fault(0, 0)) == (mode == 'nonpaging')
 
 
-@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', 'aeeb39b4', "only a refused write to a present page of a tracked frame is known for a table's before any table is looked at")
+@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', '92fe00f1', "only a refused write to a present page of a tracked frame is known for a table's before any table is looked at")
 def test_only_a_refused_write_to_a_present_page_of_a_tracked_frame_is_known_for_a_table_s_before_any_table_is_looked_at():
-    vcpu, = guest()
+    vcpu, = example_vcpus()
     vcpu.vm.tracked[0x100] = 1
     def asked(code, gfn): return is_guest_table_write(vcpu.vm, Fault(gfn << 12, code, gfn=gfn))
     assert [(code, gfn) for code in (0, W, P, P | W, P | W | RSVD) for gfn in (0x100, 0x101) if asked(code, gfn)] == [(P | W, 0x100)]
@@ -280,11 +233,11 @@ def test_whatever_stood_in_the_slot_the_leaf_is_the_frame_s_and_in_its_list_once
         if what == 'a table': assert not below.parents
 
 
-@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', '994e25e5', 'only a write that meets a protected frame is emulated; a read of it is mapped, without W, and so is a neighbour')
+@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', '8ce03cd4', 'only a write that meets a protected frame is emulated; a read of it is mapped, without W, and so is a neighbour')
 def test_only_a_write_that_meets_a_protected_frame_is_emulated_a_read_of_it_is_mapped_without_w_and_so_is_a_neighbour():
     for fault in (Fault(0x10_0000, P | W, map_writable=True), Fault(0x10_0000, 0, map_writable=True), None):
-        vcpu, = guest(svm_host(4, tdp_mmu=False))
-        by_hand(vcpu, 0x10_1000)
+        vcpu, = example_vcpus(svm_host(4, tdp_mmu=False))
+        map_by_hand(vcpu, 0x10_1000)
         sp, _, _ = last_entry(vcpu, 0x10_0000)
         vcpu.vm.tracked[0x100] = 1
         answer = set_spte(vcpu, sp, 0x100, 7, 0x100, host_frame(vcpu.vm, 0x100)[0], fault)
@@ -292,280 +245,14 @@ def test_only_a_write_that_meets_a_protected_frame_is_emulated_a_read_of_it_is_m
         assert writable_state(vcpu.vm.masks, sp.sptes[0x100]) == '100'
 
 
-@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', '499f4b19', 'a leaf that takes the place of one of another frame makes every processor forget, the same leaf again does not')
+@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', 'e4f0e54d', 'a leaf that takes the place of one of another frame makes every processor forget, the same leaf again does not')
 def test_a_leaf_that_takes_the_place_of_one_of_another_frame_makes_every_processor_forget_the_same_leaf_again_does_not():
-    vcpu, = guest(svm_host(4, tdp_mmu=False))
+    vcpu, = example_vcpus(svm_host(4, tdp_mmu=False))
     vm, fault = vcpu.vm, Fault(0x10_0000, U, is_tdp=True, map_writable=True)
-    by_hand(vcpu, 0x10_0000)
+    map_by_hand(vcpu, 0x10_0000)
     sp, index, spte = last_entry(vcpu, 0x10_0000)
     set_spte(vcpu, sp, index, 7, 0x100, spte_pfn(spte), fault)          # The second time D is left out
     for pfn, more in ((spte_pfn(spte), 0), (spte_pfn(spte) + 1, 1)):
         flushes = vm.flushes
         set_spte(vcpu, sp, index, 7, 0x100, pfn, fault)
         assert vm.flushes - flushes == more
-
-
-@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', 'ac395d49', 'the fast way is for refused writes, and for empty entries where an empty one may be an access-tracked one; never for reserved bits')
-def test_the_fast_way_is_for_refused_writes_and_for_empty_entries_where_an_empty_one_may_be_an_access_tracked_one_never_for_reserved_bits():
-    for code, ad in product(range(32), (False, True)):
-        vm = Vm(vmx_host(4, 4, ad=ad), ram((0, 1 << 22)))
-        present, write, rsvd = code & 1, code & 2, code & 8
-        assert may_be_fast(vm, Fault(0x10_0000, code)) == bool(not rsvd and (write if present else not ad))
-
-
-@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', '05e0cc5c', 'an entry allows a fetch by X or the lack of NX, a write by W, a read by being present, and nothing else counts')
-def test_an_entry_allows_a_fetch_by_x_or_the_lack_of_nx_a_write_by_w_a_read_by_being_present_and_nothing_else_counts():
-    for host, bits, code in product((svm_host(4), vmx_host(4, 4)), product((0, 1), repeat=3), (0, W, F, U, U | W, U | F)):
-        masks, (present, write, fetch) = Vm(host, ram((0, 1 << 12))).masks, bits
-        spte = 1 << 11 | present | write << 1 | (masks.x if fetch else masks.nx)
-        assert is_access_allowed(masks, Fault(0, code), spte) == bool(fetch if code & F else write if code & W else present)
-
-
-@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', 'c0490cf5', "a write gets W back exactly from 110, on every host, and a read or a write finds an access-tracked entry's rights again")
-def test_a_write_gets_w_back_exactly_from_110_on_every_host_and_a_read_or_a_write_finds_an_access_tracked_entry_s_rights_again():
-    no_ad = vmx_host(4, 4, ad=False)
-    for host, state in product((svm_host(4), svm_host(4, tdp_mmu=False), vmx_host(4, 4), no_ad), ('111', '110', '100', '000')):
-        vcpu, sp, index = touched(host, state)
-        want = {'111': 'SPURIOUS', '110': 'FIXED'}.get(state, 'INVALID')
-        assert fast_page_fault(vcpu, Fault(0x10_0000, P | W | U, is_tdp=True)) == want
-        assert writable_state(vcpu.vm.masks, sp.sptes[index]) == ('111' if want != 'INVALID' else state)
-    for state, code in product(('111', '110', '100', '000'), (U, W)):
-        vcpu, sp, index = touched(no_ad, state, tracked=True)
-        asleep = sp.sptes[index]
-        assert is_access_track(vcpu.vm.masks, asleep) and not asleep & 7
-        fixed = code == U or state[1] == '1'
-        assert fast_page_fault(vcpu, Fault(0x10_0000, code, is_tdp=True)) == ('FIXED' if fixed else 'INVALID')
-        assert sp.sptes[index] & 7 == (0 if not fixed else 7 if code == W else 5)
-
-
-@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', 'afe6da2d', "A fast fault gives back what dirty logging took, and never what a guest's table needs")
-def test_a_fast_fault_gives_back_what_dirty_logging_took_and_never_what_a_guest_s_table_needs():
-    for gone, fixed in ((SPTE_WRITABLE, True), (SPTE_WRITABLE | 1 << 10, False)):
-        vcpu, = guest(svm_host(4))
-        by_hand(vcpu, 0x10_0000)
-        sp, index, spte = last_entry(vcpu, 0x10_0000)
-        sp.sptes[index] = spte & ~gone
-        assert fast_page_fault(vcpu, Fault(0x10_0000, P | W | U, is_tdp=True)) == ('FIXED' if fixed else 'INVALID')
-        assert (sp.sptes[index] == spte) == fixed
-
-
-@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', 'f937704f', 'no large page of a logged slot gets W back, a small one does')
-def test_no_large_page_of_a_logged_slot_gets_w_back_a_small_one_does():
-    for large, logged in product((False, True), repeat=2):
-        vcpu, = guest(svm_host(4))
-        by_hand(vcpu, 0x20_0000, level=2 if large else 1)
-        sp, index, spte = last_entry(vcpu, 0x20_0000)
-        sp.sptes[index] = spte & ~SPTE_WRITABLE
-        if logged: vcpu.vm.logged.add(0)
-        answer = fast_page_fault(vcpu, Fault(0x20_0000, P | W | U, is_tdp=True))
-        assert answer == ('INVALID' if large and logged else 'FIXED') and vcpu.vm.dirty == ({0x200} if logged and not large else set())
-
-
-@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', '9113ece3', 'Who loses the exchange looks again: an entry zapped under a fast fault is not written')
-def test_who_loses_the_exchange_looks_again_an_entry_zapped_under_a_fast_fault_is_not_written():
-    vcpu, = guest(svm_host(4))
-    by_hand(vcpu, 0x10_0000)
-    sp, index, spte = last_entry(vcpu, 0x10_0000)
-    sp.sptes[index] = spte & ~SPTE_WRITABLE
-    vcpu.vm.interleave = lambda name: sp.sptes.pop(index, None) if name == 'fast page fault' else None
-    assert fast_page_fault(vcpu, Fault(0x10_0000, P | W | U, is_tdp=True)) == 'INVALID' and index not in sp.sptes
-
-
-@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', '24675686', 'after five lost exchanges the fast way gives up, and nothing is written')
-def test_after_five_lost_exchanges_the_fast_way_gives_up_and_nothing_is_written():
-    vcpu, sp, index = touched(svm_host(4), '110')
-    lost = []
-    def meddle(name):
-        if name != 'fast page fault': return
-        lost.append(name)
-        sp.sptes[index] ^= 0x40                                   # The processor sets D, another vCPU clears it
-    vcpu.vm.interleave = meddle
-    assert fast_page_fault(vcpu, Fault(0x10_0000, P | W | U, is_tdp=True)) == 'INVALID'
-    assert len(lost) == 5 and not is_writable(sp.sptes[index])
-
-
-@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', '3a6d2c7f', 'the leaf of a direct fault grants everything, in every one of the direct MMUs, whatever was asked for')
-def test_the_leaf_of_a_direct_fault_grants_everything_in_every_one_of_the_direct_mmus_whatever_was_asked_for():
-    for host, code in product((svm_host(4), svm_host(5), svm_host(4, tdp_mmu=False), vmx_host(4, 4), vmx_host(4, 4, ad=False)), (0, W, U, F, U | W)):
-        vcpu, = guest(host)
-        assert direct_page_fault(vcpu, Fault(0x10_0000, code, is_tdp=True)) == 'FIXED'
-        masks, spte = vcpu.vm.masks, last_entry(vcpu, 0x10_0000)[2]
-        assert is_writable(spte) and is_executable(masks, spte) and spte & masks.user == masks.user and is_accessed(masks, spte)
-
-
-@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', '702e9b94', 'Asked again about a page it has mapped writable, KVM leaves D out, once, and then finds nothing to do')
-def test_asked_again_about_a_page_it_has_mapped_writable_kvm_leaves_d_out_once_and_then_finds_nothing_to_do():
-    for host in (svm_host(4), svm_host(4, tdp_mmu=False), vmx_host(4, 4)):
-        vcpu, = guest(host)
-        assert [direct_page_fault(vcpu, Fault(0x10_0000, U, is_tdp=True)) for _ in range(3)] == ['FIXED', 'FIXED', 'SPURIOUS']
-        assert not last_entry(vcpu, 0x10_0000)[2] & vcpu.vm.masks.dirty
-
-
-@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', '2dd2bf07', "A page that the host maps large is mapped large, unless its slot is logged, it is cut by the slot, or a guest's table lies in it")
-def test_a_page_that_the_host_maps_large_is_mapped_large_unless_its_slot_is_logged_it_is_cut_by_the_slot_or_a_guest_s_table_lies_in_it():
-    for why in ('', 'logged', 'table', 'small host'):
-        vcpu, = guest(svm_host(4))
-        vm = vcpu.vm
-        vm.host_levels[0] = 1 if why == 'small host' else 3
-        if why == 'logged': vm.logged.add(0)
-        if why == 'table': vm.no_large[large_key(0x200, 2)] = 1
-        direct_page_fault(vcpu, Fault(0x20_0000, U, is_tdp=True))
-        assert is_large(last_entry(vcpu, 0x20_0000)[2]) == (not why)
-
-
-@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', '7e3cecb7', 'with the workaround a page that is read is large, and the first fetch cuts it up')
-def test_with_the_workaround_a_page_that_is_read_is_large_and_the_first_fetch_cuts_it_up():
-    for host in (svm_host(4), svm_host(4, tdp_mmu=False), vmx_host(4, 4)):
-        vcpu, = guest(host, nx_huge_pages=True)
-        vcpu.vm.host_levels[0] = 2
-        direct_page_fault(vcpu, Fault(0x20_0000, U, is_tdp=True))
-        large = last_entry(vcpu, 0x20_0000)[2]
-        assert is_large(large) and not is_executable(vcpu.vm.masks, large)
-        direct_page_fault(vcpu, Fault(0x20_3000, P | U | F, is_tdp=True))
-        sp, index, small = last_entry(vcpu, 0x20_3000)
-        assert (sp.role.level, index) == (1, 3) and is_executable(vcpu.vm.masks, small) and sp.nx_huge
-        direct_page_fault(vcpu, Fault(0x20_5000, U, is_tdp=True))     # A read beside it: no large page takes the table's place
-        assert last_entry(vcpu, 0x20_5000)[0] is sp and last_entry(vcpu, 0x20_3000)[2] == small
-
-
-@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', '73c2a77c', 'A frame the host takes away while the fault looks for it is not mapped')
-def test_a_frame_the_host_takes_away_while_the_fault_looks_for_it_is_not_mapped():
-    vcpu, = guest(svm_host(4))
-    def take_away(name):
-        if name == 'faulted in': vcpu.vm.mmu_seq += 1
-    vcpu.vm.interleave = take_away
-    assert direct_page_fault(vcpu, Fault(0x10_0000, U, is_tdp=True)) == 'RETRY' and not is_present(last_entry(vcpu, 0x10_0000)[2])
-
-
-@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', '3a197619', 'no direct MMU maps a frame that was taken away meanwhile, for a read or a write, and the next fault maps it')
-def test_no_direct_mmu_maps_a_frame_that_was_taken_away_meanwhile_for_a_read_or_a_write_and_the_next_fault_maps_it():
-    for host, code in product((svm_host(4), svm_host(4, tdp_mmu=False), vmx_host(4, 4)), (U, U | W)):
-        vcpu, = guest(host)
-        def take_once(name):
-            if name == 'faulted in': vcpu.vm.mmu_seq, vcpu.vm.interleave = vcpu.vm.mmu_seq + 1, None
-        vcpu.vm.interleave = take_once
-        assert direct_page_fault(vcpu, Fault(0x10_0000, code, is_tdp=True)) == 'RETRY' and not is_present(last_entry(vcpu, 0x10_0000)[2])
-        assert direct_page_fault(vcpu, Fault(0x10_0000, code, is_tdp=True)) == 'FIXED'
-
-
-@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', 'e7e8d3e1', 'where userspace limits the tables of the old MMU, a fault frees some before it takes some')
-def test_where_userspace_limits_the_tables_of_the_old_mmu_a_fault_frees_some_before_it_takes_some():
-    vcpu, = guest(svm_host(4, tdp_mmu=False))
-    direct_page_fault(vcpu, Fault(0x10_0000, U, is_tdp=True))
-    vcpu.vm.n_max = vcpu.vm.n_used
-    assert direct_page_fault(vcpu, Fault(0x20_0000, U, is_tdp=True)) == 'FIXED' and vcpu.vm.n_used <= vcpu.vm.n_max
-
-
-@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', 'dfec2197', 'a store to a tracked frame is emulated before anything is built, the same store through an empty table makes a leaf without W first')
-def test_a_store_to_a_tracked_frame_is_emulated_before_anything_is_built_the_same_store_through_an_empty_table_makes_a_leaf_without_w_first():
-    for code in (P | W, W):
-        vcpu, = guest(svm_host(4, tdp_mmu=False))
-        vcpu.vm.tracked[0x100] = 1
-        assert direct_page_fault(vcpu, Fault(0x10_0000, code, is_tdp=True)) == 'EMULATE'
-        assert is_present(last_entry(vcpu, 0x10_0000)[2]) == (code == W) and not is_writable(last_entry(vcpu, 0x10_0000)[2])
-
-
-@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', 'a62dfb94', 'one fault fills the aligned group of eight around its page, its own entry alone with A, and no slot outside')
-def test_one_fault_fills_the_aligned_group_of_eight_around_its_page_its_own_entry_alone_with_a_and_no_slot_outside():
-    for page in range(0x0f8, 0x118):
-        vcpu, entries = prefetched(page)
-        group = page & ~7
-        assert set(entries) == set(range(group, group + 8))
-        assert [i for i, spte in entries.items() if spte & vcpu.vm.masks.accessed] == [page]
-        assert all(spte_pfn(spte) == host_frame(vcpu.vm, i)[0] for i, spte in entries.items())
-
-
-@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', 'cb8eb548', 'no neighbour is mapped that the log must name, that the host has not at hand, or of whom nobody could tell whether it was used')
-def test_no_neighbour_is_mapped_that_the_log_must_name_that_the_host_has_not_at_hand_or_of_whom_nobody_could_tell_whether_it_was_used():
-    vcpu, = guest(svm_host(4, tdp_mmu=False), prefetch=True)
-    vcpu.vm.logged.add(0)
-    direct_page_fault(vcpu, Fault(0x10_3000, U, is_tdp=True))
-    assert set(last_entry(vcpu, 0x10_3000)[0].sptes) == {0x103}
-    vcpu, = guest(svm_host(4, tdp_mmu=False), prefetch=True)
-    vcpu.vm.invalidating = 0, 0                                   # The host is taking frames away, somewhere
-    direct_page_fault(vcpu, Fault(0x10_3000, U, is_tdp=True))
-    assert set(last_entry(vcpu, 0x10_3000)[0].sptes) == {0x103}
-    vcpu, entries = prefetched(0x3ff)                             # The last frame of the slot: 0x400 is a hole, and in the next group
-    assert set(entries) == set(range(0x1f8, 0x200))
-    assert set(prefetched(0x402, memory=[(0x40_0000, 0x5000)])[1]) == {2}      # Memory the guest may only read
-    assert set(prefetched(0x103, host=vmx_host(4, 4, ad=False, tdp_mmu=False))[1]) == {0x103}
-
-
-@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', 'fe49d9a8', 'a page the host has not at hand ends its run of empty neighbours and not the next run; the first of a run, all of it; a run must lie in one slot')
-def test_a_page_the_host_has_not_at_hand_ends_its_run_of_empty_neighbours_and_not_the_next_run_the_first_of_a_run_all_of_it_a_run_must_lie_in_one_slot():
-    for absent, before, mapped in ((0x106, (), range(0x100, 0x106)), (0x101, (), [0x100, 0x103, 0x104, 0x105, 0x106, 0x107]), (0x100, (), [0x103])):
-        vcpu, = guest(svm_host(4, tdp_mmu=False), prefetch=True)
-        vcpu.vm.moved[absent] = 0x1234, False                     # Merged with another: not to be had for writing
-        direct_page_fault(vcpu, Fault(0x10_3000, U, is_tdp=True))
-        assert set(last_entry(vcpu, 0x10_3000)[0].sptes) == set(mapped)
-    assert set(prefetched(0x403, memory=[(0x40_0000, 0x5000)])[1]) == {3}
-    vcpu, = guest(svm_host(4, tdp_mmu=False), prefetch=True)
-    add_ram(vcpu.vm.memory, 0x40_0000, 0x6000)                     # Frames 0x400 to 0x405: the group ends in a hole
-    direct_page_fault(vcpu, Fault(0x40_3000, U, is_tdp=True))
-    assert set(last_entry(vcpu, 0x40_3000)[0].sptes) == {0, 1, 2, 3}
-
-
-@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', 'c69b17a4', 'a fault that changes nothing maps no neighbour')
-def test_a_fault_that_changes_nothing_maps_no_neighbour():
-    vcpu, entries = prefetched(0x103, before=(0x103,))
-    for index in set(entries) - {0x103}: del entries[index]
-    assert direct_page_fault(vcpu, Fault(0x10_3000, U, is_tdp=True)) == 'SPURIOUS' and set(entries) == {0x103}
-
-
-@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', '105ca861', 'Where no slot is, the entry remembers that, the instruction is emulated, and new slots make the memory stale')
-def test_where_no_slot_is_the_entry_remembers_that_the_instruction_is_emulated_and_new_slots_make_the_memory_stale():
-    vcpu, = guest(svm_host(4))
-    assert direct_page_fault(vcpu, Fault(1 << 40, U, is_tdp=True)) == 'EMULATE'
-    vcpu.mmio = None
-    assert handle_mmio(vcpu, 1 << 40) == 'EMULATE' and vcpu.mmio[1] == 1 << 28
-    vcpu.mmio = None
-    vcpu.vm.generation += 1
-    assert handle_mmio(vcpu, 1 << 40) == 'INVALID'
-
-
-@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', '19ad2ff5', "where the root's own entry is empty there is no note to find, and the guest tries again")
-def test_where_the_root_s_own_entry_is_empty_there_is_no_note_to_find_and_the_guest_tries_again():
-    memory, (cr0, cr4, efer) = ram((0, 1 << 22)), map(int, MODES['PAE'])
-    vcpu = new_vcpu(Vm(svm_host(4, npt=False), memory, prefetch=False), cr0=cr0, cr3=0x1000, cr4=cr4, efer=efer)
-    vcpu.root_mmu.pdptrs = [0x2001, 0, 0, 0]
-    enter_guest(vcpu)
-    assert [handle_mmio(vcpu, gva) for gva in (0, 0xc000_0000)] == ['RETRY', 'RETRY']
-
-
-@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', 'd9e74c3a', 'the note names the frame and the generation, whatever they are, and holds exactly until the slots change')
-def test_the_note_names_the_frame_and_the_generation_whatever_they_are_and_holds_exactly_until_the_slots_change():
-    rng = random.Random(2)
-    for host, _ in product((svm_host(4), svm_host(4, tdp_mmu=False), vmx_host(4, 4)), range(20)):
-        vcpu, = guest(host, generation=rng.randrange(1 << 18))
-        gfn = rng.randrange(1 << 20, 1 << 33)
-        assert direct_page_fault(vcpu, Fault(gfn << 12, U, is_tdp=True)) == 'EMULATE'
-        for changes, want in ((0, 'EMULATE'), (1, 'INVALID'), (1 << GEN_BITS, 'EMULATE')):       # The generation has 19 bits, and wraps
-            vcpu.mmio, here = None, vcpu.vm.generation
-            vcpu.vm.generation += changes
-            assert handle_mmio(vcpu, gfn << 12) == want and (vcpu.mmio is None or vcpu.mmio[1] == gfn) == True
-            assert (vcpu.mmio is not None) == (want == 'EMULATE') and (vcpu.mmio is None or vcpu.mmio[0] == 0)      # Known by its frame alone
-            vcpu.vm.generation = here
-
-
-@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', '5c1eb258', 'what the vCPU remembers is emulated without a look at the tables; where it remembers nothing and there is no note, the guest tries again')
-def test_what_the_vcpu_remembers_is_emulated_without_a_look_at_the_tables_where_it_remembers_nothing_and_there_is_no_note_the_guest_tries_again():
-    vcpu, = guest(svm_host(4))
-    direct_page_fault(vcpu, Fault(1 << 40, U, is_tdp=True))
-    sp, index, _ = last_entry(vcpu, 1 << 40)
-    del sp.sptes[index]
-    assert handle_mmio(vcpu, 1 << 40) == 'EMULATE'
-    vcpu.mmio = None
-    assert handle_mmio(vcpu, 1 << 40) == 'RETRY'
-
-
-@pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', '95e669ac', "A reserved bit that is not there to remember MMIO is KVM's own mistake, at whatever level it stands, and said to be invariant 48")
-def test_a_reserved_bit_that_is_not_there_to_remember_mmio_is_kvm_s_own_mistake_at_whatever_level_it_stands_and_said_to_be_invariant_48():
-    for host, level in product((svm_host(4), svm_host(4, tdp_mmu=False), vmx_host(4, 4)), (1, 2, 3, 4)):
-        vcpu, = guest(host)
-        direct_page_fault(vcpu, Fault(0x10_0000, U, is_tdp=True))
-        assert handle_mmio(vcpu, 0x10_0000) == 'RETRY', "nothing is wrong with the entries KVM makes"
-        sp, index = next((sp, index) for at, sp, index in shadow_walk(vcpu.vm, vcpu.mmu, 0x10_0000) if at == level)
-        sp.sptes[index] |= 1 << vcpu.vm.masks.phys_bits           # One bit more than a frame can have
-        assert has_reserved(vcpu.vm, sp, sp.sptes[index])
-        if level > 1: vcpu.vm.pages[sp.sptes[index] & SPTE_ADDRESS] = vcpu.vm.pages[sp.sptes[index] & SPTE_ADDRESS & (1 << vcpu.vm.masks.phys_bits) - 1]
-        with expect_fail(KvmBug, contains=f'no entry of level {level} has'): handle_mmio(vcpu, 0x10_0000)

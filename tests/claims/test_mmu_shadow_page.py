@@ -9,14 +9,14 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global INVALID_PAGE, KvmBug, MODES, MiB, ROLE_FIELDS, all_mmus, expect_fail, explore, find, get, init_mmu, itertools, machine, page_role, predict, ram, root, svm_host
+    global INVALID_PAGE, KvmBug, MODES, MiB, ROLE_FIELDS, Vcpu, all_mmus, expect_fail, explore, find, get, init_mmu, itertools, machine, page_role, predict, ram, root, svm_host
     import itertools
     from fastcore.test import expect_fail
     from kvm_mmu_lit.draw.exercise import predict
     from kvm_mmu_lit.draw.explore import explore
     from kvm_mmu_lit.guest.addresses import MiB
     from kvm_mmu_lit.guest.memory import ram
-    from kvm_mmu_lit.mmu.contexts import INVALID_PAGE, KvmBug, init_mmu
+    from kvm_mmu_lit.mmu.contexts import INVALID_PAGE, KvmBug, Vcpu, init_mmu
     from kvm_mmu_lit.mmu.cpu_role import MODES, ROLE_FIELDS, page_role
     from kvm_mmu_lit.mmu.root_role import all_mmus, svm_host
 

@@ -9,7 +9,7 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global KvmBug, Table, add_ram, entry_at, expect_fail, explore, is_writable, make_nonleaf_spte, mmio_gen, predict, product, rmap_entries, shadow_slots, shadowed, sptep_of, store, write_gpa
+    global KvmBug, Table, add_ram, entry_at, expect_fail, explore, is_writable, make_nonleaf_spte, mmio_gen, page_access, predict, product, rmap_entries, shadow_slots, shadowed, sptep_of, store, write_gpa
     from itertools import product
 
     from fastcore.test import expect_fail
@@ -19,7 +19,7 @@ def setup_cells():
     from kvm_mmu_lit.guest.memory import add_ram, write_gpa
     from kvm_mmu_lit.mmu.contexts import KvmBug
     from kvm_mmu_lit.mmu.make_spte import make_nonleaf_spte, mmio_gen
-    from kvm_mmu_lit.mmu.rmap import entry_at, rmap_entries, sptep_of
+    from kvm_mmu_lit.mmu.rmap import entry_at, page_access, rmap_entries, sptep_of
     from kvm_mmu_lit.mmu.shadow_page import shadow_slots
     from kvm_mmu_lit.mmu.spte import is_writable
 

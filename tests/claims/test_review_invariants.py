@@ -9,12 +9,13 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global BY_NAME, CASE_CHECKS, CR3_NOFLUSH, Cr4, DEEP, ExtendedRole, LETTERS, MODES, Predicate, ROLE_CHECKS, ROOT_CURRENT, Root, TDP, TWO_LEVEL, after, all_inputs, all_mmus, alloc_roots, built, child_role, expect_fail, explore, free_roots, init_mmu, is_root_usable, new_pgd, out_and_back, pointer, predict, product, replace, set_cr3, set_cr4, small_memory, svm_host, switch_to, switched, unload, vcpu_for, with_pcids, zap_all_fast
+    global BY_NAME, CASE_CHECKS, CR3_NOFLUSH, Cr4, DEEP, ExtendedRole, LETTERS, MODES, Predicate, ROLE_CHECKS, ROOT_CURRENT, Root, TDP, TWO_LEVEL, Table, after, all_inputs, all_mmus, alloc_roots, built, child_role, expect_fail, explore, free_roots, init_mmu, is_root_usable, new_pgd, out_and_back, pointer, predict, product, replace, set_cr3, set_cr4, small_memory, svm_host, switch_to, switched, unload, vcpu_for, with_pcids, zap_all_fast
     from dataclasses import replace
     from itertools import product
     from fastcore.test import expect_fail
     from kvm_mmu_lit.draw.exercise import predict
     from kvm_mmu_lit.draw.explore import explore
+    from kvm_mmu_lit.draw.table import Table
     from kvm_mmu_lit.guest.registers import CR3_NOFLUSH, Cr4
     from kvm_mmu_lit.mmu.contexts import Root, init_mmu
     from kvm_mmu_lit.mmu.cpu_role import ExtendedRole, MODES, all_inputs

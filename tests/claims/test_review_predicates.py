@@ -9,7 +9,7 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global Path, SWITCHES, TRACE, alloc_roots, cpu_role, diff_roles, expect_fail, explore, forms_differ, kept, loaded_kind, lzma, page_role, predict, product, re, recorded_question, recorded_switches, svm_host, vcpu_for
+    global CpuRole, PageRole, Path, SWITCHES, TRACE, Table, alloc_roots, cpu_role, diff_roles, expect_fail, explore, forms_differ, kept, loaded_kind, lzma, page_role, predict, product, re, recorded_question, recorded_switches, svm_host, vcpu_for
     import lzma
     import re
     from itertools import product
@@ -17,7 +17,8 @@ def setup_cells():
     from fastcore.test import expect_fail
     from kvm_mmu_lit.draw.exercise import predict
     from kvm_mmu_lit.draw.explore import explore
-    from kvm_mmu_lit.mmu.cpu_role import cpu_role, diff_roles, page_role
+    from kvm_mmu_lit.draw.table import Table
+    from kvm_mmu_lit.mmu.cpu_role import CpuRole, PageRole, cpu_role, diff_roles, page_role
     from kvm_mmu_lit.mmu.root_role import svm_host
     from kvm_mmu_lit.mmu.roots import alloc_roots, vcpu_for
 

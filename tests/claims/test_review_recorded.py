@@ -9,8 +9,11 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global HERE, RECORDED, explore_fast
+    global HERE, RECORDED, coverage_table, design, draw_history, explore_fast, replay
+    from kvm_mmu_lit.review.designs import design
+    from kvm_mmu_lit.review.explore import replay
     from kvm_mmu_lit.review.frontier import explore_fast
+    from kvm_mmu_lit.review.verdicts import coverage_table, draw_history
 
     HERE = next(path for path in (Path('verdicts.json'), Path('nbs/review/verdicts.json')) if path.exists())
     RECORDED = recorded_verdicts(HERE)

@@ -9,10 +9,11 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global PLAIN, ended, events, forgetful, patch, reload
+    global PLAIN, Table, ended, events, forgetful, patch, reload
     from unittest.mock import patch
 
     import kvm_mmu_lit.mmu.reload as reload
+    from kvm_mmu_lit.draw.table import Table
     PLAIN = Setting('shadow', '4-level')
 
     def forgetful():

@@ -12,7 +12,7 @@ def setup_cells():
     global Efer, PLAIN, draw_host_walk, entry_of, is_present, is_rsvd_spte, other, used, zero_check_of
     from kvm_mmu_lit.guest.registers import Efer
     from kvm_mmu_lit.mmu.make_spte import is_rsvd_spte
-    from kvm_mmu_lit.mmu.page_fault import zero_check_of
+    from kvm_mmu_lit.mmu.direct_fault import zero_check_of
     from kvm_mmu_lit.mmu.spte import is_present
 
     PLAIN = Setting('shadow', '4-level')
