@@ -11,7 +11,8 @@ from kvm_mmu_lit.mmu.machine import check_event
 from kvm_mmu_lit.mmu.machine_state import copy_machine, differences, freeze, thaw
 from kvm_mmu_lit.mmu.shadow_page import ShadowPage, Vm
 from kvm_mmu_lit.review.stories import next_event
-from kvm_mmu_lit.review.theorem import Setting, Story, all_settings
+from kvm_mmu_lit.review.theorem import Story
+from kvm_mmu_lit.review.worlds import Setting, all_settings
 
 KINDS = all_settings()
 SOME = (Setting('shadow', '4-level', vcpus=2), Setting('shadow, VMX', '2-level', 'PAE'), Setting('NPT', 'PAE', '4-level', True, 2),

@@ -16,7 +16,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from kvm_mmu_lit.mmu import rmap
 from kvm_mmu_lit.mmu.contexts import KvmBug
 from kvm_mmu_lit.review.stories import ACTS, Ended, interrupted, shortened, tell
-from kvm_mmu_lit.review.theorem import Setting, Story, all_settings
+from kvm_mmu_lit.review.theorem import Story
+from kvm_mmu_lit.review.worlds import Setting, all_settings
 
 SETTINGS = all_settings()
 

@@ -10,7 +10,7 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
 from kvm_mmu_lit.review.stories import shortened, tell
-from kvm_mmu_lit.review.theorem import all_settings
+from kvm_mmu_lit.review.worlds import all_settings
 
 LENGTH = 250       # Steps of a story
 

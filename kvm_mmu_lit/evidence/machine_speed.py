@@ -31,7 +31,7 @@ from ..mmu.machine import Machine, new_machine
 from ..mmu.nested_switch import eptp_of
 from ..mmu.root_role import svm_host, vmx_host
 from ..review.stories import tell
-from ..review.theorem import all_settings
+from ..review.worlds import all_settings
 
 # %% ../../nbs/evidence/32_machine_speed.ipynb #bff4effb
 KINDS = {'shadow': svm_host(4, npt=False), 'NPT': svm_host(4), 'EPT': vmx_host(4, 4), 'nested NPT': svm_host(4), 'nested EPT': vmx_host(4, 4)}

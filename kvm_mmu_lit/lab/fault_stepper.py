@@ -33,7 +33,7 @@ from ..mmu.make_spte import decode_spte
 from ..mmu.play import HOST_KINDS
 from ..mmu.spte import is_last, is_present
 from ..mmu.vcpu import Outcome, access
-from ..review.theorem import FORMAT_OF, with_root
+from ..review.worlds import FORMAT_OF, with_root
 
 # %% ../../nbs/lab/05_fault_stepper.ipynb #6a8482c0
 PAGES = {   # name -> (address, where it leads, bits of the last entry, its level)

@@ -26,7 +26,7 @@ from ..mmu.play import event_text
 from ..mmu.register_writes import load_pdptrs
 from ..mmu.shadow_page import Vm, is_obsolete_sp
 from ..mmu.spte import SPTE_ADDRESS, is_last, is_present
-from ..review.theorem import FORMAT_OF
+from ..review.worlds import FORMAT_OF
 
 # %% ../../nbs/lab/06_shadow_dag.ipynb #8350b159
 ROOT_B = 0x10_000

@@ -32,7 +32,7 @@ from ..mmu.cpu_role import MODES
 from ..mmu.hardware import host_walk
 from ..mmu.play import answer_text
 from ..mmu.spte import is_last, is_present, spte_pfn
-from ..review.theorem import FORMAT_OF, nested_walker
+from ..review.worlds import FORMAT_OF, nested_walker
 
 # %% ../../nbs/lab/10_triangle.ipynb #4add8451
 HYPERVISORS = {   # name -> (host, mode of L1, levels of L1's EPT)

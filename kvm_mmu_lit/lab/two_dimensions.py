@@ -32,7 +32,7 @@ from ..mmu.hardware import host_walk
 from ..mmu.machine import Machine
 from ..mmu.nested_switch import eptp_of
 from ..mmu.play import HOST_KINDS
-from ..review.theorem import FORMAT_OF, nested_walker
+from ..review.worlds import FORMAT_OF, nested_walker
 
 # %% ../../nbs/lab/09_two_dimensions.ipynb #e2ff9cf4
 GUESTS = ('4level', '5level', 'pae', '2level', 'nonpaging')

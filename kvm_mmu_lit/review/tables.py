@@ -21,8 +21,8 @@ from functools import lru_cache
 from ..draw.table import Table
 from ..guest.addresses import PAGE_SHIFT
 from ..mmu.contexts import Vcpu, init_mmu
-from ..mmu.make_spte import mmio_gen, mmio_gfn
 from ..mmu.direct_fault import zero_check_of
+from ..mmu.make_spte import mmio_gen, mmio_gfn
 from ..mmu.root_role import MmuCase, root_storage
 from ..mmu.rmap import entry_at, host_frame, is_logged, page_gfn, sptep_of
 from ..mmu.roots import is_obsolete_root
