@@ -27,7 +27,7 @@ from .root_role import svm_host
 from .shadow_fault import page_fault
 from .tdp_mmu import remote_flush
 
-# %% ../../nbs/mmu/25_tlb.ipynb #e4fc7fed
+# %% ../../nbs/mmu/25_tlb.ipynb #7034a159
 @dataclass
 class Tlb:
     "What one vCPU's processor remembers: (root, guest's CR3, page) -> what each kind of access reached."
@@ -46,7 +46,7 @@ class Tlb:
         if did.what == 'flush_gva': self.forget(did['gva'])
         elif did.what == 'flush_current': self._drop(('root', vcpu.mmu.root.hpa))
         elif did.what == 'flush_l2':
-            for root in (vcpu.guest_mmu.root, *vcpu.guest_mmu.prev_roots): self._drop(('root', root.hpa))
+            for name in [name for name in self.where if name[0] == 'root' and _is_of_l2(vcpu, name[1])]: self._drop(name)
         elif did.what in ('flush_guest', 'flush_all'):
             self.entries.clear()
             self.where.clear()
@@ -74,6 +74,10 @@ class Tlb:
         for name in _names(key, level):
             self.where.get(name, set()).discard(key)
             if not self.where.get(name, True): del self.where[name]
+
+def _is_of_l2(vcpu, root):
+    sp = vcpu.vm.pages.get(root) if vcpu.vm is not None else None
+    return sp is not None and bool(sp.role.guest_mode) or any(one.hpa == root for one in (vcpu.guest_mmu.root, *vcpu.guest_mmu.prev_roots))
 
 def _names(key, level): return ('root', key[0]), (level, key[2] >> 9 * (level - 1))
 

@@ -29,7 +29,7 @@ from ..mmu.nested_switch import eptp_of
 from ..mmu.root_role import svm_host, vmx_host
 from ..mmu.spte import SPTE_ADDRESS
 
-# %% ../../nbs/review/16_worlds.ipynb #b9bb5cc0
+# %% ../../nbs/review/16_worlds.ipynb #6a0d212d
 HOSTS = {'shadow': svm_host(5, npt=False), 'shadow, VMX': vmx_host(5, 0), 'NPT': svm_host(5), 'EPT': vmx_host(5, 5), 'EPT without A/D': vmx_host(4, 4, ad=False),
          'NPT, shadow MMU': svm_host(4, tdp_mmu=False)}
 FORMAT_OF = {'nonpaging': None, '2-level': '2level', 'PAE': 'pae', '4-level': '4level', '5-level': '5level'}
@@ -67,7 +67,7 @@ def can_be(
 def all_settings() -> list:
     "Every kind of machine of the book, with one vCPU and with two."
     kinds = [(host, mode) for host in HOSTS for mode in FORMAT_OF]
-    kinds += [(host, mode, l2) for host in ('shadow', 'shadow, VMX') for mode in PAGING for l2 in FORMAT_OF]
+    kinds += [(host, mode, l2) for host in HOSTS for mode in PAGING for l2 in FORMAT_OF]
     kinds += [(host, mode, l2, True) for host in ('NPT', 'NPT, shadow MMU') for mode in PAGING for l2 in FORMAT_OF]
     kinds += [('EPT', mode, l2, True, levels) for mode in PAGING for l2 in FORMAT_OF for levels in (4, 5)]
     settings = [Setting(*kind[:4], vcpus=vcpus, levels=sum(kind[4:])) for kind in kinds for vcpus in (1, 2)]

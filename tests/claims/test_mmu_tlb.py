@@ -9,7 +9,7 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global CHANGES, Exit, FORMATS, MODES, REQUESTS, Refused, Vm, change, draw_host_walk, entry_comes, entry_goes, expect_fail, explore, guest, host_walk, invlpg, map_page, mark_parents_unsync, new_vcpu, predict, product, ram, random, reaches, serve_requests, use, vmx_host, write_entry, write_goes, write_protect_gfn, zap_all_fast
+    global CHANGES, Exit, FORMATS, L2State, MODES, REQUESTS, Refused, Vm, change, draw_host_walk, enter_l2, entry_comes, entry_goes, expect_fail, explore, guest, host_walk, invlpg, invvpid, leave_l2, map_page, mark_parents_unsync, new_vcpu, predict, product, ram, random, reaches, serve_requests, use, vmx_host, write_entry, write_goes, write_protect_gfn, zap_all_fast
     import random
     from itertools import product
 
@@ -21,6 +21,7 @@ def setup_cells():
     from kvm_mmu_lit.guest.memory import ram, write_entry
     from kvm_mmu_lit.mmu.cpu_role import MODES
     from kvm_mmu_lit.mmu.hardware import Exit, Refused, draw_host_walk, host_walk
+    from kvm_mmu_lit.mmu.nested_switch import L2State, enter_l2, invvpid, leave_l2
     from kvm_mmu_lit.mmu.register_writes import invlpg
     from kvm_mmu_lit.mmu.reload import REQUESTS, serve_requests
     from kvm_mmu_lit.mmu.rmap import write_protect_gfn
@@ -250,6 +251,22 @@ def test_a_flush_names_what_it_forgets_a_page_a_root_or_everything_and_a_tlb_tha
         assert list(tlb.entries) == [key for key in known if key[0] != 1 << 12]
         tlb.saw(Did('flush_all'), vcpu)
         assert not tlb.entries and not tlb.where
+
+
+@pytest.mark.claim('nbs/mmu/25_tlb.ipynb', 'f73ad4db', "INVVPID by L1 forgets what L2 used and no more, with an EPT of L1's and without one")
+def test_invvpid_by_l1_forgets_what_l2_used_and_no_more_with_an_ept_of_l1_s_and_without_one():
+    for nested_pgd in (None, 0x9_0000 | 0x1e):
+        vcpu, = guest(vmx_host(4, 4))
+        for page in range(0x10): map_page(vcpu.vm.memory, 0x9_0000, FORMATS['ept4'], page << 12, page << 12, [0x91, 0x92, 0x93] if page == 0 else [], 6, 6)
+        map_page(vcpu.vm.memory, 0x9_0000, FORMATS['ept4'], 0x10_0000, 0x10_0000, [], 6, 6)
+        use(vcpu)
+        of_l1 = set(vcpu.tlb.entries)
+        enter_l2(vcpu, L2State(vcpu.cr0, vcpu.cr3, vcpu.cr4, vcpu.efer, nested_pgd))
+        use(vcpu)
+        assert of_l1 and set(vcpu.tlb.entries) > of_l1
+        leave_l2(vcpu)
+        invvpid(vcpu)
+        assert set(vcpu.tlb.entries) == of_l1
 
 
 @pytest.mark.claim('nbs/mmu/25_tlb.ipynb', '9e571d24', 'A flush of one address leaves every other')
