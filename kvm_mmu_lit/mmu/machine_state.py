@@ -27,9 +27,9 @@ from .shadow_page import Moved, ShadowPage, Vm
 from .spte import SPTE_ADDRESS, is_last, is_present, spte_pfn
 from .tlb import Tlb
 
-# %% ../../nbs/mmu/29_machine_state.ipynb #5e609bd0
+# %% ../../nbs/mmu/29_machine_state.ipynb #a4f988f3
 _PLAIN = ('gen', 'next_page', 'n_used', 'n_max', 'indirect', 'shadow_root_allocated', 'generation', 'mmu_seq', 'nx_huge_pages',
-          'prefetch', 'pml', 'flushes')
+          'prefetch', 'pml', 'doubts_mmio', 'flushes')
 _VCPU = ('index', 'cr0', 'cr3', 'cr4', 'efer', 'smm', 'guest_mode', 'has_pcid', 'cr4_missing', 'mmu_is', 'walk_mmu_is', 'nested_pgd',
          'pkru', 'rflags', 'cpl', 'gbpages', 'pml_address', 'pml_index', 'writes_own_table')
 _MMU = ('pae_root', 'pml4_root', 'pml5_root', 'pml4_word', 'pml5_word', 'fault', 'walker')

@@ -70,7 +70,7 @@ class Moved(dict):
         self.gfns[there[0]], self.newest = gfn, max(self.newest, there[0])
         self.within |= {(level, gfn >> 9 * (level - 1)) for level in (2, 3)}
 
-# %% ../../nbs/mmu/06_shadow_page.ipynb #b5c03ab3
+# %% ../../nbs/mmu/06_shadow_page.ipynb #b4e693ef
 @dataclass
 class Vm:
     "A virtual machine: memory, vCPUs, and every table KVM built for it. KVM: `struct kvm`, `struct kvm_arch` (asm/kvm_host.h)."
@@ -102,6 +102,7 @@ class Vm:
     nx_huge_pages: bool = False    # Large pages may not be executed
     prefetch: bool = True          # Map neighbours of a faulting page
     pml: bool = False              # The CPU logs the frames it dirties, and must not log L2's
+    doubts_mmio: bool = False      # Not 6.1: a new leaf over a note of MMIO is checked like one over nothing
     flushes: int = 0               # Remote flushes so far
     watch: object = None           # Called with each `Did` that concerns tables, not one vCPU
     interleave: object = None      # Called with the name of each point where another vCPU may run

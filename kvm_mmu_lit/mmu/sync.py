@@ -31,7 +31,7 @@ from .tdp_mmu import remote_flush
 from .unsync import clear_parents, shadow_pages_of, try_to_unsync, unlink_unsync, unsync_walk
 from .zap import commit_zap, prepare_zap, zap_entry
 
-# %% ../../nbs/mmu/13_sync.ipynb #b8da7248
+# %% ../../nbs/mmu/13_sync.ipynb #36d9418e
 def build_leaf(
     vm: Vm,
     sp: ShadowPage,
@@ -44,7 +44,9 @@ def build_leaf(
     host_writable: bool,
 ) -> tuple:                # (entry, was it write-protected)
     "`make_spte` with this VM's state: tables are let go of, writes are logged. KVM: `make_spte` (mmu/spte.c)."
-    spte, wrprot = make_spte(vm.masks, sp.role, access, pfn, sp.sptes.get(index, 0), prefetch, host_writable,
+    old = sp.sptes.get(index, 0)
+    if vm.doubts_mmio and not is_present(old): old = 0
+    spte, wrprot = make_spte(vm.masks, sp.role, access, pfn, old, prefetch, host_writable,
                              lambda: try_to_unsync(vm, gfn, can_unsync, prefetch), vm.nx_huge_pages, pml=vm.pml)
     if spte & SPTE_WRITABLE and is_logged(vm, gfn):
         kvm_bug_on(sp.role.level > 1, f"a writable large page over frame {gfn:#x} of a logged slot")

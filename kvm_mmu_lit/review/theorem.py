@@ -11,7 +11,7 @@ processor keep it.
 # %% auto #0
 __all__ = ['NAMES', 'Story', 'answer_of', 'compared']
 
-# %% ../../nbs/review/18_theorem.ipynb #4badb4b0
+# %% ../../nbs/review/18_theorem.ipynb #a18e8207
 import random
 
 from ..draw.ink import Hex
@@ -23,13 +23,12 @@ from ..mmu.machine import new_machine
 from ..mmu.machine_state import broken_invariant
 from ..mmu.reload import enter_guest
 from ..mmu.rmap import is_tracked
-from ..mmu.spte import is_mmio
 from ..mmu.tlb import processor_access
 from .remembered import SAMPLE, Remembered, context
 from .tables import Watch, broken_entry, broken_tables
 from .worlds import HOSTS, ROOTS, Setting, Unmarked, World, truth
 
-# %% ../../nbs/review/18_theorem.ipynb #5579d6e6
+# %% ../../nbs/review/18_theorem.ipynb #7c1ddb42
 class Story:
     "A machine, the events that happened to it, and what it may still remember."
 
@@ -38,7 +37,7 @@ class Story:
         self.setting, self.rng, self.events = setting, random.Random(f'{setting}{seed}'), []
         self.world = World(setting, self.rng)
         self.machine = new_machine(HOSTS[setting.host], self.world.memory, setting.mode, ROOTS['A'], setting.vcpus,
-                                   host_levels={0: self.rng.choice((1, 2))}, n_max=self.rng.choice((None, None, 40)))
+                                   host_levels={0: self.rng.choice((1, 2))}, n_max=self.rng.choice((None, None, 40)), doubts_mmio=True)
         self.nested = self.world.nested_words()                # What L1's nested tables say, A and D aside
         self.watches = [Watch(vcpu) for vcpu in self.machine.vcpus]
         self.hot = []                                          # Pages whose entries were edited last
@@ -53,10 +52,7 @@ class Story:
         "One event, then everything is checked."
         self.events.append(event)
         before = [context(vcpu) for vcpu in self.machine.vcpus]
-        slots = 'add_slot' in (event['do'], event.get('meanwhile', {}).get('event', {}).get('do'))
-        if slots: self._forget_mmio()
         steps, answer = self.machine.steps, self.machine.happen(event)
-        if slots: self._forget_mmio()
         inner = event['meanwhile']['event'] if self.machine.steps > steps + 1 else None
         self._remember(event, inner, answer, before)
         self._told(event, answer)
@@ -74,11 +70,6 @@ class Story:
             if one.get('do') == 'write' or 'at' in one and one is inner: self.remembered.used(one['at'])
         self.remembered.happened(event, answer, before)
         if inner is not None and event['do'] == 'write' and answer.what == 'done': self.remembered.reached(event['at'], answer.gpa >> PAGE_SHIFT)
-
-    def _forget_mmio(self):
-        "Stale notes of MMIO mislead 6.1 where the guest's tables may lead elsewhere by now, see below."
-        for sp in self.vm.pages.values():
-            for index in [index for index, spte in sp.sptes.items() if not sp.role.direct and is_mmio(self.vm.masks, spte)]: del sp.sptes[index]
 
     def _stored(self, event):
         "A store may change what L1's nested tables say, and which pages it pays to look at."

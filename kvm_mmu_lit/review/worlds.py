@@ -29,9 +29,9 @@ from ..mmu.nested_switch import eptp_of
 from ..mmu.root_role import svm_host, vmx_host
 from ..mmu.spte import SPTE_ADDRESS
 
-# %% ../../nbs/review/16_worlds.ipynb #6a0d212d
+# %% ../../nbs/review/16_worlds.ipynb #afa75f3b
 HOSTS = {'shadow': svm_host(5, npt=False), 'shadow, VMX': vmx_host(5, 0), 'NPT': svm_host(5), 'EPT': vmx_host(5, 5), 'EPT without A/D': vmx_host(4, 4, ad=False),
-         'NPT, shadow MMU': svm_host(4, tdp_mmu=False)}
+         'NPT, shadow MMU': svm_host(4, tdp_mmu=False), 'shadow, 32 bits': svm_host(3, npt=False), 'NPT, 32 bits': svm_host(3), 'EPT, 32 bits': vmx_host(3, 4)}
 FORMAT_OF = {'nonpaging': None, '2-level': '2level', 'PAE': 'pae', '4-level': '4level', '5-level': '5level'}
 
 @dataclass(frozen=True)
@@ -59,17 +59,18 @@ PAGING = tuple(FORMAT_OF)[1:]      # Modes an L1 may be in
 def can_be(
     setting: Setting,
 ) -> bool:
-    "Does a processor let it run? LA57 asks for the host's five levels; VMX wants paging on where there is no EPT, and a 64-bit L1 for a 64-bit L2."
-    la57, vmx = '5-level' in (setting.mode, setting.nested), HOSTS[setting.host].vendor == 'vmx'
-    wide = setting.nested in ('4-level', '5-level') and setting.mode not in ('4-level', '5-level')
-    return not (la57 and HOSTS[setting.host].levels < 5 or vmx and (wide or setting.nested == 'nonpaging' and not setting.nested_paging))
+    "Does a processor let it run? Long mode asks for a host and an L1 of 64 bits, LA57 for five levels; VMX wants paging on where there is no EPT."
+    host, modes, wide = HOSTS[setting.host], (setting.mode, setting.nested), ('4-level', '5-level')
+    if '5-level' in modes and host.levels < 5 or host.bits == 32 and (setting.mode in wide or setting.nested in wide): return False
+    if setting.levels > 4 and host.levels < 5: return False
+    return host.vendor == 'svm' or not (setting.nested in wide and setting.mode not in wide or setting.nested == 'nonpaging' and not setting.nested_paging)
 
 def all_settings() -> list:
     "Every kind of machine of the book, with one vCPU and with two."
     kinds = [(host, mode) for host in HOSTS for mode in FORMAT_OF]
     kinds += [(host, mode, l2) for host in HOSTS for mode in PAGING for l2 in FORMAT_OF]
-    kinds += [(host, mode, l2, True) for host in ('NPT', 'NPT, shadow MMU') for mode in PAGING for l2 in FORMAT_OF]
-    kinds += [('EPT', mode, l2, True, levels) for mode in PAGING for l2 in FORMAT_OF for levels in (4, 5)]
+    kinds += [(host, mode, l2, True) for host in ('NPT', 'NPT, shadow MMU', 'NPT, 32 bits') for mode in PAGING for l2 in FORMAT_OF]
+    kinds += [(host, mode, l2, True, levels) for host in ('EPT', 'EPT, 32 bits') for mode in PAGING for l2 in FORMAT_OF for levels in (4, 5)]
     settings = [Setting(*kind[:4], vcpus=vcpus, levels=sum(kind[4:])) for kind in kinds for vcpus in (1, 2)]
     return [setting for setting in settings if can_be(setting)]
 

@@ -53,6 +53,19 @@ def test_a_leaf_that_would_be_writable_is_noted_in_the_dirty_log_any_other_is_no
         assert vcpu.vm.dirty == ({0x41} if logged and access & 2 else set())
 
 
+@pytest.mark.claim('nbs/mmu/13_sync.ipynb', '2412e080', 'over a note of MMIO with W a leaf is made writable unasked, over nothing it is protected; a VM that doubts notes protects it always')
+def test_over_a_note_of_mmio_with_w_a_leaf_is_made_writable_unasked_over_nothing_it_is_protected_a_vm_that_doubts_notes_protects_it_always():
+    for doubts, note in product((False, True), repeat=2):
+        vcpu, sp = shadowed()
+        vm, vm_role = vcpu.vm, replace(sp.role, level=3)
+        vm.doubts_mmio = doubts
+        vm.tracked[0x42] = 1                                       # A table above level 1 is there
+        account_page(vm, add_shadow_page(vm, ShadowPage(0x42, vm_role, vm.alloc_page(), vm.gen)))
+        if note: sp.sptes[9] = make_mmio_spte(vm.masks, vm.generation, 0x1_0000, 7)
+        spte, wrprot = build_leaf(vm, sp, 9, 7, 0x42, host_frame(vm, 0x42)[0], False, True, True)
+        assert wrprot == (not is_writable(spte)) == (doubts or not note)
+
+
 @pytest.mark.claim('nbs/mmu/13_sync.ipynb', '156c20cf', "A 4-byte entry's slots are those the chapter on quadrants gives, over every entry of both levels")
 def test_a_4_byte_entry_s_slots_are_those_the_chapter_on_quadrants_gives_over_every_entry_of_both_levels():
     two = vars(PageRole(level=1, has_4_byte_gpte=1, access=7))
