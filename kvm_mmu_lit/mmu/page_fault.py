@@ -84,7 +84,9 @@ def shadow_walk(
     addr: int,
     root: 'int | None' = None,     # Another root of this MMU's
 ):
-    "Table by table, from the root: yields (level, table, slot); the entry is read when the next is asked for. KVM: `shadow_walk_init`, `shadow_walk_init_using_root`, `shadow_walk_okay`, `shadow_walk_next` (mmu/mmu.c)."
+    """Table by table, from the root: yields (level, table, slot); the entry is read when the next is asked for.
+
+    KVM: `shadow_walk_init`, `shadow_walk_init_using_root`, `shadow_walk_okay`, `shadow_walk_next` (mmu/mmu.c)."""
     level, table = walk_start(vm, mmu, addr) if root is None else walk_start_from(vm, mmu, addr, root)
     while level >= 1:
         sp, index = vm.pages[table], addr >> PAGE_SHIFT + 9 * (level - 1) & 511

@@ -127,7 +127,8 @@ def _tables(memory, one, where, taken):
     frames = [_need(gfn, int, f'{where}.frames[{n}]', 0, 1 << 40) for n, gfn in enumerate(_need(one.get('frames', []), list, f'{where}.frames'))]
     for gfn, place in [(root >> PAGE_SHIFT, f'{where}.root'), *((gfn, f'{where}.frames[{n}]') for n, gfn in enumerate(frames))]:
         before = taken.setdefault(gfn, place)
-        if before is not place and not (before.endswith('root') and place.endswith('root')): raise ValueError(f"{place}: frame {gfn:#x} is a table of {before} already")
+        both_roots = before.endswith('root') and place.endswith('root')      # One root may be filled twice
+        if before is not place and not both_roots: raise ValueError(f"{place}: frame {gfn:#x} is a table of {before} already")
     for i, line in enumerate(_need(one.get('map', []), list, f'{where}.map')): _map(memory, root, fmt, frames, line, f'{where}.map[{i}]')
 
 def _map(memory, root, fmt, frames, line, where):
@@ -141,7 +142,8 @@ def _map(memory, root, fmt, frames, line, where):
         if level <= fmt.root_level and value & frame_mask(at, fmt): raise ValueError(f"{where}.{name}: {value:#x} has bits of the address, which is 'to'")
     for page in range(_need(line.get('pages', 1), int, f'{where}.pages', 1, 1 << 18)):
         addr = gva + page * size
-        if not is_canonical(addr, fmt): raise ValueError(f"{where}.at: {addr:#x}, no address of {fmt.address_bits} bits{', sign-extended' if fmt.signed else ''}")
+        width = f"{fmt.address_bits} bits{', sign-extended' if fmt.signed else ''}"
+        if not is_canonical(addr, fmt): raise ValueError(f"{where}.at: {addr:#x}, no address of {width}")
         try: map_page(memory, root, fmt, addr, gpa + page * size, frames, bits, upper, level)
         except ValueError as why: raise ValueError(f"{where}: {why}") from None
 
@@ -221,5 +223,7 @@ def draw_play(
     caption: str = '',
 ) -> Timeline:
     "A story as a timeline: events, what became of them, the roots."
-    rows = [Row(step.number, f"vCPU {step.event['vcpu']}" if 'vcpu' in step.event else 'host', f"{event_text(step.event)}: {step.broken or answer_text(step.answer)}", step.roots) for step in steps]
+    def who(event): return f"vCPU {event['vcpu']}" if 'vcpu' in event else 'host'
+    def what(step): return f"{event_text(step.event)}: {step.broken or answer_text(step.answer)}"
+    rows = [Row(step.number, who(step.event), what(step), step.roots) for step in steps]
     return Timeline(('root', 'prev_roots[0]', '[1]', '[2]'), rows, caption)

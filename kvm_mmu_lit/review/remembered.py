@@ -68,7 +68,8 @@ class Remembered:
         if 'vcpu' not in event: return
         n, do, after = event['vcpu'], event['do'], context(self.vcpus[event['vcpu']])
         fault, switched = getattr(answer, 'fault', None), before[n][4:] != after[4:]
-        if do == 'invlpg' or fault is not None and fault.to == 'guest' and fault.error_code & 9 == 1: self._forget(n, event['at'], pcid_of(before[n][1]), before[n][4:])
+        refused = fault is not None and fault.to == 'guest' and fault.error_code & 9 == 1
+        if do == 'invlpg' or refused: self._forget(n, event['at'], pcid_of(before[n][1]), before[n][4:])
         elif do == 'invept': self._forget_ept(n, event.get('pgd'))
         elif do == 'invvpid': self.forget_all(n, lambda cr3, pgd, l2: l2)
         elif answer is None: self._flushed_by_register(event, before[n], after)
@@ -90,7 +91,9 @@ class Remembered:
         self.forget_all(n, lambda cr3, pgd, l2: here(cr3, pgd, l2) and cr3 == loaded)
 
     def _kept(self, n, world):
-        "Back in a world nobody has flushed, maybe under other flags than when it was left. Its shadow is shared: what another vCPU has not flushed answers too."
+        """Back in a world nobody has flushed, maybe under other flags than when it was left.
+
+        Its shadow is shared: what another vCPU has not flushed answers too."""
         allowed = self.allowed[n].setdefault(world, {})
         for m in range(len(self.known)) if not HOSTS[self.setting.host].has_tdp else (n,):
             for (here, _), known in self.known[m].items():
@@ -115,11 +118,14 @@ class Remembered:
 
     def _forget(self, n, gva, pcid, here):
         "INVLPG, or a fault: the page, with VPIDs only of the one that runs. What else of a large page must go is not counted on."
-        for allowed in [allowed for world, allowed in self.allowed[n].items() if pcid_of(world[0]) == pcid and (self.setting.svm or world[1:] == here)]:
+        def is_meant(world): return pcid_of(world[0]) == pcid and (self.setting.svm or world[1:] == here)
+        for allowed in [allowed for world, allowed in self.allowed[n].items() if is_meant(world)]:
             for key in [key for key in allowed if key[0] >> 12 == gva >> 12]: del allowed[key]
 
     def used(self, gva: int):
-        "A store may clear the marks of its own page, or of one used in the middle of it, or those its own walk made on the way: until then the page was in use, and any processor may have looked ahead."
+        """A store may clear the marks of its own page, or of one used in the middle of it, or those its own walk made on the way.
+
+        Until then the page was in use, and any processor may have looked ahead."""
         for n, seen in enumerate(self.known):
             for (here, _), known in seen.items():
                 allowed = self.allowed[n].setdefault((here[1], *here[4:]), {})

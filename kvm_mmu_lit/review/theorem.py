@@ -74,19 +74,21 @@ class Story:
     def _stored(self, event):
         "A store may change what L1's nested tables say, and which pages it pays to look at."
         if event.get('do') not in ('write', 'store'): return
-        if self.setting.nested_paging and (now := self.world.nested_words()) != self.nested: self.nested, self.remembered.hazy = now, [True] * self.setting.vcpus
+        if self.setting.nested_paging and (now := self.world.nested_words()) != self.nested:
+            self.nested, self.remembered.hazy = now, [True] * self.setting.vcpus
         self.hot = self.world.led_by.get(event.get('gpa', event.get('at')), self.hot)
 
     def _told(self, event, answer):
         "A fault's error code makes sense; and what is computed twice is computed once."
         fault = getattr(answer, 'fault', None)
-        if fault is not None and fault.what in ('#PF', 'NPF') and (fault.error_code & 9 == 8 or fault.error_code & 0x21 == 0x20): self._broken(46, f"error code {fault.error_code:#x}: RSVD or PK without P")
+        code = fault.error_code if fault is not None and fault.what in ('#PF', 'NPF') else 0
+        if code & 9 == 8 or code & 0x21 == 0x20: self._broken(46, f"error code {code:#x}: RSVD or PK without P")
         if 'vcpu' in event and event['do'] not in ('read', 'write', 'fetch', 'store'): self.watches[event['vcpu']].again()
 
     def _logged(self, event, answer):
         "Migration hears of every page the guest has written."
-        do, slot = event['do'], self.vm.memory.slot
-        if do == 'write' and answer.what == 'done' and slot(answer.gpa >> PAGE_SHIFT).base_gfn in self.vm.logged: self.written.add(answer.gpa >> PAGE_SHIFT)
+        do, gfn = event['do'], getattr(answer, 'gpa', 0) >> PAGE_SHIFT
+        if do == 'write' and answer.what == 'done' and self.vm.memory.slot(gfn).base_gfn in self.vm.logged: self.written.add(gfn)
         if do not in ('get_dirty_log', 'start_dirty_log', 'stop_dirty_log', 'delete_slot'): return
         lost = self.written - answer if do == 'get_dirty_log' else ()
         if lost: self._broken('log', f"frame {min(lost):#x} was written, and the log does not say so")
@@ -124,8 +126,11 @@ class Story:
         if (reached != now or type(now) is Unmarked) and reached not in allowed:
             said = 'refuse' if now is None else 'have no A or D bit yet' if type(now) is Unmarked else f"say frame {now:#x}"
             self._broken(55, f"vCPU {vcpu.index}: access {key[1]:#x} at {key[0]:#x} reaches frame {reached:#x}, the guest's tables {said}")
-        if key[1] & WRITE and any(sp.has_gptes and not sp.unsync for sp in self.vm.buckets.get(reached, ()) if sp.gen == self.vm.gen): self._broken(33, f"vCPU {vcpu.index}: a write at {key[0]:#x} reaches frame {reached:#x}, a table in sync")
-        if key[1] & WRITE and is_tracked(self.vm, reached): self._broken(54, f"a write at {key[0]:#x} reaches frame {reached:#x}, which holds a table above level 1")
+        if not key[1] & WRITE: return
+        written = f"vCPU {vcpu.index}: a write at {key[0]:#x} reaches frame {reached:#x}"
+        in_sync = any(sp.has_gptes and not sp.unsync and sp.gen == self.vm.gen for sp in self.vm.buckets.get(reached, ()))
+        if in_sync: self._broken(33, f"{written}, a table in sync")
+        if is_tracked(self.vm, reached): self._broken(54, f"{written}, which holds a table above level 1")
 
 # %% ../../nbs/review/18_theorem.ipynb #ecce3836
 NAMES = {0: 'read', WRITE: 'write', USER: 'user read', USER | WRITE: 'user write', FETCH: 'fetch', USER | FETCH: 'user fetch'}
@@ -140,5 +145,6 @@ def compared(story: Story, pages: tuple, n: int = 0) -> Table:
     "Truth and answer, page by page."
     vcpu = story.machine.vcpus[n]
     def said(frame): return 'refuse' if frame is None else f"frame {frame:#x}, to be marked" if type(frame) is Unmarked else f"frame {frame:#x}"
-    rows = [(Hex(page), NAMES[kind], said(truth(vcpu, page, kind)), answer_of(vcpu, page, kind)) for page in pages for kind in (0, WRITE, USER | WRITE)]
+    keys = [(page, kind) for page in pages for kind in (0, WRITE, USER | WRITE)]
+    rows = [(Hex(page), NAMES[kind], said(truth(vcpu, page, kind)), answer_of(vcpu, page, kind)) for page, kind in keys]
     return Table(('page', 'access', "the guest's tables", 'the processor'), rows, str(story.setting))

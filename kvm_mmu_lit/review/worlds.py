@@ -30,8 +30,9 @@ from ..mmu.root_role import svm_host, vmx_host
 from ..mmu.spte import SPTE_ADDRESS
 
 # %% ../../nbs/review/16_worlds.ipynb #afa75f3b
-HOSTS = {'shadow': svm_host(5, npt=False), 'shadow, VMX': vmx_host(5, 0), 'NPT': svm_host(5), 'EPT': vmx_host(5, 5), 'EPT without A/D': vmx_host(4, 4, ad=False),
-         'NPT, shadow MMU': svm_host(4, tdp_mmu=False), 'shadow, 32 bits': svm_host(3, npt=False), 'NPT, 32 bits': svm_host(3), 'EPT, 32 bits': vmx_host(3, 4)}
+HOSTS = {'shadow': svm_host(5, npt=False), 'shadow, VMX': vmx_host(5, 0), 'NPT': svm_host(5), 'EPT': vmx_host(5, 5),
+         'EPT without A/D': vmx_host(4, 4, ad=False), 'NPT, shadow MMU': svm_host(4, tdp_mmu=False),
+         'shadow, 32 bits': svm_host(3, npt=False), 'NPT, 32 bits': svm_host(3), 'EPT, 32 bits': vmx_host(3, 4)}
 FORMAT_OF = {'nonpaging': None, '2-level': '2level', 'PAE': 'pae', '4-level': '4level', '5-level': '5level'}
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ def can_be(
     host, modes, wide = HOSTS[setting.host], (setting.mode, setting.nested), ('4-level', '5-level')
     if '5-level' in modes and host.levels < 5 or host.bits == 32 and (setting.mode in wide or setting.nested in wide): return False
     if setting.levels > 4 and host.levels < 5: return False
-    return host.vendor == 'svm' or not (setting.nested in wide and setting.mode not in wide or setting.nested == 'nonpaging' and not setting.nested_paging)
+    if host.vendor == 'svm': return True
+    return not (setting.nested in wide and setting.mode not in wide or setting.nested == 'nonpaging' and not setting.nested_paging)
 
 def all_settings() -> list:
     "Every kind of machine of the book, with one vCPU and with two."
@@ -79,7 +81,7 @@ RAM, SECOND, ROM, HOLE = 0x80_0000, 0x100_0000, 0x140_0000, 0x180_0000    # Firs
 DATA = range(0x100, 0x108)                                                # Frames private pages lead to
 ROOTS = dict(A=0x10_000, B=0x11_000, X=0x12_000, Y=0x13_000, N=0x14_000, M=0x15_000)
 PAGES = tuple(0x40_0000 + 0x1000 * i for i in range(6))
-LARGE, FAR = 0x80_0000, 0x40_0000                                         # A large page, and where it leads at first; in a 2-level guest it is one of 4 MiB
+LARGE, FAR = 0x80_0000, 0x40_0000       # A large page, and where it leads at first; in a 2-level guest it is one of 4 MiB
 
 class World:
     "Guest memory with two address spaces whose tables are mapped in themselves, and nested tables when L1 is a hypervisor."
@@ -90,7 +92,8 @@ class World:
         add_ram(self.memory, ROM, 0x1000, readonly=True)
         self.entries = {name: [] for name in ROOTS}          # Root -> (gpa of an entry, its format, level)
         self.ways = {}                                       # (root, page) -> the entries that lead there
-        for frame in DATA: self._fill(frame, FORMAT_OF[rng.choice([mode for mode in (setting.mode, setting.nested) if FORMAT_OF.get(mode)] or ['PAE'])])
+        modes = [mode for mode in (setting.mode, setting.nested) if FORMAT_OF.get(mode)] or ['PAE']
+        for frame in DATA: self._fill(frame, FORMAT_OF[rng.choice(modes)])
         for name in 'AB': self._space(name, setting.mode)
         for name in 'XY' * bool(setting.nested): self._space(name, setting.nested)
         for name in 'NM' * bool(setting.nested_paging): self._nested(name)
@@ -115,7 +118,7 @@ class World:
         setting, root = self.setting, ROOTS[name]
         fmt = FORMATS['ept%d' % setting.levels if setting.levels else FORMAT_OF[setting.mode]]
         bits = (0x6, 0x6) if fmt.is_ept else (0x7, 0x7)
-        for gpa in [*range(0x10_000, 0x78_000, 0x1000), *(gfn << PAGE_SHIFT for gfn in DATA)]: map_page(self.memory, root, fmt, gpa, gpa, self.free, *bits)
+        for gfn in (*range(0x10, 0x78), *DATA): map_page(self.memory, root, fmt, gfn << PAGE_SHIFT, gfn << PAGE_SHIFT, self.free, *bits)
         map_page(self.memory, root, fmt, FAR, FAR, self.free, *bits, 2)
         self._note(name, fmt, [gfn << PAGE_SHIFT for gfn in DATA] + [FAR] + [0x18_000 + 0x1000 * i for i in range(6)])
 
@@ -141,7 +144,8 @@ class World:
         self.led_by = {}                                     # gpa of an entry -> pages it leads to
         for (_, page), way in self.ways.items():
             for gpa, _, _ in way: self.led_by.setdefault(gpa, []).append(page)
-        self.first = [(gpa, fmt, read_entry(self.memory, gpa, fmt.entry_size), level) for gpa, fmt, level in dict.fromkeys(one for entries in self.entries.values() for one in entries)]
+        all_entries = dict.fromkeys(one for entries in self.entries.values() for one in entries)
+        self.first = [(gpa, fmt, read_entry(self.memory, gpa, fmt.entry_size), level) for gpa, fmt, level in all_entries]
 
     def pgd(self, name: str) -> int:
         "The pointer of a space, as the register or the VMCB holds it."
@@ -156,7 +160,9 @@ def edited(rng: random.Random, gpte: int, fmt, level: int) -> int:
     kind = rng.choice(kinds + ['point'] * (level == 1) * 3 + ['move'] * bool(large) * 2 + ['table'] * (level == 2 and not large))
     if kind == 'table': return rng.choice(DATA) << PAGE_SHIFT | bits
     if kind == 'move': return gpte ^ FAR
-    if kind == 'flip': return gpte ^ rng.choice([2, 4, 2, 4, 1 if not fmt.is_ept else 4] + [1 << 63] * (fmt.entry_size == 8 and not fmt.is_ept and fmt is not PAE or level < 3 and fmt is PAE))
+    if kind == 'flip':
+        has_nx = level < 3 if fmt is PAE else fmt.entry_size == 8 and not fmt.is_ept
+        return gpte ^ rng.choice([2, 4, 2, 4, 4 if fmt.is_ept else 1] + [1 << 63] * has_nx)
     if kind == 'clear': return 0
     if kind == 'clean': return gpte & ~(0x300 if fmt.is_ept else 0x60)
     frames = [*DATA, *DATA, *range(0x18, 0x20), (SECOND >> 12) + 2, ROM >> 12, HOLE >> 12]
