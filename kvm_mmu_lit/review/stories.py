@@ -28,7 +28,7 @@ from ..mmu.machine import LOCKED, UNLOCKED
 from .theorem import Story, answer_of
 from .worlds import DATA, FAR, HOLE, LARGE, PAGES, RAM, ROOTS, SECOND, Setting, all_settings, edited, truth
 
-# %% ../../nbs/review/19_stories.ipynb #93d3c33c
+# %% ../../nbs/review/19_stories.ipynb #63ef3de2
 def next_event(
     story: Story,
     rng: random.Random,
@@ -77,6 +77,7 @@ def _against(story, rng, outer, others):
 def _repair(story, rng, n, vcpu):
     "An entry as it was at first, through no mapping of the guest's; of those that differ the one nearest to a root, as nothing works below it."
     first, words = story.world.first, {size: story.vm.memory.words(size) for size in (4, 8)}
+    first = [one for one in first if _may_change(story, one[0])]
     first = [one for one in first if (words[one[1].entry_size][one[0] >> PAGE_SHIFT][(one[0] & 0xfff) // one[1].entry_size] ^ one[2]) & ~(0x300 if one[1].is_ept else 0x60)] or first
     if not first: return _access(story, rng, n, vcpu)
     top = max(level for _, _, _, level in first)
@@ -107,9 +108,14 @@ def _spaces(vcpu, story):
     if vcpu.guest_mode: return 'XY'
     return 'AB' + 'XY' * bool(story.setting.nested) + 'NM' * bool(story.setting.nested_paging)
 
+def _may_change(story, gpa):
+    "Not a PDPTE of L1's nested tables while some L2 runs: 6.1 then links tables where others belong, see the chapter before."
+    pdpte = story.setting.nested_paging and story.setting.mode == 'PAE' and not story.setting.levels and gpa & ~0xfff in (ROOTS['N'], ROOTS['M'])
+    return not (pdpte and any(vcpu.guest_mode for vcpu in story.machine.vcpus))
+
 def _edit(story, rng, n, vcpu, entries=None):
     "The guest stores into one of its tables, through its own mapping of it."
-    entries = entries or [entry for name in _spaces(vcpu, story) for entry in story.world.entries[name]]
+    entries = entries or [entry for name in _spaces(vcpu, story) for entry in story.world.entries[name] if _may_change(story, entry[0])]
     if not entries: return _access(story, rng, n, vcpu)
     gpa, fmt, level = rng.choice(entries)
     if level > 1 and rng.random() < 0.75: gpa, fmt, level = rng.choice([entry for entry in entries if entry[2] == 1] or entries)

@@ -138,6 +138,24 @@ def test_over_a_note_of_mmio_a_writable_entry_for_the_guest_s_top_table_is_made_
         assert outcome.emulated and not broken_tables(story.vm)
 
 
+@pytest.mark.claim('nbs/review/18_theorem.ipynb', 'e0a854af', "after a PDPTE of L1's has changed while L2 ran, the shadow of its old directory leads to the page tables of the new one")
+def test_after_a_pdpte_of_l1_s_has_changed_while_l2_ran_the_shadow_of_its_old_directory_leads_to_the_page_tables_of_the_new_one():
+    story = Story(Setting('NPT', 'PAE', '2-level', True), 1)
+    vcpu, page, entry = story.machine.vcpus[0], PAGES[0], ROOTS['N']
+    def happen(do, **what): return story.machine.happen(dict(do=do, vcpu=0, **what))
+    def enter(): happen('enter_l2', cr0=0x8001_0001, cr3=ROOTS['X'], cr4=0x10, efer=0, nested_pgd=ROOTS['N'])
+    enter()
+    frame, first = truth(vcpu, page, 0), read_entry(story.vm.memory, entry, 8)
+    happen('read', at=next(other for other in PAGES if truth(vcpu, other, 0) != frame))              # Now there is a root
+    happen('store', gpa=story.world.ways['M', frame << 12][-1][0], value=(frame ^ 1) << 12 | 0x67)     # Another space of L1's, and another frame in it
+    happen('store', gpa=entry, value=read_entry(story.vm.memory, ROOTS['M'], 8))                     # L2 shall run in that one
+    assert happen('read', at=page).gpa >> 12 == truth(vcpu, page, 0) == frame ^ 1
+    happen('leave_l2')
+    happen('store', gpa=entry, value=first)
+    enter()
+    assert happen('read', at=page).gpa >> 12 == frame ^ 1 and truth(vcpu, page, 0) == frame
+
+
 @pytest.mark.claim('nbs/review/18_theorem.ipynb', '6f07752a', 'for an L1 without NX the workaround for large pages sets a bit that KVM itself takes for reserved, and the guest gets its page')
 def test_for_an_l1_without_nx_the_workaround_for_large_pages_sets_a_bit_that_kvm_itself_takes_for_reserved_and_the_guest_gets_its_page():
     story = Story(Setting('NPT', '2-level', 'nonpaging', True), 1, everything=True)
