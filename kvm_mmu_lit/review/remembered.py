@@ -31,7 +31,7 @@ def flushes(do: str, before: tuple, after: tuple) -> bool:
     gone, new = before[2] & ~after[2], after[2] & ~before[2]
     return do == 'set_cr4' and bool((gone | new) & (Cr4.PGE | Cr4.PAE | Cr4.PSE | Cr4.LA57) or gone & Cr4.PCIDE or new & Cr4.SMEP)
 
-# %% ../../nbs/review/17_remembered.ipynb #acd1134c
+# %% ../../nbs/review/17_remembered.ipynb #7609244c
 SAMPLE = [(page, kind) for page in (*PAGES, LARGE + 0x1000, LARGE + 0x18_000, 0x18_000, 0x20_000) for kind in KINDS]      # What is looked at
 
 class Remembered:
@@ -74,7 +74,7 @@ class Remembered:
         elif do == 'invvpid': self.forget_all(n, lambda cr3, pgd, l2: l2)
         elif answer is None: self._flushed_by_register(event, before[n], after)
         if switched and self.setting.svm: self._entered(n, after)
-        elif switched and self.setting.host == 'shadow, VMX': self._kept(n, (after[1], *after[4:]))
+        elif switched: self._kept(n, (after[1], *after[4:]))
 
     def _flushed_by_register(self, event, before, after):
         n, do, pcide = event['vcpu'], event['do'], before[2] & Cr4.PCIDE

@@ -119,6 +119,23 @@ def test_on_amd_going_into_l2_or_out_of_it_forgets_the_context_gone_to_and_no_ot
         assert {name for name, world in worlds.items() if not story.allowed[0].get(world)} == ({'L2'} if host == 'shadow' else set())
 
 
+@pytest.mark.claim('nbs/review/17_remembered.ipynb', '87c3b544', "on Intel what L2 saw under other flags may be answered when it comes back, with KVM's tables shadows or not")
+def test_on_intel_what_l2_saw_under_other_flags_may_be_answered_when_it_comes_back_with_kvm_s_tables_shadows_or_not():
+    for host in ('shadow, VMX', 'EPT'):
+        setting = Setting(host, '4-level', '4-level')
+        story = Remembered(setting, machine_of(setting).vcpus)
+        vcpu, key = story.vcpus[0], (PAGES[0], 0)
+        vcpu.guest_mode, vcpu.cr4 = True, vcpu.cr4 | Cr4.PGE       # As L2 left
+        story.learn(0)
+        old = int(story.of(0)[0][key])
+        move(story, PAGES[0])                                      # By L1, meanwhile
+        before = [(*context(vcpu)[:5], False)]
+        vcpu.cr4 &= ~Cr4.PGE                                       # As it enters again
+        story.happened(dict(do='enter_l2', vcpu=0), True, before)
+        story.learn(0)
+        assert story.of(0)[0][key] != old and story.of(0)[1][key] == {old}
+
+
 @pytest.mark.claim('nbs/review/17_remembered.ipynb', 'ce13b01b', 'after a store the page it went to may be answered as before, and so may a page whose marks its walk had to make')
 def test_after_a_store_the_page_it_went_to_may_be_answered_as_before_and_so_may_a_page_whose_marks_its_walk_had_to_make():
     story = Remembered(PLAIN, machine_of(PLAIN).vcpus)
