@@ -181,7 +181,8 @@ RULES = {
     'inlined': "the compiler put a probed function into its caller, where no probe sees it",
     'entry given up': "something came up between preparing the guest and running it: KVM prepares again",
     'event taken late': "an event switched roots after requests were served: KVM builds the root, and serves the requests the next time round",
-    'VMRUN refused': "checks of the VMCB that have nothing to do with paging"}
+    'VMRUN refused': "checks of the VMCB that have nothing to do with paging",
+    'end of the trace': "it stops in the middle of something: what KVM did after that, nobody wrote down"}
 
 def draw_rules(
     counts: dict,      # Name of a rule -> how often

@@ -86,6 +86,11 @@ class Run:
     @property
     def events(self) -> tuple: return self.scenario.trace.events
 
+    @property
+    def is_cut(self) -> bool:
+        "The trace stops before the guest does."
+        return not any(event.fields.get('marker') == 'end' for event in self.events[-8:])
+
     def row(self, aspect: str, event: TraceEvent, recorded, model): self.rows.append(Row(aspect, f'line {event.line}, {event.name}', recorded, model))
 
     def lend(self, rule: str, value=None):
@@ -170,7 +175,7 @@ def expect(
     event = upcoming(run)
     if name in MAY_BE_INLINED and _is_inlined(run, name, event is None or event.name != name): return run.lend('inlined')
     if event is None or event.name != name:
-        if event is None or not _comes(run, name): return _missing(run, event or run.events[-1], did)
+        if event is None or not _comes(run, name): return _missing(run, event, did)
     while event is not None and event.name != name:
         nobody_said(run, event)
         event = upcoming(run)
@@ -183,7 +188,10 @@ def _is_inlined(run, name, gone):
     place = ('unload', run.unload_after) if name == 'unload_ret' else (name, run.last)
     return run.gaps.setdefault(place, gone) and gone
 
-def _missing(run, event, did): run.row('calls', event, event.name, str(did))
+def _missing(run, event, did):
+    if event is None and run.is_cut: return run.lend('end of the trace')
+    event = event or run.events[-1]
+    run.row('calls', event, event.name, str(did))
 
 def nobody_said(run: Run, event: TraceEvent):
     "An effect without a cause."

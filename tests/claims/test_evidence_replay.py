@@ -9,7 +9,7 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global COMPARED, Counter, DATA, MAY_BE_INLINED, Path, REQUEST_BITS, RULES, agreement_table, beginning, count, draw_rows, draw_rules, events_with, every, expect_fail, load_scenario, mixed, nested, random, shadow, short, short_shadow, table
+    global COMPARED, Counter, DATA, EFFECTS, MAY_BE_INLINED, Path, REQUEST_BITS, RULES, agreement_table, beginning, count, draw_rows, draw_rules, events_with, every, expect_fail, load_scenario, mixed, nested, random, shadow, short, short_shadow, table
     import random
     from collections import Counter
     from pathlib import Path
@@ -19,7 +19,7 @@ def setup_cells():
     from kvm_mmu_lit.evidence.agreement import agreement_table
     from kvm_mmu_lit.evidence.below import RULES, draw_rules
     from kvm_mmu_lit.evidence.compared import REQUEST_BITS, draw_rows
-    from kvm_mmu_lit.evidence.matching import COMPARED, MAY_BE_INLINED
+    from kvm_mmu_lit.evidence.matching import COMPARED, EFFECTS, MAY_BE_INLINED
 
     DATA = next(folder / 'tests/data/kvm-traces' for folder in (Path.cwd(), *Path.cwd().parents) if (folder / 'tests/data/kvm-traces').is_dir())
 
@@ -67,6 +67,16 @@ def test_nothing_kvm_did_to_a_table_an_entry_or_a_walk_was_taken_from_the_record
 @pytest.mark.claim('nbs/evidence/23_replay.ipynb', 'd437aca4', 'undamaged, the beginnings of these runs agree')
 def test_undamaged_the_beginnings_of_these_runs_agree():
     assert not notices(short) and not notices(short_shadow)
+
+
+@pytest.mark.claim('nbs/evidence/23_replay.ipynb', 'e4ddaef2', 'a run that is cut off anywhere agrees to its last line; a whole one that lacks its last calls does not')
+def test_a_run_that_is_cut_off_anywhere_agrees_to_its_last_line_a_whole_one_that_lacks_its_last_calls_does_not():
+    dice = random.Random(6)
+    for scenario in (nested, shadow):
+        events, where = scenario.trace.events, dice.sample(range(50, 2000), 6)
+        for end in where: assert not notices(replace(scenario, trace=replace(scenario.trace, events=events[:min(end, len(events) - 9)]))), (scenario, end)
+        last = events_with(scenario, lambda event: event.name in EFFECTS)[-1]
+        assert notices(damaged(scenario, last))
 
 
 @pytest.mark.claim('nbs/evidence/23_replay.ipynb', '5dd15bbd', 'a flipped bit of any role word, in any state, is noticed')
