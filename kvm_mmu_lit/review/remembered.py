@@ -10,9 +10,10 @@ and nothing else.
 # %% auto #0
 __all__ = ['SAMPLE', 'pcid_of', 'context', 'flushes', 'Remembered']
 
-# %% ../../nbs/review/17_remembered.ipynb #55e20312
+# %% ../../nbs/review/17_remembered.ipynb #7e60319d
 from ..guest.registers import CR3_NOFLUSH, CR3_PCID_MASK, Cr0, Cr4
 from ..mmu.contexts import Vcpu
+from ..mmu.hardware import FETCH, WRITE
 from .worlds import HOSTS, KINDS, LARGE, PAGES, Setting, Unmarked, truth
 
 # %% ../../nbs/review/17_remembered.ipynb #60fd8284
@@ -31,7 +32,7 @@ def flushes(do: str, before: tuple, after: tuple) -> bool:
     gone, new = before[2] & ~after[2], after[2] & ~before[2]
     return do == 'set_cr4' and bool((gone | new) & (Cr4.PGE | Cr4.PAE | Cr4.PSE | Cr4.LA57) or gone & Cr4.PCIDE or new & Cr4.SMEP)
 
-# %% ../../nbs/review/17_remembered.ipynb #7609244c
+# %% ../../nbs/review/17_remembered.ipynb #6f9fb8ac
 SAMPLE = [(page, kind) for page in (*PAGES, LARGE + 0x1000, LARGE + 0x18_000, 0x18_000, 0x20_000) for kind in KINDS]      # What is looked at
 
 class Remembered:
@@ -94,12 +95,21 @@ class Remembered:
         """Back in a world nobody has flushed, maybe under other flags than when it was left.
 
         Its shadow is shared: what another vCPU has not flushed answers too."""
-        allowed = self.allowed[n].setdefault(world, {})
+        allowed, now, flags = self.allowed[n].setdefault(world, {}), context(self.vcpus[n]), set()
         for m in range(len(self.known)) if not HOSTS[self.setting.host].has_tdp else (n,):
             for (here, _), known in self.known[m].items():
-                for key, frame in known.items() if (here[1], *here[4:]) == world else ():
+                if (here[1], *here[4:]) != world: continue
+                flags.add(here)
+                for key, frame in known.items():
                     if frame is not None: allowed.setdefault(key, set()).add(frame)
             for key, frames in list(self.allowed[m].get(world, {}).items()): allowed.setdefault(key, set()).update(frames)
+        if flags - {now}: self._by_other_rights(allowed)
+
+    def _by_other_rights(self, allowed):
+        "What is remembered has rights, and they are checked under the flags of the moment: WP, SMEP and SMAP decide what the supervisor may do."
+        for page in {page for page, _ in allowed}:
+            frames = set().union(*(allowed.get((page, kind), ()) for kind in KINDS))
+            for kind in (0, WRITE, FETCH): allowed.setdefault((page, kind), set()).update(frames)
 
     def _entered(self, n, after):
         "SVM: into L2 or out of it with a flush of the context entered."

@@ -9,13 +9,14 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global FLUSHES, Grid, MINE, PLACES, PLAIN, ROOTS, SimpleNamespace, TWO, Table, World, draw_left, left, machine_of, move, new_machine, predict, random, read_entry, said, write_entry
+    global FLUSHES, Grid, MINE, PLACES, PLAIN, ROOTS, SimpleNamespace, TWO, Table, USER, World, draw_left, left, machine_of, move, new_machine, predict, random, read_entry, said, write_entry
     import random
     from types import SimpleNamespace
 
     from kvm_mmu_lit.draw.exercise import predict
     from kvm_mmu_lit.draw.table import Grid, Table
     from kvm_mmu_lit.guest.memory import read_entry, write_entry
+    from kvm_mmu_lit.mmu.hardware import USER
     from kvm_mmu_lit.mmu.machine import new_machine
     from kvm_mmu_lit.review.worlds import ROOTS, World
 
@@ -134,6 +135,21 @@ def test_on_intel_what_l2_saw_under_other_flags_may_be_answered_when_it_comes_ba
         story.happened(dict(do='enter_l2', vcpu=0), True, before)
         story.learn(0)
         assert story.of(0)[0][key] != old and story.of(0)[1][key] == {old}
+
+
+@pytest.mark.claim('nbs/review/17_remembered.ipynb', 'ceadd1eb', 'what was remembered under SMEP may be fetched by the supervisor once SMEP is off; a user gains nothing')
+def test_what_was_remembered_under_smep_may_be_fetched_by_the_supervisor_once_smep_is_off_a_user_gains_nothing():
+    setting = Setting('shadow, VMX', '4-level', '4-level')
+    story = Remembered(setting, machine_of(setting).vcpus)
+    vcpu = story.vcpus[0]
+    vcpu.guest_mode, vcpu.cr4 = True, vcpu.cr4 | Cr4.SMEP
+    story.learn(0)
+    under_smep, before = dict(story.of(0)[0]), [(*context(vcpu)[:5], False)]
+    assert under_smep[PAGES[0], 0] is not None and under_smep[PAGES[0], FETCH] is None       # A user's page
+    vcpu.cr4 &= ~Cr4.SMEP
+    story.happened(dict(do='enter_l2', vcpu=0), True, before)
+    gained = {key: frames - {under_smep[key]} for key, frames in story.of(0)[1].items() if frames - {under_smep[key]}}
+    assert gained[PAGES[0], FETCH] == {under_smep[PAGES[0], 0]} and not any(kind & USER for _, kind in gained)
 
 
 @pytest.mark.claim('nbs/review/17_remembered.ipynb', 'ce13b01b', 'after a store the page it went to may be answered as before, and so may a page whose marks its walk had to make')
