@@ -23,6 +23,8 @@ setup(
     long_description=(here / 'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     packages=find_packages(include=['kvm_mmu_lit', 'kvm_mmu_lit.*']), include_package_data=True, zip_safe=False,
     python_requires='>=' + cfg['min_python'], install_requires=words('requirements'), extras_require=extras,
-    entry_points={'console_scripts': words('console_scripts'), 'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
-    classifiers=['Intended Audience :: Developers', 'Programming Language :: Python :: 3', 'Topic :: System :: Operating System Kernels'],
+    entry_points={'console_scripts': words('console_scripts'),
+                  'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
+    classifiers=['Intended Audience :: Developers', 'Programming Language :: Python :: 3',
+                 'Topic :: System :: Operating System Kernels'],
 )

@@ -39,12 +39,15 @@ def parse_number(text: str) -> int:
     try: return int(text, 0)
     except ValueError: pass
     try: return int(text, 16)
-    except ValueError: raise argparse.ArgumentTypeError(f"{text!r} is not a number: write 0x1000, 4096 or 0b11") from None
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number: write 0x1000, 4096 or 0b11") from None
 
 def parse_range(text: str) -> tuple:
     "`GPA:SIZE:OFFSET`: where a piece of a raw dump belongs."
     parts = text.split(':')
-    if len(parts) != 3: raise argparse.ArgumentTypeError(f"{text!r}: a range is GPA:SIZE:OFFSET, e.g. 0x100000000:0x40000000:0xc0000000")
+    if len(parts) != 3:
+        raise argparse.ArgumentTypeError(f"{text!r}: a range is GPA:SIZE:OFFSET, "
+                                         "e.g. 0x100000000:0x40000000:0xc0000000")
     return tuple(map(parse_number, parts))
 
 # %% ../nbs/cli.ipynb #4d7feb84
@@ -53,11 +56,16 @@ REGISTERS = ('cr0', 'cr3', 'cr4', 'efer', 'pkru', 'rflags', 'cpl', 'maxphyaddr',
 def add_image(parser: argparse.ArgumentParser):
     "The arguments that say which memory and which registers."
     parser.add_argument('image', type=Path, help='a folder or .npz of a compact image, an ELF core, or a raw RAM dump')
-    for name in REGISTERS: parser.add_argument(f'--{name}', type=parse_number, metavar='N', help=f'{name} (needed for raw dumps; overrides what the image says)')
+    for name in REGISTERS:
+        parser.add_argument(f'--{name}', type=parse_number, metavar='N',
+                            help=f'{name} (needed for raw dumps; overrides what the image says)')
     parser.add_argument('--vendor', choices=('intel', 'amd'), help='who made the CPU: AMD reserves one bit more')
-    parser.add_argument('--range', dest='pieces', action='append', type=parse_range, metavar='GPA:SIZE:OFFSET', help='raw dump: where a piece of the file belongs; repeat for each')
-    parser.add_argument('--accelerator', choices=('tcg', 'kvm'), help="what ran a PAE guest: QEMU's TCG sets bits in PDPTEs that hardware refuses")
-    parser.add_argument('--ept', action='store_true', help='walk the tables EPTP points at; addresses are guest-physical')
+    parser.add_argument('--range', dest='pieces', action='append', type=parse_range, metavar='GPA:SIZE:OFFSET',
+                        help='raw dump: where a piece of the file belongs; repeat for each')
+    parser.add_argument('--accelerator', choices=('tcg', 'kvm'),
+                        help="what ran a PAE guest: QEMU's TCG sets bits in PDPTEs that hardware refuses")
+    parser.add_argument('--ept', action='store_true',
+                        help='walk the tables EPTP points at; addresses are guest-physical')
 
 def open_walker(args) -> Walker:
     "The image's memory and registers as a walker."
@@ -74,7 +82,8 @@ def add_access(parser: argparse.ArgumentParser):
     parser.add_argument('va', type=parse_number, help='address to translate')
     parser.add_argument('--write', action='store_true', help='write (default: read)')
     parser.add_argument('--fetch', action='store_true', help='fetch an instruction')
-    parser.add_argument('--implicit', action='store_true', help="an access the CPU makes itself: RFLAGS.AC does not excuse it from SMAP")
+    parser.add_argument('--implicit', action='store_true',
+                        help="an access the CPU makes itself: RFLAGS.AC does not excuse it from SMAP")
     who = parser.add_mutually_exclusive_group()
     who.add_argument('--user', action='store_true', help='from user mode (default: what the CPL says)')
     who.add_argument('--supervisor', action='store_true', help='from supervisor mode')
@@ -83,22 +92,28 @@ def access_of(args, walker: Walker) -> Pferr:
     "The access in error-code bits. In EPT a read is USER."
     if walker.fmt.is_ept: user = not (args.write or args.fetch)
     else: user = args.user or not args.supervisor and not args.implicit and walker.regs.cpl == 3
-    return (WRITE if args.write else 0) | (FETCH if args.fetch else 0) | (USER if user else 0) | (IMPLICIT if args.implicit else Pferr(0))
+    return ((WRITE if args.write else 0) | (FETCH if args.fetch else 0) | (USER if user else 0)
+            | (IMPLICIT if args.implicit else Pferr(0)))
 
 # %% ../nbs/cli.ipynb #f36b6182
 def verdict_json(verdict) -> dict:
     "A verdict as plain data; addresses are integers."
     if isinstance(verdict, GeneralProtection): return {'verdict': 'general protection', 'because': verdict.because}
-    common = {'address': verdict.gva, 'access': access_text(verdict.access, verdict.fmt), 'mode': verdict.fmt.name, 'level': verdict.level,
+    common = {'address': verdict.gva, 'access': access_text(verdict.access, verdict.fmt), 'mode': verdict.fmt.name,
+              'level': verdict.level,
               'steps': [step_json(step, verdict.fmt) for step in verdict.steps]}
     if isinstance(verdict, GuestWalk):
-        return {'verdict': 'allowed', **common, 'gpa': verdict.gpa, 'page_size': verdict.size, 'rights': rights_text(verdict.rights, verdict.fmt)}
-    ept = {'exit_reason': verdict.exit_reason, 'exit_qualification': verdict.exit_qualification} if verdict.fmt.is_ept else {}
-    return {'verdict': 'refused', **common, 'error_code': int(verdict.error_code), 'rule': verdict.rule.name.lower(), 'because': verdict.because, **ept}
+        return {'verdict': 'allowed', **common, 'gpa': verdict.gpa, 'page_size': verdict.size,
+                'rights': rights_text(verdict.rights, verdict.fmt)}
+    ept = ({'exit_reason': verdict.exit_reason, 'exit_qualification': verdict.exit_qualification} if verdict.fmt.is_ept
+           else {})
+    return {'verdict': 'refused', **common, 'error_code': int(verdict.error_code), 'rule': verdict.rule.name.lower(),
+            'because': verdict.because, **ept}
 
 def step_json(step, fmt) -> dict:
     "One level of a walk as plain data."
-    return {'level': step.level, 'table': step.table, 'index': step.index, 'entry': step.gpte, 'rights': rights_text(step.rights, fmt)}
+    return {'level': step.level, 'table': step.table, 'index': step.index, 'entry': step.gpte,
+            'rights': rights_text(step.rights, fmt)}
 
 # %% ../nbs/cli.ipynb #91381d7b
 def emit(args, text: str, data, picture=None) -> None:
@@ -126,7 +141,8 @@ def run_explain(args) -> int:
     "`kvm-mmu explain`: every step, the verdict, and the smallest changes that would allow the access."
     walker = open_walker(args)
     told = explain(walker, args.va, access_of(args, walker))
-    data = {**verdict_json(told.verdict), 'smallest_changes': [[str(change) for change in changes] for changes in told.changes]}
+    data = {**verdict_json(told.verdict),
+            'smallest_changes': [[str(change) for change in changes] for changes in told.changes]}
     emit(args, str(told), data, lambda: draw_walk(told.verdict))
     return 0 if isinstance(told.verdict, GuestWalk) else 1
 
@@ -138,7 +154,8 @@ def parse_flags(text: str) -> tuple:
     have, lack, minus = Acc(0), Acc(0), False
     for letter in text:
         if letter == '-': minus = True
-        elif letter not in RIGHTS or minus and have & RIGHTS[letter]: raise argparse.ArgumentTypeError(f"{text!r}: letters w, x, u, and - before those to lack, e.g. wx or w-u")
+        elif letter not in RIGHTS or minus and have & RIGHTS[letter]:
+            raise argparse.ArgumentTypeError(f"{text!r}: letters w, x, u, and - before those to lack, e.g. wx or w-u")
         elif minus: lack |= RIGHTS[letter]
         else: have |= RIGHTS[letter]
     return have, lack
@@ -151,11 +168,13 @@ def run_map(args) -> int:
     total = count_mappings(tables, args.frame)
     if total > args.limit: raise ValueError(f"the map has {total:,} pages, more than --limit {args.limit:,}")
     pages = having(shown(mappings(walker, tables), args), *args.flags)
-    if args.frame is not None: pages = (p for p in pages if 0 <= args.frame - (p.gpa >> 12) < page_size(p.level, walker.fmt) >> 12)
+    if args.frame is not None:
+        pages = (p for p in pages if 0 <= args.frame - (p.gpa >> 12) < page_size(p.level, walker.fmt) >> 12)
     rows = list(ranges(pages, walker.fmt) if args.merge else pages)
     line = str if args.merge else lambda page: page_line(page, walker.fmt)
     text = '\n'.join([*map(line, rows), summary(rows, tables, args)])
-    emit(args, text, {'mode': walker.fmt.name, 'rows': [row_json(row, walker.fmt) for row in rows], 'refused_entries': refused(tables)},
+    emit(args, text, {'mode': walker.fmt.name, 'rows': [row_json(row, walker.fmt) for row in rows],
+                      'refused_entries': refused(tables)},
          lambda: draw_ranges(rows if args.merge else list(ranges(rows, walker.fmt))))
     return 0
 
@@ -168,12 +187,15 @@ def shown(pages, args):
 # %% ../nbs/cli.ipynb #d701aed8
 def page_line(page, fmt) -> str:
     "One page of the map: address, frame, size, rights."
-    return f"{page.va:#018x} -> {page.gpa:#014x} {size_name(page_size(page.level, fmt)):>3} {rights_text(page.rights, fmt)}"
+    return (f"{page.va:#018x} -> {page.gpa:#014x} {size_name(page_size(page.level, fmt)):>3} "
+            f"{rights_text(page.rights, fmt)}")
 
 def row_json(row, fmt) -> dict:
     "A page or a range as plain data."
-    if hasattr(row, 'pages'): return {'start': row.start, 'end': row.end, 'pages': row.pages, 'rights': rights_text(row.rights, fmt)}
-    return {'va': row.va, 'gpa': row.gpa, 'size': page_size(row.level, fmt), 'rights': rights_text(row.rights, fmt), 'entry': row.gpte}
+    if hasattr(row, 'pages'):
+        return {'start': row.start, 'end': row.end, 'pages': row.pages, 'rights': rights_text(row.rights, fmt)}
+    return {'va': row.va, 'gpa': row.gpa, 'size': page_size(row.level, fmt), 'rights': rights_text(row.rights, fmt),
+            'entry': row.gpte}
 
 def refused(tables: Tables) -> int:
     "Present entries that map nothing because of a reserved bit."
@@ -182,7 +204,8 @@ def refused(tables: Tables) -> int:
 def summary(rows, tables: Tables, args) -> str:
     "The last line: how much was shown, and what the map does not hold."
     bad = refused(tables)
-    return f"{len(rows):,} {'ranges' if args.merge else 'pages'}" + (f"; {bad} entries with reserved bits map nothing" if bad else "")
+    return (f"{len(rows):,} {'ranges' if args.merge else 'pages'}"
+            + (f"; {bad} entries with reserved bits map nothing" if bad else ""))
 
 # %% ../nbs/cli.ipynb #dae4b923
 KINDS = ('gpte', 'spte', 'error-code', 'cr0', 'cr3', 'cr4', 'efer', 'eptp', 'pkru')
@@ -194,7 +217,8 @@ def run_decode(args) -> int:
         fmt = FORMATS[args.mode]
         if not fmt.root_level: raise ValueError("without paging there are no entries; choose --mode")
         large = is_last_gpte(args.value, args.level, fmt, not args.no_pse)
-        rows = [(f.high, f.low, f.name, f.value(args.value), f.meaning) for f in gpte_fields(fmt, args.level, large, args.maxphyaddr)]
+        rows = [(f.high, f.low, f.name, f.value(args.value), f.meaning)
+                for f in gpte_fields(fmt, args.level, large, args.maxphyaddr)]
         picture = lambda: draw_gpte(args.value, fmt, args.level, not args.no_pse, args.maxphyaddr)
     elif args.kind == 'error-code': rows, picture = decode_error_code(args.value), lambda: draw_error_code(args.value)
     else: rows, picture = decode_register(args.kind, args.value), lambda: draw_register(args.kind, args.value)
@@ -203,7 +227,8 @@ def run_decode(args) -> int:
 
 def bit_lines(rows: list) -> list:
     "Fields as lines of text."
-    return [f"{f'{high}:{low}' if high > low else high!s:>5}  {name:<12} {value:#x}  {meaning}" for high, low, name, value, meaning in rows]
+    return [f"{f'{high}:{low}' if high > low else high!s:>5}  {name:<12} {value:#x}  {meaning}"
+            for high, low, name, value, meaning in rows]
 
 def bit_rows(rows: list) -> list:
     "Fields as `--json` has them."
@@ -223,11 +248,15 @@ def run_decode_spte(args) -> int:
 
 # %% ../nbs/cli.ipynb #45248e4d
 def run_check(args) -> int:
-    "`kvm-mmu check`: compare the model with recorded evidence, row by row. What cannot be used is named, and the rest is compared all the same."
+    """`kvm-mmu check`: compare the model with recorded evidence, row by row.
+
+    What cannot be used is named, and the rest is compared all the same."""
     found, unusable = checked(args.paths)
     rows, differ = sum(a.rows for a in found), sum(a.differ for a in found)
-    text = '\n'.join([*map(str, found), f"{rows:,} rows compared, {differ:,} differ" + (f"; {len(unusable)} could not be used" if unusable else "")])
-    sources = [{'source': a.source, 'rows': a.rows, 'differ': a.differ, 'shown': [vars(d) for d in a.shown], 'skipped': a.skipped} for a in found]
+    text = '\n'.join([*map(str, found), f"{rows:,} rows compared, {differ:,} differ"
+                      + (f"; {len(unusable)} could not be used" if unusable else "")])
+    sources = [{'source': a.source, 'rows': a.rows, 'differ': a.differ, 'shown': [vars(d) for d in a.shown],
+                'skipped': a.skipped} for a in found]
     if found or args.json: emit(args, text, {'rows': rows, 'differ': differ, 'sources': sources, 'unusable': unusable})
     for error in unusable: print(f"kvm-mmu: {error}", file=sys.stderr)
     return 1 if differ else 2 if unusable else 0
@@ -258,41 +287,71 @@ def later(name: str, text: str, module: str = 'cli_review'):
 
 def add_kvm_commands(command):
     "The commands about roles, roots, designs and traces."
-    sub = command('role', later('run_role', "a role word field by field, or the role some registers ask for, and the root role each host builds for it; with --diff, where two words part. A word nothing can have, or registers that cannot coexist: exit code 2."), 'take a role word apart, or compute it')
+    sub = command('role', later('run_role', "a role word field by field, or the role some registers ask for, and the "
+                                            "root role each host builds for it; with --diff, where two words part. A "
+                                            "word nothing can have, or registers that cannot coexist: exit code 2."),
+                  'take a role word apart, or compute it')
     sub.add_argument('value', nargs='?', type=parse_number, help='a page role of 32 bits, or a cpu_role of 64')
-    for name in ('cr0', 'cr4', 'efer'): sub.add_argument(f'--{name}', type=parse_number, metavar='N', help=f'{name} of the vCPU (default 0)')
+    for name in ('cr0', 'cr4', 'efer'):
+        sub.add_argument(f'--{name}', type=parse_number, metavar='N', help=f'{name} of the vCPU (default 0)')
     sub.add_argument('--smm', action='store_true', help='in system-management mode')
     sub.add_argument('--guest-mode', action='store_true', help='L2 runs')
-    sub.add_argument('--diff', type=parse_number, metavar='WORD', help='another role word: which fields differ, and what that costs')
-    sub = command('roots', later('run_roots', "what root a vCPU gets, where it lives, and which tests say it is the vCPU's own. A root no guest gets: exit code 2."), 'say what root a vCPU gets')
-    sub.add_argument('--host', default='svm-64', choices=HOST_NAMES, metavar='NAME', help=f"the machine, default svm-64: {', '.join(HOST_NAMES)}. -la57 pages with five levels, -ept5 may use five levels of EPT, -shadow has no two-dimensional paging")
-    sub.add_argument('--guest', default='4level', choices=('nonpaging', '2level', 'pae', '4level', '5level'), help="mode of the guest, of L1, or of the EPTP (default 4level)")
-    sub.add_argument('--nested', default='none', choices=('none', 'l2', 'npt', 'ept'), help='l2: L2 without nested paging; npt, ept: the MMU that shadows L1\'s tables (default none)')
+    sub.add_argument('--diff', type=parse_number, metavar='WORD',
+                     help='another role word: which fields differ, and what that costs')
+    sub = command('roots',
+                  later('run_roots', "what root a vCPU gets, where it lives, and which tests say it is the vCPU's own. "
+                                     "A root no guest gets: exit code 2."), 'say what root a vCPU gets')
+    sub.add_argument('--host', default='svm-64', choices=HOST_NAMES, metavar='NAME',
+                     help=f"the machine, default svm-64: {', '.join(HOST_NAMES)}. -la57 pages with five levels, -ept5 "
+                          f"may use five levels of EPT, -shadow has no two-dimensional paging")
+    sub.add_argument('--guest', default='4level', choices=('nonpaging', '2level', 'pae', '4level', '5level'),
+                     help="mode of the guest, of L1, or of the EPTP (default 4level)")
+    sub.add_argument('--nested', default='none', choices=('none', 'l2', 'npt', 'ept'),
+                     help='l2: L2 without nested paging; npt, ept: the MMU that shadows L1\'s tables (default none)')
     sub.add_argument('--list', action='store_true', help='every MMU that can exist')
-    sub = command('review', later('run_review', 'search histories under each design of the thread for the shortest that break something. Exit code 0 when the search ran, whatever it found; of --replay 0 when the history breaks as its file says, 1 when it does not; 2 for what cannot be used.'), 'judge the designs of the thread')
-    sub.add_argument('--design', action='append', metavar='NAME', help='before, 6.1, patch 2, patch 3, reviewer, series, role bit; repeat for several (default all)')
-    sub.add_argument('--depth', type=parse_number, metavar='N', help='longest history (default: until nothing new is found)')
+    sub = command('review', later('run_review', 'search histories under each design of the thread for the shortest '
+                                                'that break something. Exit code 0 when the search ran, whatever it '
+                                                'found; of --replay 0 when the history breaks as its file says, 1 when '
+                                                'it does not; 2 for what cannot be used.'),
+                  'judge the designs of the thread')
+    sub.add_argument('--design', action='append', metavar='NAME',
+                     help='before, 6.1, patch 2, patch 3, reviewer, series, role bit; repeat for several (default all)')
+    sub.add_argument('--depth', type=parse_number, metavar='N',
+                     help='longest history (default: until nothing new is found)')
     sub.add_argument('--full', action='store_true', help='all worlds with all their pointers: minutes')
     sub.add_argument('--world', metavar='NAME', help='one world of the review')
     sub.add_argument('--save', type=Path, metavar='FOLDER', help='write the shortest histories as JSON, a file each')
-    sub.add_argument('--replay', type=Path, metavar='FILE', help='play a history from its JSON; exit 1 if it does not break as it says')
-    sub = command('trace', later('run_trace', 'a trace with every role word spelled out, and the root cache as it was. Unknown events are kept and counted; a malformed line is exit code 2.'), 'read a trace of KVM')
+    sub.add_argument('--replay', type=Path, metavar='FILE',
+                     help='play a history from its JSON; exit 1 if it does not break as it says')
+    sub = command('trace', later('run_trace', 'a trace with every role word spelled out, and the root cache as it was. '
+                                              'Unknown events are kept and counted; a malformed line is exit code 2.'),
+                  'read a trace of KVM')
     sub.add_argument('file', type=Path, help="ftrace text, .xz or not, or a recorded run's folder")
     sub.add_argument('--events', action='append', metavar='NAME', help='only these events; repeat for several')
     sub.add_argument('--limit', type=parse_number, default=200, metavar='N', help='lines to print (default 200)')
     sub.add_argument('--mmu', default='root_mmu', choices=('root_mmu', 'guest_mmu'), help='whose root cache to draw')
-    sub.add_argument('--replay', action='store_true', help='drive the model with a recorded run: rate of equal lines, and what was taken from the record; exit 1 if a line differs')
-    sub.add_argument('--beside', type=parse_number, default=0, metavar='N', help='the first N compared lines beside the model\'s; implies --replay')
-    sub.add_argument('--changes', type=parse_number, default=40, metavar='N', help='changes of the root cache to draw (default 40)')
+    sub.add_argument('--replay', action='store_true',
+                     help='drive the model with a recorded run: rate of equal lines, and what was taken from the '
+                          'record; exit 1 if a line differs')
+    sub.add_argument('--beside', type=parse_number, default=0, metavar='N',
+                     help='the first N compared lines beside the model\'s; implies --replay')
+    sub.add_argument('--changes', type=parse_number, default=40, metavar='N',
+                     help='changes of the root cache to draw (default 40)')
 
 def add_machine_commands(command):
     "The commands about machines."
-    sub = command('run', later('run_run', "play a scenario: each event, what became of it, what KVM did. Exit code 0 when every event happened, 1 when an invariant broke, 2 for a file that cannot be used.", 'cli_run'), 'play a scenario')
-    sub.add_argument('file', type=Path, metavar='SCENARIO.json', help='a machine and its events (chapter "How is a story written down?")')
-    sub.add_argument('--until-violation', action='store_true', help="check KVM's books after every event; stop at the first that does not hold")
+    sub = command('run', later('run_run', "play a scenario: each event, what became of it, what KVM did. Exit code 0 "
+                                          "when every event happened, 1 when an invariant broke, 2 for a file that "
+                                          "cannot be used.", 'cli_run'), 'play a scenario')
+    sub.add_argument('file', type=Path, metavar='SCENARIO.json',
+                     help='a machine and its events (chapter "How is a story written down?")')
+    sub.add_argument('--until-violation', action='store_true',
+                     help="check KVM's books after every event; stop at the first that does not hold")
     sub.add_argument('--quiet', action='store_true', help='only the events, not what KVM did')
 
-HOST_NAMES = tuple(f'{vendor}-{bits}{end}{shadow}' for vendor, bits, end in (('svm', 64, ''), ('svm', 64, '-la57'), ('svm', 32, ''), ('vmx', 64, ''), ('vmx', 64, '-la57'), ('vmx', 32, ''))
+HOST_NAMES = tuple(f'{vendor}-{bits}{end}{shadow}'
+                   for vendor, bits, end in (('svm', 64, ''), ('svm', 64, '-la57'), ('svm', 32, ''), ('vmx', 64, ''),
+                                             ('vmx', 64, '-la57'), ('vmx', 32, ''))
                    for shadow in ('', '-shadow')) + ('vmx-64-ept5', 'vmx-64-la57-ept5')
 
 # %% ../nbs/cli.ipynb #1188c9aa
@@ -302,8 +361,11 @@ def sentence(text: str) -> str:
 
 def make_parser() -> argparse.ArgumentParser:
     "All commands and their arguments."
-    parser = argparse.ArgumentParser(prog='kvm-mmu', description="Walk and explain guest page tables, say what KVM builds for them, and check both against recorded evidence.",
-                                     epilog="exit codes: 0 allowed / done / agrees; 1 refused, differs, or does not replay; 2 unusable file or question")
+    parser = argparse.ArgumentParser(prog='kvm-mmu',
+                                     description="Walk and explain guest page tables, say what KVM builds for them, "
+                                                 "and check both against recorded evidence.",
+                                     epilog="exit codes: 0 allowed / done / agrees; 1 refused, differs, or does not "
+                                            "replay; 2 unusable file or question")
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
     def command(name, run, text):
         sub = commands.add_parser(name, help=text, description=sentence(run.__doc__.partition(': ')[2]))
@@ -311,26 +373,32 @@ def make_parser() -> argparse.ArgumentParser:
         sub.add_argument('--json', action='store_true', help='print JSON')
         sub.add_argument('--svg', type=Path, metavar='FILE', help='write the picture')
         return sub
-    for name, run, text in (('walk', run_walk, 'translate one address'), ('explain', run_explain, 'translate one address and say why')):
+    for name, run, text in (('walk', run_walk, 'translate one address'),
+                            ('explain', run_explain, 'translate one address and say why')):
         sub = command(name, run, text)
         add_image(sub)
         add_access(sub)
     sub = command('map', run_map, 'list the whole address space')
     add_image(sub)
     sub.add_argument('--ranges', dest='merge', action='store_true', help='merge neighbours with equal rights')
-    sub.add_argument('--flags', type=parse_flags, default=(Acc(0), Acc(0)), help='only pages with these rights: w, x, u; after - those to lack')
+    sub.add_argument('--flags', type=parse_flags, default=(Acc(0), Acc(0)),
+                     help='only pages with these rights: w, x, u; after - those to lack')
     sub.add_argument('--frame', type=parse_number, metavar='GFN', help='only pages that contain this frame')
-    sub.add_argument('--limit', type=parse_number, default=5_000_000, metavar='N', help='refuse to list more pages (default 5,000,000)')
+    sub.add_argument('--limit', type=parse_number, default=5_000_000, metavar='N',
+                     help='refuse to list more pages (default 5,000,000)')
     sub = command('decode', run_decode, 'say what a number means')
     sub.add_argument('kind', choices=KINDS)
     sub.add_argument('value', type=parse_number)
-    sub.add_argument('--mode', choices=[name for name in FORMATS if name != 'nonpaging'], default='4level', help='gpte: the format (default 4level)')
+    sub.add_argument('--mode', choices=[name for name in FORMATS if name != 'nonpaging'], default='4level',
+                     help='gpte: the format (default 4level)')
     sub.add_argument('--level', type=parse_number, default=1, help='gpte, spte: of the table it stands in (default 1)')
     sub.add_argument('--ept', action='store_true', help='spte: in the format of EPT, not of shadow paging and NPT')
     sub.add_argument('--no-pse', action='store_true', help='gpte: CR4.PSE=0')
-    sub.add_argument('--maxphyaddr', type=parse_number, default=52, help='gpte: first reserved address bit (default 52)')
+    sub.add_argument('--maxphyaddr', type=parse_number, default=52,
+                     help='gpte: first reserved address bit (default 52)')
     sub = command('check', run_check, 'compare the model with recorded evidence')
-    sub.add_argument('paths', nargs='+', type=Path, help='a guest folder, a vectors file, a recorded run (scenario folder), or a folder of these')
+    sub.add_argument('paths', nargs='+', type=Path,
+                     help='a guest folder, a vectors file, a recorded run (scenario folder), or a folder of these')
     add_kvm_commands(command)
     add_machine_commands(command)
     return parser

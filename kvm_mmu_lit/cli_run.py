@@ -16,7 +16,9 @@ from .review.tables import broken_tables
 
 # %% ../nbs/cli_run.ipynb #cc2f87af
 def run_run(args) -> int:
-    "`kvm-mmu run`: play a scenario. Exit code 0 when every event happened, 1 when an invariant broke, 2 for a file that cannot be used."
+    """`kvm-mmu run`: play a scenario.
+
+    Exit code 0 when every event happened, 1 when an invariant broke, 2 for a file that cannot be used."""
     scenario, lines, steps = read_scenario(args.file), [], []
     try:
         for step in play(scenario, broken_tables if args.until_violation else None):
@@ -24,7 +26,8 @@ def run_run(args) -> int:
             lines += step_lines(step, args.quiet)
     except ValueError as why: raise ValueError(f"{args.file}: {why}") from None
     broken = bool(steps and steps[-1].broken)
-    lines.append(f"{len(steps)} events, {'an invariant broke' if broken else 'none left' if len(steps) == len(scenario.events) else 'stopped'}")
+    ending = 'an invariant broke' if broken else 'none left' if len(steps) == len(scenario.events) else 'stopped'
+    lines.append(f"{len(steps)} events, {ending}")
     emit(args, '\n'.join(lines), [step_data(step) for step in steps],
          lambda: draw_play(steps, scenario.says or args.file.name))
     return int(broken)
@@ -34,8 +37,10 @@ def step_lines(step: Played, quiet: bool) -> list:
     "A step as text."
     who = f"vCPU {step.event['vcpu']}" if 'vcpu' in step.event else 'host'
     head = f"{step.number:4} {who}: {event_text(step.event)} -> {step.broken or answer_text(step.answer)}"
-    return [head] + ([] if quiet else [f"         {line}" for line in step.did]) + [f"         {line}" for line in step.state.splitlines()]
+    return ([head] + ([] if quiet else [f"         {line}" for line in step.did])
+            + [f"         {line}" for line in step.state.splitlines()])
 
 def step_data(step: Played) -> dict:
     "A step as JSON."
-    return dict(number=step.number, event=step.event, answer=answer_text(step.answer), did=list(step.did), roots=list(step.roots), broken=step.broken, state=step.state.splitlines())
+    return dict(number=step.number, event=step.event, answer=answer_text(step.answer), did=list(step.did),
+                roots=list(step.roots), broken=step.broken, state=step.state.splitlines())

@@ -4,7 +4,8 @@ import socket
 
 import pytest
 
-ARGUMENTS = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
+ARGUMENTS = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run',
+             '--disable-background-networking',
              '--disable-component-update', '--disable-sync']
 CHROMIUM = shutil.which('chromium')
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason='chromium is not installed: sudo apt-get install chromium')
@@ -25,8 +26,11 @@ def watch(context, origin: str) -> list:
     faults = []
     context.on('console', lambda message: message.type == 'error' and faults.append(f'console: {message.text}'))
     context.on('weberror', lambda error: faults.append(f'script: {error.error}'))
-    context.on('request', lambda request: request.url.startswith((origin, 'data:', 'blob:')) or faults.append(f'foreign: {request.url}'))
+    context.on('request', lambda request: request.url.startswith((origin, 'data:', 'blob:'))
+               or faults.append(f'foreign: {request.url}'))
     # A page that is left gives up what it is still loading; only what could not be had is a fault.
-    context.on('requestfailed', lambda request: 'ERR_ABORTED' in str(request.failure) or faults.append(f'failed: {request.url} ({request.failure})'))
-    context.on('response', lambda response: response.status >= 400 and faults.append(f'{response.status}: {response.url}'))
+    context.on('requestfailed', lambda request: 'ERR_ABORTED' in str(request.failure)
+               or faults.append(f'failed: {request.url} ({request.failure})'))
+    context.on('response',
+               lambda response: response.status >= 400 and faults.append(f'{response.status}: {response.url}'))
     return faults

@@ -1,4 +1,5 @@
-"""What every test shares: a failed claim names its notebook, its cell and its sentence; a measured number is printed at the end."""
+"""What every test shares: a failed claim names its notebook, its cell and its sentence; a measured number is printed at
+the end."""
 import os
 
 import pytest
@@ -30,7 +31,8 @@ def measured(record_property):
 
 
 def pytest_terminal_summary(terminalreporter):
-    said = [value for report in terminalreporter.getreports('passed') for key, value in report.user_properties if key == 'measured']
+    said = [value for report in terminalreporter.getreports('passed') for key, value in report.user_properties
+            if key == 'measured']
     if not said: return
     terminalreporter.section('measured')
     for sentence in said: terminalreporter.write_line(sentence)

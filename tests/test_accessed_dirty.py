@@ -1,6 +1,7 @@
 """Marks on random tables, while another CPU edits them.
 
-The model of memory here is a dictionary of entries: edits flip bits of it, marks set bits of it, and nothing else may happen to it.
+The model of memory here is a dictionary of entries: edits flip bits of it, marks set bits of it, and nothing else
+may happen to it.
 """
 import random
 import struct
@@ -35,14 +36,16 @@ def fill(rng, fmt, memory):
             bits = (7 if rng.random() < 0.9 else 5) | a * rng.randrange(2) | d * rng.randrange(2)
             return make_gpte(fmt, gpa, 2, leaf, bits)
         some = [entry() for _ in range(5)]
-        for slot in range(fmt.nr_entries): write_entry(memory, gfn * 4096 + slot * fmt.entry_size, fmt.entry_size, some[slot % 5])
+        for slot in range(fmt.nr_entries):
+            write_entry(memory, gfn * 4096 + slot * fmt.entry_size, fmt.entry_size, some[slot % 5])
 
 
 @lru_cache(maxsize=64)
 def filled(mode, seed):
     "The bytes of the tables, by frame."
     pages = {gfn: bytearray(4096) for gfn in FRAMES}
-    fill(random.Random(seed), FORMATS[mode], GuestMemory(MemSlot(gfn, 1, memoryview(page)) for gfn, page in pages.items()))
+    fill(random.Random(seed), FORMATS[mode],
+         GuestMemory(MemSlot(gfn, 1, memoryview(page)) for gfn, page in pages.items()))
     if mode == 'pae':
         for i in range(4): pages[1][8 * i:8 * i + 8] = (FRAMES[i] << 12 | 1).to_bytes(8, 'little')
     return {gfn: bytes(page) for gfn, page in pages.items()}
@@ -54,7 +57,8 @@ def walkers(draw):
     mode, readonly = draw(st.sampled_from(MODES)), draw(st.sets(st.sampled_from(FRAMES), max_size=2))
     fmt, pages = FORMATS[mode], filled(mode, draw(st.integers(0, 15)))
     memory = GuestMemory(MemSlot(gfn, 1, memoryview(bytearray(page)), gfn in readonly) for gfn, page in pages.items())
-    if fmt.is_ept: return Walker(memory, Registers(eptp=0x1006 | draw(st.booleans()) << 6 | fmt.root_level - 1 << 3), fmt)
+    if fmt.is_ept:
+        return Walker(memory, Registers(eptp=0x1006 | draw(st.booleans()) << 6 | fmt.root_level - 1 << 3), fmt)
     efer = (Efer.LME | Efer.LMA) * (fmt.root_level > 3) | Efer.NX * (mode != '2level')
     cr4 = (Cr4.PSE if mode == '2level' else Cr4.PAE) | Cr4.LA57 * (mode == '5level')
     regs = Registers(cr0=Cr0.PG | Cr0.PE | Cr0.WP, cr3=0x1000, cr4=cr4, efer=efer)

@@ -5,14 +5,16 @@ from itertools import islice, product
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from kvm_mmu_lit.guest.address_space import (Mapping, Range, Tables, addresses_of, count_mappings, draw_ranges, having, mappings,
+from kvm_mmu_lit.guest.address_space import (Mapping, Range, Tables, addresses_of, count_mappings, draw_ranges, having,
+                                             mappings,
     ranges, why_unmapped)
 from kvm_mmu_lit.guest.addresses import FORMATS, LONG4, NONPAGING, PAE, join_address
 from kvm_mmu_lit.guest.gpte import ACC_ALL, Acc
 from kvm_mmu_lit.guest.memory import ram, write_entry
 from kvm_mmu_lit.guest.permissions import FETCH, USER, WRITE
 from kvm_mmu_lit.guest.registers import Registers
-from kvm_mmu_lit.guest.sharing import draw_sharing, espfix_guest, hostile_guest, recursive_tables, self_map_guest, table_uses
+from kvm_mmu_lit.guest.sharing import (draw_sharing, espfix_guest, hostile_guest, recursive_tables, self_map_guest,
+                                       table_uses)
 from kvm_mmu_lit.guest.verdict import GuestWalk, PageFault, Rule
 from kvm_mmu_lit.guest.walk import Walker
 
@@ -24,19 +26,25 @@ entry_bits = st.sampled_from([0, 1, 2, 3, 5, 6, 7, 8, 51, 52, 59, 62, 63])
 
 @st.composite
 def walkers(draw, formats=tuple(f for f in FORMATS.values() if f is not NONPAGING)):
-    "A walker over a few tables whose entries point anywhere, with flags that are mostly present and sometimes reserved."
+    """A walker over a few tables whose entries point anywhere, with flags that are mostly present and sometimes
+    reserved."""
     fmt = draw(st.sampled_from(formats))
     size = fmt.entry_size
     memory = ram((0x1000, 0x8000))
-    entries = st.builds(lambda frame, low, extra, present: 0 if not present else (frame << 12 | low | sum({1 << b for b in extra})) & (1 << 8 * size) - 1,
-                        st.integers(1, 9), st.sampled_from([1, 3, 5, 7, 7, 7, 0x81, 0x87]), st.lists(entry_bits, max_size=2), st.booleans())
+    entries = st.builds(lambda frame, low, extra, present: 0 if not present
+                        else (frame << 12 | low | sum({1 << b for b in extra})) & (1 << 8 * size) - 1,
+                        st.integers(1, 9), st.sampled_from([1, 3, 5, 7, 7, 7, 0x81, 0x87]),
+                        st.lists(entry_bits, max_size=2), st.booleans())
     for table in FRAMES:
         for slot, value in zip(SLOTS, draw(st.tuples(*[entries] * len(SLOTS)))):
             write_entry(memory, (table << 12) + slot * size, size, value)
     pdptrs = tuple(draw(st.sampled_from([0, 0x1001, 0x2001, 0x3001])) for _ in range(4)) if fmt is PAE else None
-    regs = Registers(cr0=0x8001_0001, cr3=0 if fmt.is_ept else 0x1000, efer=0xd00 if fmt.signed else 0x800, pdptrs=pdptrs,
-                     cr4=0x1020 if fmt.root_level == 5 and fmt.signed else 0x20 if fmt is PAE or fmt.signed else draw(st.sampled_from([0, 0x10])),
-                     eptp=0x1000 | fmt.root_level - 1 << 3 if fmt.is_ept else None, vendor=draw(st.sampled_from(['intel', 'amd'])))
+    regs = Registers(cr0=0x8001_0001, cr3=0 if fmt.is_ept else 0x1000, efer=0xd00 if fmt.signed else 0x800,
+                     pdptrs=pdptrs,
+                     cr4=0x1020 if fmt.root_level == 5 and fmt.signed else 0x20 if fmt is PAE or fmt.signed
+                     else draw(st.sampled_from([0, 0x10])),
+                     eptp=0x1000 | fmt.root_level - 1 << 3 if fmt.is_ept else None,
+                     vendor=draw(st.sampled_from(['intel', 'amd'])))
     return Walker(memory, regs, fmt)
 
 
@@ -92,9 +100,11 @@ def test_what_is_refused_or_missing_is_what_walks_stop_at(walker):
         verdict = walker.walk(va)
         if not isinstance(verdict, PageFault) or verdict.rule is Rule.NOT_PRESENT: continue
         steps = verdict.steps
-        if verdict.rule is Rule.RESERVED: stops[verdict.rule].add((steps[-1].table >> 12, verdict.level, steps[-1].index))
+        if verdict.rule is Rule.RESERVED:
+            stops[verdict.rule].add((steps[-1].table >> 12, verdict.level, steps[-1].index))
         else: stops[verdict.rule].add(((steps[-1].gpte & (1 << 52) - 4096) >> 12, verdict.level))
-    assert stops[Rule.RESERVED] == {(gfn, level, slot) for (gfn, level), bad in tables.refused.items() for slot, _ in bad}
+    assert stops[Rule.RESERVED] == {(gfn, level, slot) for (gfn, level), bad in tables.refused.items()
+                                    for slot, _ in bad}
     assert stops[Rule.HOLE] == tables.missing
     assert len(sentences) == len(stops[Rule.RESERVED]) + len(stops[Rule.HOLE])
 
@@ -127,9 +137,11 @@ def test_a_picture_of_sharing_keeps_its_size_and_its_arrows(walker, limit):
     picture, tables_there = draw_sharing(tables, limit), {use.table for use in table_uses(tables)}
     assert len(picture.nodes) <= 1 + limit + walker.fmt.root_level
     assert sum('more' not in n.label for n in picture.nodes) == 1 + min(limit, len(tables_there))
-    pairs = {(t, e.target) for t, level in {(u.table, u.level) for u in table_uses(tables)} for e in tables.entries(t, level) if not e.leaf}
+    pairs = {(t, e.target) for t, level in {(u.table, u.level) for u in table_uses(tables)}
+             for e in tables.entries(t, level) if not e.leaf}
     if len(tables_there) <= limit:
-        assert {(e.start, e.end) for e in picture.edges if e.start != 'root'} == {(f"{a:#x}", f"{b:#x}") for a, b in pairs}
+        assert ({(e.start, e.end) for e in picture.edges if e.start != 'root'}
+                == {(f"{a:#x}", f"{b:#x}") for a, b in pairs})
 
 
 pages = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 7)), max_size=30, unique_by=lambda page: page[0])
@@ -149,7 +161,8 @@ def test_ranges_are_runs_of_equal_rights(found, mask):
 def test_having_keeps_order_and_asks_for_all(found, wanted, unwanted):
     listed = [Mapping(slot << 12, 0, 1, Acc(rights), 0) for slot, rights in sorted(found)]
     assert list(having(listed, Acc(wanted), Acc(unwanted))) == [
-        m for m in listed if all(m.rights & 1 << i for i in range(3) if wanted >> i & 1) and not any(m.rights & 1 << i for i in range(3) if unwanted >> i & 1)]
+        m for m in listed if all(m.rights & 1 << i for i in range(3) if wanted >> i & 1)
+        and not any(m.rights & 1 << i for i in range(3) if unwanted >> i & 1)]
 
 
 @given(pages, st.integers(1, 10))

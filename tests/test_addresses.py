@@ -2,7 +2,8 @@
 import pytest
 from hypothesis import given, strategies as st
 
-from kvm_mmu_lit.guest.addresses import FORMATS, PAGE_SIZE, canonical, check_address, is_canonical, join_address, page_size, pt_index, split_address
+from kvm_mmu_lit.guest.addresses import (FORMATS, PAGE_SIZE, canonical, check_address, is_canonical, join_address,
+                                         page_size, pt_index, split_address)
 
 PAGED = [fmt for fmt in FORMATS.values() if fmt.root_level]
 

@@ -91,8 +91,10 @@ def test_a_map_over_the_limit_is_refused_before_it_is_listed(capsys, pages):
 
 
 @pytest.mark.parametrize('argv, named', [
-    (('gpte', '0x8000000000203067'), 'NX'), (('gpte', '0x83', '--mode', '2level', '--level', '2'), 'PS'), (('gpte', '0x7', '--mode', 'ept4'), 'X'),
-    (('error-code', '0x1d'), 'RSVD'), (('cr0', '0x80010001'), 'WP'), (('cr4', '0x300020'), 'SMAP'), (('efer', '0xd01'), 'NX'), (('cr3', '0x1abc'), '0x1'),
+    (('gpte', '0x8000000000203067'), 'NX'), (('gpte', '0x83', '--mode', '2level', '--level', '2'), 'PS'),
+    (('gpte', '0x7', '--mode', 'ept4'), 'X'),
+    (('error-code', '0x1d'), 'RSVD'), (('cr0', '0x80010001'), 'WP'), (('cr4', '0x300020'), 'SMAP'),
+    (('efer', '0xd01'), 'NX'), (('cr3', '0x1abc'), '0x1'),
     (('eptp', '0x105e'), '3'), (('pkru', '0x55555554'), 'AD1')])
 def test_decode_names_the_bits(capsys, argv, named):
     code, out, _ = run(capsys, 'decode', *argv)
@@ -103,12 +105,15 @@ def test_decode_names_the_bits(capsys, argv, named):
 
 
 @pytest.mark.parametrize('argv, kind, facts', [
-    (('0x1234e67',), 'page', dict(pfn=0x1234, writable_state='111', writable=True, dirty=True, accessed=True, volatile=False)),
+    (('0x1234e67',), 'page',
+     dict(pfn=0x1234, writable_state='111', writable=True, dirty=True, accessed=True, volatile=False)),
     (('0x8000000001234a25',), 'page', dict(writable_state='100', executable=False)),
     (('0x0610000001234877', '--ept'), 'page', dict(ad_enabled=False, ad_need_write_protect=True, executable=True)),
-    (('0x0750000001234870', '--ept'), 'page, access-tracked', dict(accessed=False, writable=False, writable_state='110', volatile=True)),
+    (('0x0750000001234870', '--ept'), 'page, access-tracked',
+     dict(accessed=False, writable=False, writable_state='110', volatile=True)),
     (('0x905907', '--ept', '--level', '2'), 'table', dict(pfn=0x905)),
-    (('0x00080000fee0002f',), 'MMIO', dict(gen=5, gfn=0xfee00, access=6)), (('0xfee0002e', '--ept'), 'MMIO', dict(gen=5, gfn=0xfee00, access=0)),
+    (('0x00080000fee0002f',), 'MMIO', dict(gen=5, gfn=0xfee00, access=6)),
+    (('0xfee0002e', '--ept'), 'MMIO', dict(gen=5, gfn=0xfee00, access=0)),
     (('0x5a0', '--ept'), 'removed', {}), (('0',), 'empty', {}), (('0x1234067',), 'not present', {})])
 def test_decode_says_what_an_entry_of_kvms_is(capsys, argv, kind, facts):
     code, out, _ = run(capsys, 'decode', 'spte', *argv, '--json')
@@ -127,7 +132,9 @@ def test_decode_refuses_what_is_no_entry_of_kvms(capsys, argv, word):
 
 
 def test_pictures_are_written_whole(capsys, tmp_path):
-    for n, argv in enumerate((('walk', GUEST, KERNEL_TEXT, '--supervisor'), ('explain', GUEST, '0x10000', '--write'), ('map', GUEST, '--ranges'), ('decode', 'gpte', '0x67'), ('decode', 'error-code', '7'), ('decode', 'spte', '0xfee0002e', '--ept'))):
+    for n, argv in enumerate((('walk', GUEST, KERNEL_TEXT, '--supervisor'), ('explain', GUEST, '0x10000', '--write'),
+                              ('map', GUEST, '--ranges'), ('decode', 'gpte', '0x67'), ('decode', 'error-code', '7'),
+                              ('decode', 'spte', '0xfee0002e', '--ept'))):
         run(capsys, *argv, '--svg', tmp_path / f'{n}.svg')
         assert (tmp_path / f'{n}.svg').read_text().lstrip().startswith('<svg')
     assert sorted(p.name for p in tmp_path.iterdir()) == [f'{n}.svg' for n in range(6)]
@@ -150,7 +157,8 @@ def test_a_raw_dump_needs_registers_and_then_walks_alike(capsys, tmp_path):
 def test_ept_is_walked_from_eptp(capsys, tmp_path):
     raw = tmp_path / 'ept.raw'
     tables = bytearray(6 * 4096)
-    for level, frame in ((4, 1), (3, 2), (2, 3)): tables[frame * 4096:frame * 4096 + 8] = ((frame + 1) << 12 | 7).to_bytes(8, 'little')
+    for level, frame in ((4, 1), (3, 2), (2, 3)):
+        tables[frame * 4096:frame * 4096 + 8] = ((frame + 1) << 12 | 7).to_bytes(8, 'little')
     tables[4 * 4096:4 * 4096 + 8] = (5 << 12 | 0x33).to_bytes(8, 'little')
     raw.write_bytes(tables)
     code, out, _ = run(capsys, 'walk', raw, '0x123', '--ept', '--eptp=0x101e', '--json')
@@ -160,8 +168,10 @@ def test_ept_is_walked_from_eptp(capsys, tmp_path):
 
 
 @pytest.mark.parametrize('argv', [
-    ('walk', 'nowhere', '0x1000'), ('walk', GUEST, '0x1_0000_0000_0000_0000'), ('walk', GUEST, '0x1000', '--cr0=0x80000000'), ('check', 'nowhere'),
-    ('decode', 'gpte', '0x1', '--level', '9'), ('check', GUEST / 'README.md'), ('walk', GUEST, '0', '--user', '--implicit')])
+    ('walk', 'nowhere', '0x1000'), ('walk', GUEST, '0x1_0000_0000_0000_0000'),
+    ('walk', GUEST, '0x1000', '--cr0=0x80000000'), ('check', 'nowhere'),
+    ('decode', 'gpte', '0x1', '--level', '9'), ('check', GUEST / 'README.md'),
+    ('walk', GUEST, '0', '--user', '--implicit')])
 def test_errors_are_one_line_and_exit_2(capsys, argv):
     code, out, err = run(capsys, *argv)
     assert code == 2 and out == ''
@@ -200,7 +210,8 @@ def test_a_closed_pipe_is_no_error():
 
 
 def test_what_cannot_be_used_does_not_hide_what_differs(capsys, tmp_path):
-    for name in ('linux-2level', 'linux-pae', 'linux-pae-pti-user'): shutil.copytree(DATA / 'guests' / name, tmp_path / name)
+    for name in ('linux-2level', 'linux-pae', 'linux-pae-pti-user'):
+        shutil.copytree(DATA / 'guests' / name, tmp_path / name)
     (tmp_path / 'linux-pae' / 'tlb.txt.xz').write_bytes(b'not xz')
     code, out, err = run(capsys, 'check', tmp_path)
     assert code == 2 and 'linux-pae/tlb.txt.xz' in err and err.count('\n') == 1
@@ -220,14 +231,16 @@ RUN = DATA / 'kvm-traces' / 's31_nested_npt_pae'
 def test_a_role_word_is_taken_apart(capsys):
     code, out, err = run(capsys, 'role', '0x61705', '--json')
     fields = json.loads(out)['fields']
-    assert code == 0 and err == '' and (fields['level'], fields['passthrough'], fields['guest_mode'], fields['access']) == (5, 1, 1, 7)
+    assert (code == 0 and err == '' and (fields['level'], fields['passthrough'], fields['guest_mode'], fields['access'])
+            == (5, 1, 1, 7))
 
 
 def test_registers_give_the_role_they_ask_for_and_the_roots_of_every_host(capsys):
     code, out, _ = run(capsys, 'role', '--cr0', '0x80010001', '--cr4', '0x20', '--efer', '0xd00', '--json')
     told = json.loads(out)
     assert code == 0 and told['word'] & 0xffff_ffff == 0x3704
-    assert (told['root_roles']['svm-64'], told['root_roles']['svm-64-shadow'], told['root_roles']['svm-32']) == (0x3784, 0x3704, None)
+    assert (told['root_roles']['svm-64'], told['root_roles']['svm-64-shadow'],
+            told['root_roles']['svm-32']) == (0x3784, 0x3704, None)
 
 
 def test_a_difference_of_roles_names_the_fields(capsys):
@@ -235,8 +248,10 @@ def test_a_difference_of_roles_names_the_fields(capsys):
     assert code == 0 and json.loads(out)['changes'] == [['level', 4, 5], ['passthrough', 0, 1]]
 
 
-@pytest.mark.parametrize('argv, why', [(['0x80000'], '23:19'), (['0x6'], 'level 6'), ([], 'give a role word'), (['0x3704', '--cr0', '1'], 'give a role word'),
-                                       (['--cr0', '0x80000000'], 'CR0.PE'), (['--cr0', '0x80000001', '--efer', '0x500'], 'CR4.PAE')])
+@pytest.mark.parametrize('argv, why', [(['0x80000'], '23:19'), (['0x6'], 'level 6'), ([], 'give a role word'),
+                                       (['0x3704', '--cr0', '1'], 'give a role word'),
+                                       (['--cr0', '0x80000000'], 'CR0.PE'),
+                                       (['--cr0', '0x80000001', '--efer', '0x500'], 'CR4.PAE')])
 def test_a_role_that_cannot_be_is_refused(capsys, argv, why):
     code, out, err = run(capsys, 'role', *argv)
     assert code == 2 and out == '' and why in err and err.count('\n') == 1
@@ -245,12 +260,15 @@ def test_a_role_that_cannot_be_is_refused(capsys, argv, why):
 def test_case_5_on_the_command_line(capsys):
     code, out, _ = run(capsys, 'roots', '--host', 'svm-64', '--guest', 'pae', '--nested', 'npt', '--json')
     told = json.loads(out)
-    assert code == 0 and (told['storage'], told['case'], told['root_role'], told['mmu']) == ('pml4_root', 5, 0x21704, 'guest_mmu')
+    assert code == 0 and (told['storage'], told['case'], told['root_role'],
+                          told['mmu']) == ('pml4_root', 5, 0x21704, 'guest_mmu')
     assert [name for name, says in told['tests'].items() if not says] == ['reviewer']
 
 
-@pytest.mark.parametrize('argv, why', [(['--host', 'vmx-32', '--guest', '5level'], 'no 64-bit guest'), (['--host', 'svm-64-shadow', '--nested', 'npt'], 'needs NPT'),
-                                       (['--host', 'vmx-64', '--nested', 'npt'], 'needs NPT'), (['--guest', '5level'], 'LA57')])
+@pytest.mark.parametrize('argv, why', [(['--host', 'vmx-32', '--guest', '5level'], 'no 64-bit guest'),
+                                       (['--host', 'svm-64-shadow', '--nested', 'npt'], 'needs NPT'),
+                                       (['--host', 'vmx-64', '--nested', 'npt'], 'needs NPT'),
+                                       (['--guest', '5level'], 'LA57')])
 def test_a_root_nobody_gets_is_refused(capsys, argv, why):
     code, out, err = run(capsys, 'roots', *argv)
     assert code == 2 and out == '' and why in err
@@ -263,10 +281,12 @@ def test_every_mmu_is_listed(capsys):
 
 
 def test_a_review_tells_the_shortest_history_and_its_file_replays(capsys, tmp_path):
-    code, out, _ = run(capsys, 'review', '--design', 'reviewer', '--world', 'NPT, 4-level host', '--depth', '4', '--json', '--svg', tmp_path / 'r.svg')
+    code, out, _ = run(capsys, 'review', '--design', 'reviewer', '--world', 'NPT, 4-level host', '--depth', '4',
+                       '--json', '--svg', tmp_path / 'r.svg')
     told, = json.loads(out)
     crash = next(one for one in told['found'] if one['breaks'] == 'null dereference')
-    assert code == 0 and not told['holds'] and not told['complete'] and (tmp_path / 'r.svg').read_text().startswith('<svg')
+    assert (code == 0 and not told['holds'] and not told['complete']
+            and (tmp_path / 'r.svg').read_text().startswith('<svg'))
     history = {name: crash[name] for name in ('format', 'world', 'design', 'breaks', 'events')}
     (tmp_path / 'crash.json').write_text(json.dumps(history))
     assert run(capsys, 'review', '--replay', tmp_path / 'crash.json')[0] == 0
@@ -275,14 +295,19 @@ def test_a_review_tells_the_shortest_history_and_its_file_replays(capsys, tmp_pa
 
 
 def test_a_review_keeps_its_histories_and_each_replays(capsys, tmp_path):
-    code, out, _ = run(capsys, 'review', '--design', 'reviewer', '--world', 'NPT, 4-level host', '--depth', '4', '--save', tmp_path / 'kept')
+    code, out, _ = run(capsys, 'review', '--design', 'reviewer', '--world', 'NPT, 4-level host', '--depth', '4',
+                       '--save', tmp_path / 'kept')
     kept = sorted((tmp_path / 'kept').iterdir())
     assert code == 0 and kept and all(f'wrote {path}' in out for path in kept)
     assert [run(capsys, 'review', '--replay', path)[0] for path in kept] == [0] * len(kept)
 
 
-@pytest.mark.parametrize('text, why', [('', 'no JSON'), ('{}', 'format'), ('{"format": "kvm_mmu_lit history 1", "world": "nowhere", "design": "6.1", "events": []}', 'nowhere'),
-                                       ('{"format": "kvm_mmu_lit history 1", "world": "NPT, 4-level host", "design": "6.1", "events": ["vmexit"]}', 'event 1')])
+@pytest.mark.parametrize('text, why',
+                         [('', 'no JSON'), ('{}', 'format'),
+                          ('{"format": "kvm_mmu_lit history 1", "world": "nowhere", "design": "6.1", "events": []}',
+                           'nowhere'),
+                                       ('{"format": "kvm_mmu_lit history 1", "world": "NPT, 4-level host", "design": '
+                                        '"6.1", "events": ["vmexit"]}', 'event 1')])
 def test_a_history_that_cannot_be_is_refused(capsys, tmp_path, text, why):
     (tmp_path / 'h.json').write_text(text)
     code, out, err = run(capsys, 'review', '--replay', tmp_path / 'h.json')
@@ -306,19 +331,22 @@ def test_a_trace_keeps_what_it_does_not_know(capsys, tmp_path):
 
 
 def test_a_malformed_trace_names_file_and_line(capsys, tmp_path):
-    (tmp_path / 't.txt').write_text('1.000000: kvm_mmu_walker_error: pferr 5 P|U\n2.000000: kvm_mmu_walker_error: pferr\n')
+    (tmp_path / 't.txt').write_text('1.000000: kvm_mmu_walker_error: pferr 5 P|U\n2.000000: kvm_mmu_walker_error: '
+                                    'pferr\n')
     code, out, err = run(capsys, 'trace', tmp_path / 't.txt')
     assert code == 2 and out == '' and 't.txt' in err and 'line 2' in err
 
 
 def test_registers_compare_with_a_page_role_by_their_base(capsys):
-    code, out, _ = run(capsys, 'role', '--cr0', '0x80010001', '--cr4', '0x20', '--efer', '0xd00', '--diff', '0x3703', '--json')
+    code, out, _ = run(capsys, 'role', '--cr0', '0x80010001', '--cr4', '0x20', '--efer', '0xd00', '--diff', '0x3703',
+                       '--json')
     assert code == 0 and json.loads(out)['changes'] == [['level', 4, 3]]
 
 
 def test_a_trace_alone_shows_its_roots_and_says_what_was_lost(capsys, tmp_path):
     lines = lzma.decompress((RUN / 'trace.txt.xz').read_bytes()).decode().splitlines()
-    (tmp_path / 't.txt').write_text('\n'.join(['# tracer: nop', *lines[:5], 'CPU:0 [LOST 12 EVENTS]', *lines[5:]]) + '\n')
+    (tmp_path / 't.txt').write_text('\n'.join(['# tracer: nop', *lines[:5], 'CPU:0 [LOST 12 EVENTS]', *lines[5:]])
+                                    + '\n')
     code, out, _ = run(capsys, 'trace', tmp_path / 't.txt', '--json', '--limit', '3')
     alone, folder = json.loads(out), json.loads(run(capsys, 'trace', RUN, '--json', '--limit', '3')[1])
     assert code == 0 and alone['lost'] == 12 and alone['counts'] == folder['counts'] and len(alone['shown']) == 3
@@ -337,7 +365,8 @@ def test_a_long_trace_takes_no_more_memory_than_a_short_one(tmp_path):
     for count in (2_000, 40_000):
         (tmp_path / 't.txt').write_text(line * count)
         tracemalloc.start()
-        with contextlib.redirect_stdout(io.StringIO()): assert main(['trace', str(tmp_path / 't.txt'), '--limit', '5']) == 0
+        with contextlib.redirect_stdout(io.StringIO()):
+            assert main(['trace', str(tmp_path / 't.txt'), '--limit', '5']) == 0
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < peaks[0] + (1 << 20)

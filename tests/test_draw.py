@@ -50,7 +50,8 @@ def grids(draw):
 
 
 slots = st.builds(Slot, st.integers(0, 1023) | words, words, st.sampled_from(sorted(STATES)))
-boxes = st.builds(Box, words, st.lists(slots, max_size=5), kinds, words, st.integers(0, 2), entries=st.sampled_from((0, 4, 512)))
+boxes = st.builds(Box, words, st.lists(slots, max_size=5), kinds, words, st.integers(0, 2),
+                  entries=st.sampled_from((0, 4, 512)))
 
 
 @st.composite

@@ -13,7 +13,8 @@ from kvm_mmu_lit.guest.registers import Cr0, Cr4, Efer, Registers, Rflags
 from kvm_mmu_lit.guest.verdict import GuestWalk, PageFault
 from kvm_mmu_lit.guest.walk import Walker
 
-REGISTER_BITS = [('cr0', Cr0.WP), ('cr4', Cr4.PSE), ('cr4', Cr4.SMEP), ('cr4', Cr4.SMAP), ('cr4', Cr4.PKE), ('efer', Efer.NX),
+REGISTER_BITS = [('cr0', Cr0.WP), ('cr4', Cr4.PSE), ('cr4', Cr4.SMEP), ('cr4', Cr4.SMAP), ('cr4', Cr4.PKE),
+                 ('efer', Efer.NX),
                  ('rflags', Rflags.AC), *(('pkru', 1 << bit) for bit in range(4))]
 
 
@@ -34,10 +35,13 @@ def questions(draw):
     cr4 = (0x1020 if fmt.root_level == 5 and fmt.signed else 0x10 if fmt is PTE32 else 0x20) \
         | sum(bit for bit in (Cr4.SMEP, Cr4.SMAP, *([Cr4.PKE] if fmt.signed else [])) if draw(bools))
     efer = (0x500 if fmt.signed else 0) | (Efer.NX if draw(bools) else 0)
-    regs = Registers(cr0=0x8000_0001 | (Cr0.WP if draw(bools) else 0), cr3=0 if fmt.is_ept else 0x1000, cr4=int(cr4), efer=int(efer), pkru=pkru,
-                     rflags=int(Rflags.AC) if draw(bools) else 0, pdptrs=(draw(st.sampled_from([0x1001, 0x1000])), 0, 0, 0) if fmt is PAE else None,
+    regs = Registers(cr0=0x8000_0001 | (Cr0.WP if draw(bools) else 0), cr3=0 if fmt.is_ept else 0x1000, cr4=int(cr4),
+                     efer=int(efer), pkru=pkru,
+                     rflags=int(Rflags.AC) if draw(bools) else 0,
+                     pdptrs=(draw(st.sampled_from([0x1001, 0x1000])), 0, 0, 0) if fmt is PAE else None,
                      eptp=0x1000 | top - 1 << 3 if fmt.is_ept else None, ept_execonly=draw(bools))
-    access = draw(st.sampled_from([0, WRITE, FETCH, USER, USER | WRITE, USER | FETCH] + ([] if fmt.is_ept else [IMPLICIT])))
+    access = draw(st.sampled_from([0, WRITE, FETCH, USER, USER | WRITE, USER | FETCH]
+                                  + ([] if fmt.is_ept else [IMPLICIT])))
     return Walker(memory, regs, fmt), access
 
 
@@ -99,8 +103,10 @@ def test_no_pair_is_smaller_than_a_proposed_three(question):
     flips = [*low, *register_flips(walker)]
     for i, one in enumerate(flips):
         for two in flips[:i]:
-            same = isinstance(one, EntryChange) and isinstance(two, EntryChange) and (one.gpa, one.level) == (two.gpa, two.level)
-            pair = (EntryChange(one.level, one.index, one.gpa, one.old, one.new ^ two.old ^ two.new),) if same else (one, two)
+            same = (isinstance(one, EntryChange) and isinstance(two, EntryChange)
+                    and (one.gpa, one.level) == (two.gpa, two.level))
+            pair = ((EntryChange(one.level, one.index, one.gpa, one.old, one.new ^ two.old ^ two.new),) if same
+                    else (one, two))
             assert arrives(walker, access, pair) not in goals, list(map(str, pair))
 
 
@@ -109,7 +115,8 @@ def test_a_story_is_told_in_full(name):
     walker, va, access = story(name)
     told = show_story(name)
     text = str(told)
-    assert isinstance(told.verdict, PageFault) and told.verdict.because in text and text.count('smallest change') == len(told.changes) > 0
+    assert (isinstance(told.verdict, PageFault) and told.verdict.because in text
+            and text.count('smallest change') == len(told.changes) > 0)
     assert [row[0] for row in told.rows()] == [4 - i for i in range(len(told.verdict.ptes))]
     bundle = told._repr_mimebundle_()
     assert bundle['text/plain'] == text and bundle['image/svg+xml'].startswith('<svg')

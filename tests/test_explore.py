@@ -50,7 +50,8 @@ def test_a_search_does_not_depend_on_the_order_of_hashes():
     code = ("from kvm_mmu_lit.review.frontier import explore_fast; from kvm_mmu_lit.review.explore import explore\n"
             "from kvm_mmu_lit.review.designs import design; from kvm_mmu_lit.review.histories import small_worlds\n"
             "print([search(small_worlds()[2], design('series'), depth=4) for search in (explore, explore_fast)])")
-    said = {subprocess.run([sys.executable, '-c', code], cwd=ROOT, env={**os.environ, 'PYTHONHASHSEED': seed}, capture_output=True, text=True, check=True).stdout
+    said = {subprocess.run([sys.executable, '-c', code], cwd=ROOT, env={**os.environ, 'PYTHONHASHSEED': seed},
+                           capture_output=True, text=True, check=True).stdout
             for seed in ('1', '2')}
     assert len(said) == 1 and 'shared root freed as one-off' in said.pop()
 
@@ -75,7 +76,8 @@ def test_freezing_and_thawing_loses_nothing(world, policy, choices):
 
 
 names = st.text(max_size=8)
-values = st.one_of(st.none(), st.booleans(), st.integers(), names, st.lists(names, max_size=3), st.dictionaries(names, st.integers(), max_size=3))
+values = st.one_of(st.none(), st.booleans(), st.integers(), names, st.lists(names, max_size=3),
+                   st.dictionaries(names, st.integers(), max_size=3))
 
 
 @settings(max_examples=200, deadline=None)
@@ -88,13 +90,16 @@ def test_a_damaged_history_is_read_or_refused_by_name(key, value):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.sampled_from(sorted(json.loads(counterexample_json(TINY, DESIGNS[0], Counterexample('x', '', ())))['world'])), values)
+@given(st.sampled_from(sorted(json.loads(counterexample_json(TINY, DESIGNS[0], Counterexample('x', '', ())))['world'])),
+       values)
 def test_a_damaged_world_is_read_or_refused_by_name(field, value):
     good = json.loads(counterexample_json(TINY, design('series'), Counterexample('wrong root', '', ('zap',))))
     text = json.dumps({**good, 'world': {**good['world'], field: value}})
     try: world = history_of(text, 'it.json')[0]
     except ValueError as why: assert str(why).startswith('it.json: world: ')
-    else: assert getattr(world, field) in (value, tuple(value) if isinstance(value, list) else value) or (field, value) == ('host', {})
+    else:
+        assert (getattr(world, field) in (value, tuple(value) if isinstance(value, list) else value)
+                or (field, value) == ('host', {}))
 
 
 @pytest.mark.parametrize('path', sorted(HISTORIES.glob('*.json')), ids=lambda path: path.stem)
@@ -113,5 +118,7 @@ def test_the_kept_histories_are_those_a_search_finds(tmp_path):
 
 
 def test_the_other_designs_leave_no_history(tmp_path):
-    over = [one for one in small_worlds() if one.name in ('shadow paging, 4-level VMX host', 'NPT, 4-level host', 'two vCPUs, shadow paging')]
-    assert write_histories(tmp_path, [verdict(design(name), over, explore_fast) for name in ('before', '6.1', 'role bit')]) == []
+    over = [one for one in small_worlds()
+            if one.name in ('shadow paging, 4-level VMX host', 'NPT, 4-level host', 'two vCPUs, shadow paging')]
+    assert write_histories(tmp_path,
+                           [verdict(design(name), over, explore_fast) for name in ('before', '6.1', 'role bit')]) == []

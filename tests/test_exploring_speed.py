@@ -2,7 +2,8 @@
 import pytest
 
 from kvm_mmu_lit.evidence.cache_model import promela, small_world
-from kvm_mmu_lit.evidence.exploring_speed import beside, compile_model, read_report, search_here, spin_missing, spin_search
+from kvm_mmu_lit.evidence.exploring_speed import (beside, compile_model, read_report, search_here, spin_missing,
+                                                  spin_search)
 from kvm_mmu_lit.mmu.root_role import svm_host
 from kvm_mmu_lit.review.designs import design
 from kvm_mmu_lit.review.explore import explore
@@ -10,14 +11,16 @@ from kvm_mmu_lit.review.histories import World
 
 needs_spin = pytest.mark.skipif(bool(spin_missing()), reason=spin_missing() or 'SPIN is here')
 SMALL = [small_world(l2, pointers, vcpus) for l2, pointers, vcpus in
-         [((), 1, 1), ((), 4, 1), ((), 3, 2), (('PAE',), 2, 1), (('4-level',), 2, 1), (('PAE', '4-level'), 2, 1), (('4-level', 'PAE'), 1, 2), (('PAE',), 1, 3)]]
+         [((), 1, 1), ((), 4, 1), ((), 3, 2), (('PAE',), 2, 1), (('4-level',), 2, 1), (('PAE', '4-level'), 2, 1),
+          (('4-level', 'PAE'), 1, 2), (('PAE',), 1, 3)]]
 
 
 @needs_spin
 @pytest.mark.parametrize('world', SMALL, ids=lambda world: world.name)
 def test_spin_reaches_as_many_states_by_as_many_events_in_as_many_steps(world):
     found = beside(world)
-    assert (found.ours.states, found.ours.events, found.ours.depth) == (found.theirs.states, found.theirs.events, found.theirs.depth)
+    assert (found.ours.states, found.ours.events,
+            found.ours.depth) == (found.theirs.states, found.theirs.events, found.theirs.depth)
     assert found.agrees and found.ours.states > 1
 
 
@@ -39,8 +42,9 @@ def broken(change, world):
 @pytest.mark.parametrize('change', [
     (':: v[i].root > SHARED -> v[i].root = 0', ':: v[i].root > SHARED -> v[i].zap = 0'),     # the per-vCPU root stays
     ('v[i].root = 0; v[i].pdptrs = ptr', 'v[i].pdptrs = ptr'),                               # other PDPTEs cost nothing
-    ('v[i].p2 = v[i].p1; v[i].p1 = v[i].p0; v[i].p0 = v[i].root; v[i].root = 0', 'v[i].p0 = v[i].root; v[i].root = 0'),   # a miss drops the newest
-    ('v[i].zap = 0', 'skip'),                                                                # the request is never served
+    # a miss drops the newest
+    ('v[i].p2 = v[i].p1; v[i].p1 = v[i].p0; v[i].p0 = v[i].root; v[i].root = 0', 'v[i].p0 = v[i].root; v[i].root = 0'),
+    ('v[i].zap = 0', 'skip'),  # the request is never served
 ], ids=['keeps', 'pdptes', 'miss', 'request'])
 def test_a_model_that_is_wrong_in_one_line_is_noticed(change, tmp_path, monkeypatch):
     world = small_world(('4-level', 'PAE'), 2, 1)
@@ -76,7 +80,10 @@ def test_a_world_the_model_does_not_know_is_refused(world):
 
 
 def test_a_report_is_read_in_both_forms():
-    head = 'State-vector 28 byte, depth reached 14, errors: 0\n   552287 states, stored\n  5522871 transitions (= stored+matched)\n'
-    for memory in ('   93.426\tmemory usage (Mbyte)\n', 'Stats on memory usage (in Megabytes):\n   25.2\tequivalent memory usage for states\n   93.426\ttotal actual memory usage\n'):
+    head = ('State-vector 28 byte, depth reached 14, errors: 0\n   552287 states, stored\n  5522871 transitions (= '
+            'stored+matched)\n')
+    for memory in ('   93.426\tmemory usage (Mbyte)\n',
+                   'Stats on memory usage (in Megabytes):\n   25.2\tequivalent memory usage for states\n   '
+                   '93.426\ttotal actual memory usage\n'):
         run = read_report(head + memory, 2.0)
         assert (run.states, run.events, run.depth, run.mib, run.rate) == (552287, 5522870, 14, 93.426, 552287 / 2)

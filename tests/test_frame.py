@@ -1,4 +1,5 @@
-"""The frame: which door opens which way, what an import costs, and whether everything that is made from the notebooks is in step with them."""
+"""The frame: which door opens which way, what an import costs, and whether everything that is made from the notebooks
+is in step with them."""
 import ast
 import configparser
 import json
@@ -21,11 +22,16 @@ from tools.site import pages
 
 PACKAGE = ROOT / 'kvm_mmu_lit'
 DOORS = {   # what a part may import besides the standard library and lower chapters of its own
-    'draw': set(), 'guest': {'draw'}, 'mmu': {'guest', 'draw'}, 'review': {'mmu', 'guest', 'draw'}, 'evidence': {'review', 'mmu', 'guest', 'draw'},
-    'lab': {'evidence', 'review', 'mmu', 'guest', 'draw'}, 'cli': {'cli_review', 'cli_run', 'lab', 'evidence', 'review', 'mmu', 'guest', 'draw'},
-    'cli_run': {'cli', 'review', 'mmu', 'guest', 'draw'}, 'cli_review': {'cli', 'evidence', 'review', 'mmu', 'guest', 'draw'},   # one command line in two chapters; each imports the other only when it runs
+    'draw': set(), 'guest': {'draw'}, 'mmu': {'guest', 'draw'}, 'review': {'mmu', 'guest', 'draw'},
+    'evidence': {'review', 'mmu', 'guest', 'draw'},
+    'lab': {'evidence', 'review', 'mmu', 'guest', 'draw'},
+    'cli': {'cli_review', 'cli_run', 'lab', 'evidence', 'review', 'mmu', 'guest', 'draw'},
+    # one command line in two chapters; each imports the other only when it runs
+    'cli_run': {'cli', 'review', 'mmu', 'guest', 'draw'},
+    'cli_review': {'cli', 'evidence', 'review', 'mmu', 'guest', 'draw'},
 }
 BOOK = all_notebooks()
+WIDTH = 120   # the site shows so much of a line of code without scrolling: tests/test_site.py
 CHAPTERS = [path for path in BOOK if path.name != 'index.ipynb']
 
 
@@ -68,15 +74,18 @@ def test_a_module_says_each_name_once(module):
 @pytest.mark.parametrize('module', chapter_order())
 def test_a_module_uses_what_it_imports(module):
     tree = ast.parse(ROOT.joinpath(*module.split('.')).with_suffix('.py').read_text())
-    bound = {(alias.asname or alias.name).split('.')[0] for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
+    bound = {(alias.asname or alias.name).split('.')[0] for node in tree.body
+             if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     types = [getattr(node, field, None) for node in ast.walk(tree) for field in ('annotation', 'returns')]
-    quoted = {word for one in types if one is not None for part in ast.walk(one) if isinstance(part, ast.Constant) for word in re.findall(r'\w+', str(part.value))}
+    quoted = {word for one in types if one is not None for part in ast.walk(one) if isinstance(part, ast.Constant)
+              for word in re.findall(r'\w+', str(part.value))}
     assert bound - names - quoted == set()
 
 
 def test_every_module_belongs_to_a_chapter():
-    found = {'.'.join(path.relative_to(ROOT).with_suffix('').parts) for path in export.modules() if path.name not in ('__init__.py', '_modidx.py')}
+    found = {'.'.join(path.relative_to(ROOT).with_suffix('').parts) for path in export.modules()
+             if path.name not in ('__init__.py', '_modidx.py')}
     assert found == set(chapter_order())
 
 
@@ -90,7 +99,8 @@ def test_a_module_imports_only_through_the_doors(module):
     assert closed_doors(module, ours(notebooks.absolute_imports(path)) - {module}) == []
 
 
-MODULES = [path for path in CHAPTERS if claims.module_of(json.loads(path.read_text())['cells'])]   # A case study has none: nothing imports it, and it may look everywhere
+# A case study has none: nothing imports it, and it may look everywhere
+MODULES = [path for path in CHAPTERS if claims.module_of(json.loads(path.read_text())['cells'])]
 
 
 def test_only_case_studies_have_no_module():
@@ -117,7 +127,8 @@ print(*sorted(set(sys.modules) - before))
 
 def new_modules(*names: str) -> set:
     "Top-level names of the modules that importing `names` brings; fails if that prints anything."
-    done = subprocess.run([sys.executable, '-W', 'error', '-c', NEW_MODULES, *names], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-W', 'error', '-c', NEW_MODULES, *names], cwd=ROOT, capture_output=True,
+                          text=True)
     assert done.returncode == 0 and done.stderr == '', done.stderr
     assert done.stdout.count('\n') == 1, f'the import prints {done.stdout.splitlines()[:-1]}'
     return {name.partition('.')[0] for name in done.stdout.split()}
@@ -127,7 +138,8 @@ def test_import_is_silent_and_loads_only_the_standard_library():
     assert new_modules('kvm_mmu_lit') - sys.stdlib_module_names == {'kvm_mmu_lit'}
 
 
-@pytest.mark.parametrize('module', [module for module, (part, _) in chapter_order().items() if part in ('draw', 'guest')])
+@pytest.mark.parametrize('module',
+                         [module for module, (part, _) in chapter_order().items() if part in ('draw', 'guest')])
 def test_guest_and_draw_load_no_third_party_module(module):
     assert new_modules(module) - sys.stdlib_module_names == {'kvm_mmu_lit'}
 
@@ -141,7 +153,8 @@ def test_what_an_import_costs(measured):
     times = [[once(code) for code in statements] for _ in range(7)]
     bare, package, walk = (min(column) * 1000 for column in zip(*times))
     assert bare > 0
-    measured(f'import kvm_mmu_lit: {package - bare:.1f} ms over bare Python ({bare:.1f} ms); kvm_mmu_lit.guest.walk: {walk - bare:.1f} ms; least of {len(times)}')
+    measured(f'import kvm_mmu_lit: {package - bare:.1f} ms over bare Python ({bare:.1f} ms); kvm_mmu_lit.guest.walk: '
+             f'{walk - bare:.1f} ms; least of {len(times)}')
 
 
 # One description each
@@ -168,7 +181,8 @@ def test_a_part_stands_together_on_the_site():
     assert len([part for part, before in zip(parts, [object(), *parts]) if part != before]) == len(set(parts))
 
 
-@pytest.mark.parametrize('target', ['book', 'test', 'lab', 'site', 'serve', 'bench', 'env', 'export', 'execute', 'claims', 'readme', 'sync', 'check', 'clean'])
+@pytest.mark.parametrize('target', ['book', 'test', 'lab', 'site', 'serve', 'bench', 'env', 'export', 'execute',
+                                    'claims', 'readme', 'sync', 'check', 'clean'])
 def test_make_knows(target):
     done = subprocess.run(['make', '-n', target], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout, done.stderr
@@ -177,7 +191,8 @@ def test_make_knows(target):
 def shell(line: str) -> subprocess.CompletedProcess:
     "Run a line as a reader would, with this environment's programs."
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return subprocess.run(['sh', '-c', line], cwd=ROOT, capture_output=True, text=True, env={**os.environ, 'PATH': path})
+    return subprocess.run(['sh', '-c', line], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, 'PATH': path})
 
 
 def test_make_book_ends_with_a_real_guest():
@@ -194,7 +209,8 @@ def test_make_book_ends_with_a_real_guest():
 @pytest.mark.parametrize('line', re.findall(r'^kvm-mmu [^#\n]+', (ROOT / 'README.md').read_text(), re.M))
 def test_a_command_of_the_readme_runs(line):
     done = shell(line)
-    assert done.returncode in ((0,) if ' check ' in line else (0, 1)) and done.stdout and not done.stderr.startswith('Traceback'), done.stdout + done.stderr
+    assert (done.returncode in ((0,) if ' check ' in line else (0, 1)) and done.stdout
+            and not done.stderr.startswith('Traceback')), done.stdout + done.stderr
     assert 'not present' not in done.stdout, 'the example asks for an address this guest does not map'
 
 
@@ -204,20 +220,25 @@ def test_a_command_of_the_readme_runs(line):
 def copy(tmp_path_factory):
     "The tree without what git ignores, to export and to clean in."
     tree = tmp_path_factory.mktemp('tree')
-    for folder in ('nbs', 'kvm_mmu_lit', 'tools'): shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns('__pycache__', '.*'))
-    for file in ('settings.ini', 'pyproject.toml', 'setup.py', 'README.md', '_quarto.yml'): shutil.copy(ROOT / file, tree)
+    for folder in ('nbs', 'kvm_mmu_lit', 'tools'):
+        shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns('__pycache__', '.*'))
+    for file in ('settings.ini', 'pyproject.toml', 'setup.py', 'README.md', '_quarto.yml'):
+        shutil.copy(ROOT / file, tree)
     return tree
 
 
 def differences(tree: Path, folder: str, suffix: str) -> list:
     "Files of a folder that are not byte for byte the same in the copy."
-    def found(root): return {path.relative_to(root): path.read_bytes() for path in (root / folder).rglob('*' + suffix) if not re.search(r'/[._]{1,2}(ipynb|pycache)', str(path))}
+    def found(root):
+        return {path.relative_to(root): path.read_bytes() for path in (root / folder).rglob('*' + suffix)
+                if not re.search(r'/[._]{1,2}(ipynb|pycache)', str(path))}
     here, there = found(ROOT), found(tree)
     return sorted(str(path) for path in here.keys() | there.keys() if here.get(path) != there.get(path))
 
 
 def run_in(tree: Path, *command):
-    done = subprocess.run([str(part) for part in command], cwd=tree, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(tree)})
+    done = subprocess.run([str(part) for part in command], cwd=tree, capture_output=True, text=True,
+                          env={**os.environ, 'PYTHONPATH': str(tree)})
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -239,7 +260,8 @@ def test_what_is_extracted_is_in_step(tool):
 
 def test_a_stale_claim_is_noticed(tmp_path):
     tree = tmp_path / 'tree'
-    for folder in ('nbs', 'tools', 'tests/claims'): shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns('__pycache__', '.*'))
+    for folder in ('nbs', 'tools', 'tests/claims'):
+        shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns('__pycache__', '.*'))
     stale = sorted((tree / 'tests' / 'claims').glob('test_*.py'))[0]
     stale.write_text(stale.read_text().replace('assert', 'assert not', 1))
     done = subprocess.run([sys.executable, 'tools/claims.py', '--check'], cwd=tree, capture_output=True, text=True)
@@ -273,7 +295,15 @@ def test_no_output_is_an_error(path):
 
 @per_notebook(BOOK)
 def test_a_directive_stands_in_code_only(path):
-    assert [cell['id'] for cell in read(path) if cell['cell_type'] == 'markdown' and source(cell).startswith('#|')] == []
+    assert ([cell['id'] for cell in read(path) if cell['cell_type'] == 'markdown' and source(cell).startswith('#|')]
+            == [])
+
+
+@per_notebook(BOOK)
+def test_a_line_of_code_fits_the_page(path):
+    for cell in read(path):
+        lines = [line for line in source(cell).splitlines() if not line.startswith('#|')]
+        assert cell['cell_type'] != 'code' or max(map(len, lines), default=0) <= WIDTH, cell['id']
 
 
 @per_notebook(BOOK)
@@ -293,7 +323,8 @@ def test_a_case_study_opens_with_its_question_and_the_answer_in_brief(path):
 def test_a_chapter_opens_with_its_question_and_the_answer_in_brief(path):
     first, title = read(path)[:2]
     assert re.fullmatch(r'#\| *default_exp +[\w.]+', source(first).strip()), 'the first cell says which module this is'
-    assert title['cell_type'] == 'markdown' and re.fullmatch(r'# .+\n\n> .+\?\s*', source(title)), 'then comes "# Title", and "> A question?"'
+    assert (title['cell_type'] == 'markdown'
+            and re.fullmatch(r'# .+\n\n> .+\?\s*', source(title))), 'then comes "# Title", and "> A question?"'
     module = notebooks.module_file(claims.module_of([first]))
     question, _, answer = ast.get_docstring(ast.parse(module.read_text())).partition('\n\n')
     assert question == source(title).partition('> ')[2].strip()
@@ -308,7 +339,8 @@ def test_a_chapter_claims_something(path):
 
 @pytest.mark.parametrize('path', sorted(claims.CLAIMS.glob('*.py')), ids=lambda path: path.stem)
 def test_a_claims_module_asserts(path):
-    tests = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef) and node.name.startswith('test_')]
+    tests = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)
+             and node.name.startswith('test_')]
     assert tests
     for test in tests: assert any(isinstance(node, (ast.Assert, ast.With)) for node in ast.walk(test)), test.name
 
@@ -334,9 +366,11 @@ def execute(book: Path, *arguments) -> tuple:
 def written(cells: list, path: Path) -> Path:
     "A notebook of code cells, each with an old output."
     old = {'output_type': 'stream', 'name': 'stdout', 'text': ['old\n']}
-    nb = {'cells': [{'cell_type': 'code', 'id': f'cell{i}', 'metadata': {}, 'execution_count': None, 'outputs': [old], 'source': text.splitlines(True)}
+    nb = {'cells': [{'cell_type': 'code', 'id': f'cell{i}', 'metadata': {}, 'execution_count': None, 'outputs': [old],
+                     'source': text.splitlines(True)}
                     for i, text in enumerate(cells)],
-          'metadata': {'kernelspec': {'display_name': 'python3', 'language': 'python', 'name': 'python3'}}, 'nbformat': 4, 'nbformat_minor': 5}
+          'metadata': {'kernelspec': {'display_name': 'python3', 'language': 'python', 'name': 'python3'}},
+          'nbformat': 4, 'nbformat_minor': 5}
     path.write_text(json.dumps(nb))
     return path
 
@@ -344,7 +378,8 @@ def written(cells: list, path: Path) -> Path:
 @pytest.mark.parametrize('cells, said', [
     (['x = 1', 'x / 0'], r'cell cell1: ZeroDivisionError: division by zero'),
     (['x = )'], r'cell cell0: SyntaxError'),
-    (['class Bad:\n    def _repr_mimebundle_(self, include=None, exclude=None): raise ValueError("no picture")', 'Bad()'],
+    (['class Bad:\n    def _repr_mimebundle_(self, include=None, exclude=None): raise ValueError("no picture")',
+      'Bad()'],
      r'cell cell1: an object cannot be shown[\s\S]*no picture'),
     (['object()'], r"cell cell0: an output holds an object's address"),
     (['import os; os._exit(3)'], r'ended with 3'),
@@ -384,9 +419,11 @@ def run(*command, cwd) -> str:
 def wheel(tmp_path_factory):
     "The wheel, built from a copy so that no earlier build is packed with it."
     tree, out = tmp_path_factory.mktemp('source'), tmp_path_factory.mktemp('wheel')
-    for file in ('settings.ini', 'setup.py', 'pyproject.toml', 'MANIFEST.in', 'README.md', 'LICENSE'): shutil.copy(ROOT / file, tree)
+    for file in ('settings.ini', 'setup.py', 'pyproject.toml', 'MANIFEST.in', 'README.md', 'LICENSE'):
+        shutil.copy(ROOT / file, tree)
     shutil.copytree(PACKAGE, tree / 'kvm_mmu_lit', ignore=shutil.ignore_patterns('__pycache__'))
-    run(sys.executable, '-m', 'pip', 'wheel', '-q', '--disable-pip-version-check', '--no-deps', '--no-build-isolation', '-w', out, tree, cwd=out)
+    run(sys.executable, '-m', 'pip', 'wheel', '-q', '--disable-pip-version-check', '--no-deps', '--no-build-isolation',
+        '-w', out, tree, cwd=out)
     return next(out.glob('*.whl'))
 
 
@@ -396,14 +433,16 @@ def clean_python(wheel, tmp_path_factory):
     home = tmp_path_factory.mktemp('clean')
     venv.create(home, with_pip=False)
     python = home / 'bin' / 'python'
-    run(sys.executable, '-m', 'pip', '--python', python, 'install', '-q', '--disable-pip-version-check', '--no-deps', '--no-index', wheel, cwd=home)
+    run(sys.executable, '-m', 'pip', '--python', python, 'install', '-q', '--disable-pip-version-check', '--no-deps',
+        '--no-index', wheel, cwd=home)
     return python
 
 
 def test_the_wheel_holds_every_module_and_the_command(wheel):
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if name.endswith('.py')}
-        entry_points = next(archive.read(name).decode() for name in archive.namelist() if name.endswith('entry_points.txt'))
+        entry_points = next(archive.read(name).decode() for name in archive.namelist()
+                            if name.endswith('entry_points.txt'))
     assert packed == {path.relative_to(ROOT).as_posix() for path in export.modules()}
     assert 'kvm-mmu = kvm_mmu_lit.cli:main' in entry_points
 
@@ -421,4 +460,5 @@ def test_the_installed_command_walks_a_guest(clean_python, tmp_path):
     assert 'walk' in run(command, '--help', cwd=tmp_path)
     where = run(clean_python, '-c', 'import kvm_mmu_lit; print(kvm_mmu_lit.__file__)', cwd=tmp_path)
     assert str(site) in where
-    assert '0xffff_ffff_92c0_0000 -> 0x8e0_0000' in run(command, 'walk', image, '0xffffffff92c00000', '--supervisor', cwd=tmp_path)
+    assert '0xffff_ffff_92c0_0000 -> 0x8e0_0000' in run(command, 'walk', image, '0xffffffff92c00000', '--supervisor',
+                                                        cwd=tmp_path)

@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from kvm_mmu_lit.guest.addresses import FORMATS, PAE, PTE32, page_size
-from kvm_mmu_lit.guest.gpte import (PT_USER, PT_WRITABLE, Acc, describe_gpte, draw_gpte, flags_text, gpte_access, gpte_fields, gpte_to_gfn,
+from kvm_mmu_lit.guest.gpte import (PT_USER, PT_WRITABLE, Acc, describe_gpte, draw_gpte, flags_text, gpte_access,
+                                    gpte_fields, gpte_to_gfn,
     is_last_gpte, is_present_gpte, make_gpte, map_page, max_leaf_level)
 from kvm_mmu_lit.guest.memory import ram, read_gpa
 
@@ -42,7 +43,8 @@ def test_flags_are_what_the_readers_see(place, word, pse):
         rights = gpte_access(gpte, fmt)
         assert ('W' in flags) == bool(rights & Acc.WRITE)
         assert ('R' if fmt.is_ept else 'U') in flags or not rights & Acc.USER
-        if is_present_gpte(gpte, fmt): assert bool(rights & Acc.EXEC) == ('X' in flags if fmt.is_ept else 'NX' not in flags)
+        if is_present_gpte(gpte, fmt):
+            assert bool(rights & Acc.EXEC) == ('X' in flags if fmt.is_ept else 'NX' not in flags)
     if 1 < level <= max_leaf_level(fmt): assert ('PS' in flags) == is_last_gpte(gpte, level, fmt, pse)
 
 

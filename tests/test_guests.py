@@ -52,7 +52,8 @@ def test_every_row_of_a_recorded_guest_agrees(folder):
     if meta['cpl'] == 3: assert rows['probe.txt.xz ACCESS'] == checks['accesses of the process: agreeing']
     assert rows['image.npz'] == meta['table_pages']
     if meta['paging_mode'] != '5level': assert rows['info-mem.txt.xz'] == checks['info mem: ranges']
-    else: assert rows['info-mem-57.txt.xz'] > checks['info mem (per PML5 entry): ranges']   # and a line for each PML5 entry
+    # and a line for each PML5 entry
+    else: assert rows['info-mem-57.txt.xz'] > checks['info mem (per PML5 entry): ranges']
 
 
 def test_progress_counts_up_to_all_rows():
@@ -108,15 +109,28 @@ def last_digit(number):
 
 
 TEXT = {
-    'tlb.txt.xz': [drop(0), drop(-1), drop(100), twice(5), swap(7), line(3, b' 4K ', b' 2M '), line(0, b'DA', b'-A'), line(50, b'U', b'-'), line(9, b'0 ', b'1 '), lambda data: b'', lambda data: data[:-9], lambda data: data + b'zz\n'],
-    'info-tlb.txt.xz': [drop(0), drop(-1), twice(-1), swap(20), line(0, b'W', b'-'), line(-1, b'W', b'-'), line(-1, b': 8', b': 0'), lambda data: b''],
-    'info-mem.txt.xz': [drop(0), drop(-1), twice(3), swap(3), line(0, b'urw', b'ur-'), line(2, b'000-', b'001-'), line(4, b' 0000', b' 0001'), lambda data: b''],
-    'gva2gpa.txt.xz': [drop(0), drop(-1), twice(3), swap(4), last_digit(0), first(b'0', b'unmapped', b'0000000000001000'), lambda data: b'', line(0, b'0000', b'1000')],
-    'probe.txt.xz': [first(b'PAGEMAP', b'present', b'none'), first(b'PAGEMAP', b'none 0', b'none 5'), first(b'PAGEMAP', b'none 0', b'present 77'), first(b'ACCESS', b'r!x', b'rwx'), first(b'ACCESS', b'rwx', b'r!x'),
-                     first(b'ACCESS', b'!!!', b'r!!'), first(b'CPUID', b'36', b'37'), first(b'UNAME', b'6.1', b'6.2'), first(b'REGION', b'anon-rw', b'anon rw'), first(b'REGION', b' 40000 rw-', b' 40000 r--'),
-                     first(b'MAPS', b'rw-p', b'r--p'), first(b'MAPS', b'-0804', b'-0704'), twice(-1), first(b'ACCESS', b'ACCESS', b'ACESS'), drop(-1), lambda data: b''],
-    'info-registers.txt': [first(b'CR0', b'CR0=8', b'CR0=9'), first(b'CR0', b' CR3=0', b' CR3=1'), first(b'CR0', b'ef0', b'ef1'), first(b'EFER', b'8', b'9'), first(b'EIP', b'CPL=3', b'CPL=0'), first(b'EIP', b'EFL=00000', b'EFL=00008'),
-                           first(b'EIP', b'EIP=0', b'EIP=f'), first(b'CS', b'=0073', b'=0070'), first(b'GDT', b'ff', b'ef'), first(b'IDT', b'ff', b'ef'), lambda data: b'', lambda data: b'CPU#0\n'],
+    'tlb.txt.xz': [drop(0), drop(-1), drop(100), twice(5), swap(7), line(3, b' 4K ', b' 2M '), line(0, b'DA', b'-A'),
+                   line(50, b'U', b'-'), line(9, b'0 ', b'1 '), lambda data: b'', lambda data: data[:-9],
+                   lambda data: data + b'zz\n'],
+    'info-tlb.txt.xz': [drop(0), drop(-1), twice(-1), swap(20), line(0, b'W', b'-'), line(-1, b'W', b'-'),
+                        line(-1, b': 8', b': 0'), lambda data: b''],
+    'info-mem.txt.xz': [drop(0), drop(-1), twice(3), swap(3), line(0, b'urw', b'ur-'), line(2, b'000-', b'001-'),
+                        line(4, b' 0000', b' 0001'), lambda data: b''],
+    'gva2gpa.txt.xz': [drop(0), drop(-1), twice(3), swap(4), last_digit(0),
+                       first(b'0', b'unmapped', b'0000000000001000'), lambda data: b'', line(0, b'0000', b'1000')],
+    'probe.txt.xz': [first(b'PAGEMAP', b'present', b'none'), first(b'PAGEMAP', b'none 0', b'none 5'),
+                     first(b'PAGEMAP', b'none 0', b'present 77'), first(b'ACCESS', b'r!x', b'rwx'),
+                     first(b'ACCESS', b'rwx', b'r!x'),
+                     first(b'ACCESS', b'!!!', b'r!!'), first(b'CPUID', b'36', b'37'), first(b'UNAME', b'6.1', b'6.2'),
+                     first(b'REGION', b'anon-rw', b'anon rw'), first(b'REGION', b' 40000 rw-', b' 40000 r--'),
+                     first(b'MAPS', b'rw-p', b'r--p'), first(b'MAPS', b'-0804', b'-0704'), twice(-1),
+                     first(b'ACCESS', b'ACCESS', b'ACESS'), drop(-1), lambda data: b''],
+    'info-registers.txt': [first(b'CR0', b'CR0=8', b'CR0=9'), first(b'CR0', b' CR3=0', b' CR3=1'),
+                           first(b'CR0', b'ef0', b'ef1'), first(b'EFER', b'8', b'9'), first(b'EIP', b'CPL=3', b'CPL=0'),
+                           first(b'EIP', b'EFL=00000', b'EFL=00008'),
+                           first(b'EIP', b'EIP=0', b'EIP=f'), first(b'CS', b'=0073', b'=0070'),
+                           first(b'GDT', b'ff', b'ef'), first(b'IDT', b'ff', b'ef'), lambda data: b'',
+                           lambda data: b'CPU#0\n'],
 }
 
 
@@ -124,10 +138,12 @@ TEXT = {
 def test_a_changed_truth_file_is_noticed(tmp_path, name):
     for i, change in enumerate(TEXT[name]):
         said = verdict(changed_copy(tmp_path / str(i), SMALL, name, change))
-        assert name in said and not said.startswith('agrees') or 'checks' in said or 'meta.json' in said, f"change {i} of {name}: {said}"
+        assert (name in said and not said.startswith('agrees') or 'checks' in said
+                or 'meta.json' in said), f"change {i} of {name}: {said}"
 
 
-FIVE = [drop(0), drop(-1), first(b'pml5e 511', b'67', b'65'), first(b'pml5e', b'pml5e 0', b'pml5e 2'), twice(5), line(3, b'u', b'-'), lines(lambda all_lines: all_lines.insert(0, all_lines.pop(1)))]
+FIVE = [drop(0), drop(-1), first(b'pml5e 511', b'67', b'65'), first(b'pml5e', b'pml5e 0', b'pml5e 2'), twice(5),
+        line(3, b'u', b'-'), lines(lambda all_lines: all_lines.insert(0, all_lines.pop(1)))]
 
 
 def test_a_changed_five_level_range_is_noticed(tmp_path):
@@ -161,9 +177,11 @@ def entry_bit(bit, present_leaf=True):
 
 
 PAGES = [entry_bit(bit) for bit in (0, 1, 2, 3, 4, 5, 6, 8, 12, 20, 33, 51, 63)] + [
-    repacked(lambda gfn, pages: (gfn[1:], pages[1:])), repacked(lambda gfn, pages: (gfn[:-1], pages[:-1])), repacked(lambda gfn, pages: (gfn + np.uint64(1), pages)),
+    repacked(lambda gfn, pages: (gfn[1:], pages[1:])), repacked(lambda gfn, pages: (gfn[:-1], pages[:-1])),
+    repacked(lambda gfn, pages: (gfn + np.uint64(1), pages)),
     repacked(lambda gfn, pages: (np.append(gfn, gfn[-1] + np.uint64(1)), np.append(pages, pages[:1], axis=0))),
-    repacked(lambda gfn, pages: (gfn, pages[::-1])), repacked(lambda gfn, pages: (gfn[::-1], pages)), lambda data: data[:-100], lambda data: data[:2000] + b'\xff' + data[2001:]]
+    repacked(lambda gfn, pages: (gfn, pages[::-1])), repacked(lambda gfn, pages: (gfn[::-1], pages)),
+    lambda data: data[:-100], lambda data: data[:2000] + b'\xff' + data[2001:]]
 
 
 def test_a_changed_table_is_noticed(tmp_path):
@@ -186,13 +204,26 @@ def edited(*path, value):
 def more(number): return number + 1
 
 
-META = [edited('cr0', value=0x80040033), edited('cr0', value=0x11), edited('cr3', value=lambda cr3: cr3 ^ 0x20), edited('cr3', value=lambda cr3: cr3 + 4096), edited('cr4', value=lambda cr4: cr4 ^ (1 << 20)),
-        edited('cr4', value=lambda cr4: cr4 ^ (1 << 5)), edited('efer', value=0), edited('hex', 'cr4', value='0x0'), edited('maxphyaddr', value=37), edited('maxphyaddr', value=20), edited('cpl', value=0), edited('pkru', value='0x1'),
-        edited('paging_mode', value='4level'), edited('format', value=2), edited('stopped_in', value='kernel mode'), edited('table_pages', value=more), edited('table_pages_by_level', '1', value=more), edited('mappings', value=more),
-        edited('mappings_by_size', '2M', value=more), edited('pdptes', value=lambda pdptes: pdptes[:3]), edited('pdptes', value=lambda pdptes: ['0x1', *pdptes[1:]]), edited('ram_segments', value=[['0x0', '0x1000']]), edited('ram_segments', value=7),
-        edited('guest_memory', value='257M'), edited('guest_memory', value=None), edited('kernel_command_line', value='quiet'), edited('kernel_package', value='linux-image-6.2'), edited('accelerator', value='kvm'),
-        edited('checks', 'info tlb: lines', value=more), edited('checks', 'info mem: ranges', value=more), edited('checks', 'gva2gpa: of these unmapped', value=more), edited('checks', 'all good', value=False), edited('checks', 'problems', value=['one']),
-        edited('checks', value=[]), edited('cpu_flags', value=[]), edited('cpu_flags', value='nx'), edited('linear_address_bits_cpuid', value=48), edited('cr0', value='0x80050033'), edited('cr0', value=True), edited('cr4', value=None), lambda data: b'[]', lambda data: data[:-2]]
+META = [edited('cr0', value=0x80040033), edited('cr0', value=0x11), edited('cr3', value=lambda cr3: cr3 ^ 0x20),
+        edited('cr3', value=lambda cr3: cr3 + 4096), edited('cr4', value=lambda cr4: cr4 ^ (1 << 20)),
+        edited('cr4', value=lambda cr4: cr4 ^ (1 << 5)), edited('efer', value=0), edited('hex', 'cr4', value='0x0'),
+        edited('maxphyaddr', value=37), edited('maxphyaddr', value=20), edited('cpl', value=0),
+        edited('pkru', value='0x1'),
+        edited('paging_mode', value='4level'), edited('format', value=2), edited('stopped_in', value='kernel mode'),
+        edited('table_pages', value=more), edited('table_pages_by_level', '1', value=more),
+        edited('mappings', value=more),
+        edited('mappings_by_size', '2M', value=more), edited('pdptes', value=lambda pdptes: pdptes[:3]),
+        edited('pdptes', value=lambda pdptes: ['0x1', *pdptes[1:]]), edited('ram_segments', value=[['0x0', '0x1000']]),
+        edited('ram_segments', value=7),
+        edited('guest_memory', value='257M'), edited('guest_memory', value=None),
+        edited('kernel_command_line', value='quiet'), edited('kernel_package', value='linux-image-6.2'),
+        edited('accelerator', value='kvm'),
+        edited('checks', 'info tlb: lines', value=more), edited('checks', 'info mem: ranges', value=more),
+        edited('checks', 'gva2gpa: of these unmapped', value=more), edited('checks', 'all good', value=False),
+        edited('checks', 'problems', value=['one']),
+        edited('checks', value=[]), edited('cpu_flags', value=[]), edited('cpu_flags', value='nx'),
+        edited('linear_address_bits_cpuid', value=48), edited('cr0', value='0x80050033'), edited('cr0', value=True),
+        edited('cr4', value=None), lambda data: b'[]', lambda data: data[:-2]]
 
 
 def test_a_changed_description_is_noticed(tmp_path):
@@ -227,7 +258,12 @@ def test_a_small_file_that_unpacks_to_very_much_is_refused_early(tmp_path):
         for _ in unpacked(bomb): pass
 
 
-@pytest.mark.parametrize('data, rule', [(b'', 'middle of the xz'), (b'plain text' * 9, 'cannot be read'), (lzma.compress(b'x' * (MAX_LINE + 1)), 'longer than'), (lzma.compress(b'a\n') + b'more', 'after the end'), (lzma.compress(b'a\n' * 70_000) + bytes(1 << 16), 'after the end'), (lzma.compress(b'a\n')[:-4], 'middle of the xz')], ids=['empty', 'text', 'long line', 'more', 'much more', 'cut'])
+@pytest.mark.parametrize('data, rule', [(b'', 'middle of the xz'), (b'plain text' * 9, 'cannot be read'),
+                                        (lzma.compress(b'x' * (MAX_LINE + 1)), 'longer than'),
+                                        (lzma.compress(b'a\n') + b'more', 'after the end'),
+                                        (lzma.compress(b'a\n' * 70_000) + bytes(1 << 16), 'after the end'),
+                                        (lzma.compress(b'a\n')[:-4], 'middle of the xz')],
+                         ids=['empty', 'text', 'long line', 'more', 'much more', 'cut'])
 def test_a_truth_file_that_is_no_xz_says_so(tmp_path, data, rule):
     (tmp_path / 'a.xz').write_bytes(data)
     with pytest.raises(EvidenceError, match=rule): list(truth_lines(tmp_path / 'a.xz'))
@@ -238,7 +274,8 @@ def test_a_map_without_end_is_refused_before_it_is_listed(tmp_path):
     folder = changed_copy(tmp_path, 'linux-4level', 'image.npz', repacked(lambda gfn, pages: (gfn[:1], pages[:1])))
     meta = json.loads((folder / 'meta.json').read_text())
     root = meta['cr3'] >> 12
-    np.savez_compressed(folder / 'image.npz', gfn=np.array([root], '<u8'), pages=np.full(512, root << 12 | 0x67, '<u8').view('u1').reshape(1, 4096))
+    np.savez_compressed(folder / 'image.npz', gfn=np.array([root], '<u8'),
+                        pages=np.full(512, root << 12 | 0x67, '<u8').view('u1').reshape(1, 4096))
     with pytest.raises(EvidenceError, match='map 68,719,476,736 pages; at most 16,777,216'): load_guest(folder)
 
 
@@ -285,4 +322,5 @@ def test_a_core_gives_the_map_the_monitor_saw(tmp_path, name, paging):
     for text in (DATA / f'cores/{name}-gva2gpa.txt').read_text().split('\n')[:-1]:
         va, answer = text.split(' ', 1)
         found = image.walker().walk(int(va, 16) & (1 << 64 if name == 'long' else 1 << 32) - 1)
-        assert answer == (f"gpa: {found.gpa:#x}".replace('0x0', '0') if isinstance(found, GuestWalk) else 'Unmapped'), text
+        assert answer == (f"gpa: {found.gpa:#x}".replace('0x0', '0') if isinstance(found, GuestWalk)
+                          else 'Unmapped'), text

@@ -29,7 +29,8 @@ HOSTS = {'shadow': svm_host(4, npt=False), 'npt': svm_host(4), 'ept': vmx_host()
 def guest(host, host_level=1):
     memory, (cr0, cr4, efer) = ram((0, 1 << 22)), map(int, MODES['4-level'])
     tables = list(range(2, 30))
-    for i in range(PAGES): map_page(memory, 0x1000, FORMATS['4level'], PAGE + 0x1000 * i, FRAME + i << 12, tables, 0x67, 0x27)
+    for i in range(PAGES):
+        map_page(memory, 0x1000, FORMATS['4level'], PAGE + 0x1000 * i, FRAME + i << 12, tables, 0x67, 0x27)
     vm = Vm(host, memory, prefetch=False, host_levels={0: host_level})
     for _ in range(2):
         vcpu = new_vcpu(vm, cr0=cr0, cr3=0x1000, cr4=cr4, efer=efer)
@@ -52,7 +53,9 @@ def writable_leaves(vm, start, end):
     found = []
     for sp in vm.pages.values():
         for spte in sp.sptes.values():
-            if not is_present(spte) or is_mmio(vm.masks, spte) or not is_last(spte, sp.role.level) or not is_writable(spte): continue
+            if (not is_present(spte) or is_mmio(vm.masks, spte) or not is_last(spte, sp.role.level)
+                    or not is_writable(spte)):
+                continue
             first, size = spte_pfn(spte), 1 << 9 * (sp.role.level - 1)
             if any(first & -size <= pfn < (first & -size) + size for pfn in frames): found.append((sp, spte))
     return found
@@ -63,7 +66,8 @@ acts = st.one_of(
     st.tuples(st.just('write'), st.integers(0, 1), pages, st.integers(0, 255)),
     st.tuples(st.just('write'), st.integers(0, 1), pages, st.integers(0, 255)),
     st.tuples(st.just('read'), st.integers(0, 1), pages),
-    st.tuples(st.just('age'), pages), st.tuples(st.just('move'), pages, st.integers(1, 3)), st.tuples(st.just('merge'), pages),
+    st.tuples(st.just('age'), pages), st.tuples(st.just('move'), pages, st.integers(1, 3)),
+    st.tuples(st.just('merge'), pages),
     st.just(('get',)), st.just(('nx',)), st.just(('split',)), st.just(('restart',)), st.just(('limit',)))
 
 
@@ -81,7 +85,8 @@ def test_a_copy_made_from_the_log_equals_the_memory(name, host_level, story, ear
 
     for what, *args in story:
         if what in ('read', 'write'):
-            assert use(vm.vcpus[args[0]], args[1], WRITE if what == 'write' else 0) == host_frame(vm, FRAME + args[1])[0]
+            assert (use(vm.vcpus[args[0]], args[1], WRITE if what == 'write' else 0)
+                    == host_frame(vm, FRAME + args[1])[0])
             if what == 'write': vm.memory.slot(0).page(FRAME + args[1])[7] = args[2]
         elif what == 'age': age(vm, FRAME + args[0], FRAME + args[0] + 2)
         elif what == 'move': unmap_range(vm, FRAME + args[0], FRAME + args[0] + args[1])
@@ -123,7 +128,8 @@ def test_a_young_page_is_one_used_since_it_was_aged(name):
     use(vm.vcpus[0], 1, 0)
     young = [is_young(vm, FRAME + i, FRAME + i + 1) for i in range(PAGES)]
     assert young == [False, True] + [False] * (PAGES - 2)
-    assert age(vm, FRAME, FRAME + PAGES) and not is_young(vm, FRAME, FRAME + PAGES) and not age(vm, FRAME, FRAME + PAGES)
+    assert (age(vm, FRAME, FRAME + PAGES) and not is_young(vm, FRAME, FRAME + PAGES)
+            and not age(vm, FRAME, FRAME + PAGES))
 
 
 @pytest.mark.parametrize('name', sorted(HOSTS))
@@ -152,7 +158,8 @@ def test_slots_come_and_go_like_disjoint_ranges(wanted):
             held[base] = npages
         assert vm.generation == before + 1
     assert {(s.base_gfn, s.npages) for s in vm.memory.slots} == {(0, 1024), *held.items()}
-    assert all((vm.memory.words(8)[gfn] is not None) == any(b <= gfn < b + n for b, n in held.items()) for gfn in range(0x400, 0x450))
+    assert all((vm.memory.words(8)[gfn] is not None) == any(b <= gfn < b + n for b, n in held.items())
+               for gfn in range(0x400, 0x450))
 
 
 def test_the_lists_are_read_the_same_way_whichever_is_shorter():
@@ -217,7 +224,8 @@ def test_large_pages_of_l2_are_split_through_one_direct_table():
     leaves = list(entries_of(vm, 0x200, 0x400))
     assert len(leaves) == 512 and {index for _, index in leaves} == set(range(512))
     child, = {sp.spt: sp for sp, _ in leaves}.values()
-    assert (child.role.level, child.role.direct, child.role.guest_mode, child.gfn, len(child.parents)) == (1, 1, 1, 0x200, 2)
+    assert (child.role.level, child.role.direct, child.role.guest_mode, child.gfn,
+            len(child.parents)) == (1, 1, 1, 0x200, 2)
     assert [processor_access(vcpu, at, WRITE, mark=False).hpa for at in where] == before
 
 
@@ -227,7 +235,8 @@ def test_the_log_counts_writes_of_l2_in_small_pages_after_a_split():
     split_huge_pages(vm, 0)
     start_dirty_log(vm, 0)
     assert not [gfn for gfn in get_dirty_log(vm, 0) if gfn >= 0x200]
-    assert access(vcpu, LARGE + 0x3000, WRITE, 9).what == 'done' and access(vcpu, 2 * LARGE + 0x5000, WRITE, 9).what == 'done'
+    assert (access(vcpu, LARGE + 0x3000, WRITE, 9).what == 'done' and access(vcpu, 2 * LARGE + 0x5000, WRITE, 9).what
+            == 'done')
     assert access(vcpu, LARGE + 0x4000, 0).what == 'done'
     assert {gfn for gfn in get_dirty_log(vm, 0) if gfn >= 0x200} == {0x203, 0x205}
     stop_dirty_log(vm, 0)

@@ -15,7 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from kvm_mmu_lit.evidence.dumps import elf_notes, load, load_elf, load_raw, merge_segments
-from kvm_mmu_lit.evidence.images import MAX_IMAGE_BYTES, Image, ImageError, frame_runs, load_image, pdptes_from_memory, with_registers
+from kvm_mmu_lit.evidence.images import (MAX_IMAGE_BYTES, Image, ImageError, frame_runs, load_image, pdptes_from_memory,
+                                         with_registers)
 from kvm_mmu_lit.guest.address_space import mappings
 from kvm_mmu_lit.guest.memory import read_gpa
 from kvm_mmu_lit.guest.verdict import PageFault, Rule
@@ -41,21 +42,25 @@ def raw_dump(image, path):
 def elf_core(image, path, machine=62, elf64=True, note=True, segments=None):
     "An ELF core laid out as QEMU writes it: header, program headers, notes, memory."
     regs = image.regs
-    content = struct.pack('<II', 1, 440) + bytes(16 * 8) + struct.pack('<QQ', 0, regs.rflags) + struct.pack('<IIIIQ', 0x30 | regs.cpl, 0, 0, 0, 0) + bytes(9 * 24)
+    content = (struct.pack('<II', 1, 440) + bytes(16 * 8) + struct.pack('<QQ', 0, regs.rflags)
+               + struct.pack('<IIIIQ', 0x30 | regs.cpl, 0, 0, 0, 0) + bytes(9 * 24))
     content += struct.pack('<5Q', regs.cr0, 0, 0, regs.cr3, regs.cr4) + bytes(8)
-    notes = b''.join(struct.pack('<III', 5, len(body), kind) + name.ljust(8, b'\0') + body for name, kind, body in ((b'CORE', 1, bytes(336)), (b'QEMU', 0, content))) if note else b''
+    notes = b''.join(struct.pack('<III', 5, len(body), kind) + name.ljust(8, b'\0') + body
+                     for name, kind, body in ((b'CORE', 1, bytes(336)), (b'QEMU', 0, content))) if note else b''
     memory = [(slot.base_gfn << 12, slot.buffer) for slot in image.memory.slots] if segments is None else segments
     head, step = (64, 56) if elf64 else (52, 32)
     at = head + step * (len(memory) + bool(notes))
     headers, body = [], notes
     def program_header(kind, gpa, size, offset):
-        return struct.pack('<IIQQQQQQ', kind, 0, offset, 0, gpa, size, size, 0) if elf64 else struct.pack('<IIIIIIII', kind, offset, 0, gpa, size, size, 0, 0)
+        return (struct.pack('<IIQQQQQQ', kind, 0, offset, 0, gpa, size, size, 0) if elf64
+                else struct.pack('<IIIIIIII', kind, offset, 0, gpa, size, size, 0, 0))
     if notes: headers.append(program_header(4, 0, len(notes), at))
     for gpa, data in memory:
         headers.append(program_header(1, gpa, len(data), at + len(body)))
         body += bytes(data)
     ident = b'\x7fELF' + bytes([2 if elf64 else 1, 1, 1]) + bytes(9)
-    header = ident + (struct.pack('<HHIQQQIHHHHHH', 4, machine, 1, 0, head, 0, 0, head, step, len(headers), 0, 0, 0) if elf64 else
+    header = ident + (struct.pack('<HHIQQQIHHHHHH', 4, machine, 1, 0, head, 0, 0, head, step, len(headers), 0, 0, 0)
+                      if elf64 else
                       struct.pack('<HHIIIIIHHHHHH', 4, machine, 1, 0, head, 0, 0, head, step, len(headers), 0, 0, 0))
     path.write_bytes(header + b''.join(headers) + body)
     return path
@@ -70,11 +75,13 @@ def test_compact_raw_and_elf_give_the_same_guest(tmp_path, name):
     told = dict(pkru=image.regs.pkru, maxphyaddr=image.regs.maxphyaddr, vendor=image.regs.vendor, accelerator='tcg')
     wide = name.startswith('linux-4') or name.startswith('linux-5')
     ranges = raw_dump(image, tmp_path / 'ram')
-    raw = load(tmp_path / 'ram', ranges, cr0=image.regs.cr0, cr3=image.regs.cr3, cr4=image.regs.cr4, efer=image.regs.efer, cpl=image.regs.cpl, rflags=image.regs.rflags, **told)
+    raw = load(tmp_path / 'ram', ranges, cr0=image.regs.cr0, cr3=image.regs.cr3, cr4=image.regs.cr4,
+               efer=image.regs.efer, cpl=image.regs.cpl, rflags=image.regs.rflags, **told)
     core = load(elf_core(image, tmp_path / 'core', 62 if wide else 3, elf64=wide or name == 'linux-pae-nx'), **told)
     assert whole_map(image) == whole_map(raw) == whole_map(core)
     assert raw.regs == image.regs
-    assert (core.regs.fmt, core.regs.cr3, core.regs.cpl, core.regs.rflags) == (image.regs.fmt, image.regs.cr3, image.regs.cpl, image.regs.rflags)
+    assert (core.regs.fmt, core.regs.cr3, core.regs.cpl,
+            core.regs.rflags) == (image.regs.fmt, image.regs.cr3, image.regs.cpl, image.regs.rflags)
 
 
 def test_a_dump_is_mapped_and_not_read(tmp_path):
@@ -101,7 +108,8 @@ def test_without_registers_the_memory_is_there_and_a_walk_asks_for_them(tmp_path
 def test_a_root_outside_memory_is_a_hole_for_the_walk_and_an_error_where_it_must_be_read():
     outside = load(GUEST, cr3=0x7_0000_0000).walker().walk(0)
     assert isinstance(outside, PageFault) and outside.rule is Rule.HOLE
-    with pytest.raises(ImageError, match='PDPTEs at 0x70000000 lie in no memory slot'): load(DATA / 'guests/linux-pae', cr3=0x7000_0000)
+    with pytest.raises(ImageError, match='PDPTEs at 0x70000000 lie in no memory slot'):
+        load(DATA / 'guests/linux-pae', cr3=0x7000_0000)
 
 
 def test_overrides_reload_the_pdptes():
@@ -113,7 +121,8 @@ def test_overrides_reload_the_pdptes():
 
 
 def test_segments_overlap_only_where_they_read_the_same_bytes():
-    assert merge_segments('x', [(0x3000, 0x1000, 0x13000), (0, 0x2000, 0x10000), (0x1000, 0x3000, 0x11000)]) == [(0, 0x4000, 0x10000)]
+    assert (merge_segments('x', [(0x3000, 0x1000, 0x13000), (0, 0x2000, 0x10000), (0x1000, 0x3000, 0x11000)])
+            == [(0, 0x4000, 0x10000)])
     assert merge_segments('x', [(0, 0x1000, 0), (0x1000, 0x1000, 0x9000)]) == [(0, 0x1000, 0), (0x1000, 0x1000, 0x9000)]
     with pytest.raises(ImageError, match='different bytes'): merge_segments('x', [(0, 0x2000, 0), (0x1000, 0x1000, 0)])
 
@@ -138,21 +147,42 @@ def members(**files):
 
 
 GFN, PAGES = np.array([1, 2], '<u8'), np.zeros((2, 4096), 'u1')
-GOOD_GFN, GOOD_PAGES = npy("{'descr': '<u8', 'fortran_order': False, 'shape': (1,)}", bytes(8)), npy("{'descr': '|u1', 'fortran_order': False, 'shape': (1, 4096)}", bytes(4096))
+GOOD_GFN, GOOD_PAGES = npy("{'descr': '<u8', 'fortran_order': False, 'shape': (1,)}",
+                           bytes(8)), npy("{'descr': '|u1', 'fortran_order': False, 'shape': (1, 4096)}", bytes(4096))
 BAD_NPZ = {
-    'empty': (b'', 'is empty'), 'no zip': (b'PK\3\4' + bytes(99), 'no zip file'), 'cut': (npz(gfn=GFN, pages=PAGES)[:-30], 'no zip file'),
-    'one member': (npz(gfn=GFN), '1 members'), 'three members': (npz(gfn=GFN, pages=PAGES, more=GFN), '3 members'), 'other names': (npz(gfn=GFN, page=PAGES), "'page.npy'"),
-    'not rising': (npz(gfn=GFN[::-1].copy(), pages=PAGES), 'frames must rise'), 'twice': (npz(gfn=np.array([5, 5], '<u8'), pages=PAGES), 'frames must rise'), 'too high': (npz(gfn=np.array([1, 1 << 40], '<u8'), pages=PAGES), 'below 1 << 40'),
-    'signed': (npz(gfn=GFN.astype('<i8'), pages=PAGES), "must be '<u8'"), 'big-endian': (npz(gfn=GFN.astype('>u8'), pages=PAGES), "must be '<u8'"), 'float': (npz(gfn=GFN.astype('f8'), pages=PAGES), "must be '<u8'"),
-    'pickle': (npz(gfn=np.array([print, 1], object), pages=PAGES), "must be '<u8'"), 'flat pages': (npz(gfn=GFN, pages=PAGES.reshape(-1)), 'of shape'), 'half pages': (npz(gfn=GFN, pages=PAGES[:, :2048].copy()), 'of shape'),
-    'columns first': (npz(gfn=GFN, pages=np.asfortranarray(PAGES)), 'rows first'), 'no rows': (npz(gfn=GFN[:0], pages=PAGES[:0]), 'at least one row'), 'fewer pages': (npz(gfn=GFN, pages=PAGES[:1]), '1 pages for the 2 frames'),
-    'no array': (members(gfn_npy=b'hello, world', pages_npy=GOOD_PAGES), 'magic bytes'), 'huge shape': (members(gfn_npy=npy("{'descr': '<u8', 'fortran_order': False, 'shape': (1 << 60,)}"), pages_npy=GOOD_PAGES), 'no description'),
-    'lying shape': (members(gfn_npy=npy("{'descr': '<u8', 'fortran_order': False, 'shape': (1152921504606846976,)}"), pages_npy=GOOD_PAGES), 'the size the shape asks for'),
-    'negative shape': (members(gfn_npy=npy("{'descr': '<u8', 'fortran_order': False, 'shape': (-1,)}"), pages_npy=GOOD_PAGES), 'the size the shape asks for'),
-    'boolean shape': (members(gfn_npy=npy("{'descr': '<u8', 'fortran_order': False, 'shape': (True,)}", bytes(8)), pages_npy=GOOD_PAGES), 'the size the shape asks for'),
-    'code in the header': (members(gfn_npy=npy("__import__('os').abort()"), pages_npy=GOOD_PAGES), 'no description'), 'deep header': (members(gfn_npy=npy('(' * 3000), pages_npy=GOOD_PAGES), 'no description'),
-    'long header': (members(gfn_npy=b'\x93NUMPY\2\0' + struct.pack('<I', 1 << 31), pages_npy=GOOD_PAGES), 'at most 4096'), 'version 9': (members(gfn_npy=b'\x93NUMPY\x09\0' + bytes(9), pages_npy=GOOD_PAGES), 'version 9'),
-    'wrong type in shape': (members(gfn_npy=npy("{'descr': '<u8', 'fortran_order': False, 'shape': (1.5,)}"), pages_npy=GOOD_PAGES), 'shape'), 'bomb': (members(gfn_npy=GOOD_GFN, pages_npy=GOOD_PAGES + bytes(32 << 20)), 'the size the shape asks for'),
+    'empty': (b'', 'is empty'), 'no zip': (b'PK\3\4' + bytes(99), 'no zip file'),
+    'cut': (npz(gfn=GFN, pages=PAGES)[:-30], 'no zip file'),
+    'one member': (npz(gfn=GFN), '1 members'), 'three members': (npz(gfn=GFN, pages=PAGES, more=GFN), '3 members'),
+    'other names': (npz(gfn=GFN, page=PAGES), "'page.npy'"),
+    'not rising': (npz(gfn=GFN[::-1].copy(), pages=PAGES), 'frames must rise'),
+    'twice': (npz(gfn=np.array([5, 5], '<u8'), pages=PAGES), 'frames must rise'),
+    'too high': (npz(gfn=np.array([1, 1 << 40], '<u8'), pages=PAGES), 'below 1 << 40'),
+    'signed': (npz(gfn=GFN.astype('<i8'), pages=PAGES), "must be '<u8'"),
+    'big-endian': (npz(gfn=GFN.astype('>u8'), pages=PAGES), "must be '<u8'"),
+    'float': (npz(gfn=GFN.astype('f8'), pages=PAGES), "must be '<u8'"),
+    'pickle': (npz(gfn=np.array([print, 1], object), pages=PAGES), "must be '<u8'"),
+    'flat pages': (npz(gfn=GFN, pages=PAGES.reshape(-1)), 'of shape'),
+    'half pages': (npz(gfn=GFN, pages=PAGES[:, :2048].copy()), 'of shape'),
+    'columns first': (npz(gfn=GFN, pages=np.asfortranarray(PAGES)), 'rows first'),
+    'no rows': (npz(gfn=GFN[:0], pages=PAGES[:0]), 'at least one row'),
+    'fewer pages': (npz(gfn=GFN, pages=PAGES[:1]), '1 pages for the 2 frames'),
+    'no array': (members(gfn_npy=b'hello, world', pages_npy=GOOD_PAGES), 'magic bytes'),
+    'huge shape': (members(gfn_npy=npy("{'descr': '<u8', 'fortran_order': False, 'shape': (1 << 60,)}"),
+                           pages_npy=GOOD_PAGES), 'no description'),
+    'lying shape': (members(gfn_npy=npy("{'descr': '<u8', 'fortran_order': False, 'shape': (1152921504606846976,)}"),
+                            pages_npy=GOOD_PAGES), 'the size the shape asks for'),
+    'negative shape': (members(gfn_npy=npy("{'descr': '<u8', 'fortran_order': False, 'shape': (-1,)}"),
+                               pages_npy=GOOD_PAGES), 'the size the shape asks for'),
+    'boolean shape': (members(gfn_npy=npy("{'descr': '<u8', 'fortran_order': False, 'shape': (True,)}", bytes(8)),
+                              pages_npy=GOOD_PAGES), 'the size the shape asks for'),
+    'code in the header': (members(gfn_npy=npy("__import__('os').abort()"), pages_npy=GOOD_PAGES), 'no description'),
+    'deep header': (members(gfn_npy=npy('(' * 3000), pages_npy=GOOD_PAGES), 'no description'),
+    'long header': (members(gfn_npy=b'\x93NUMPY\2\0' + struct.pack('<I', 1 << 31), pages_npy=GOOD_PAGES),
+                    'at most 4096'),
+    'version 9': (members(gfn_npy=b'\x93NUMPY\x09\0' + bytes(9), pages_npy=GOOD_PAGES), 'version 9'),
+    'wrong type in shape': (members(gfn_npy=npy("{'descr': '<u8', 'fortran_order': False, 'shape': (1.5,)}"),
+                                    pages_npy=GOOD_PAGES), 'shape'),
+    'bomb': (members(gfn_npy=GOOD_GFN, pages_npy=GOOD_PAGES + bytes(32 << 20)), 'the size the shape asks for'),
 }
 
 
@@ -175,16 +205,29 @@ def test_a_zip_that_announces_less_than_it_holds_is_refused(tmp_path):
 
 def test_an_image_over_the_limit_is_refused_unread(tmp_path):
     with (tmp_path / 'image.npz').open('wb') as file: file.truncate(MAX_IMAGE_BYTES + 1)
-    with pytest.raises(ImageError, match='1,073,741,825 bytes; at most 1,073,741,824'): load_image(tmp_path / 'image.npz')
+    with pytest.raises(ImageError, match='1,073,741,825 bytes; at most 1,073,741,824'):
+        load_image(tmp_path / 'image.npz')
 
 
 META = json.loads((GUEST / 'meta.json').read_text())
 BAD_META = {
-    'list': ('[]', 'a JSON list'), 'null': ('null', 'a JSON NoneType'), 'number': ('7', 'a JSON int'), 'cut': (json.dumps(META)[:-1], 'no JSON'), 'deep': ('[' * 100_000, 'no JSON'), 'not text': (b'\xff\xfe{}\xff', 'no JSON'),
-    'twice': ('{"cr0": 1, "cr0": 2}', "['cr0'] are there twice"), 'no cr3': (json.dumps({k: v for k, v in META.items() if k != 'cr3'}), 'cr3: is missing'), 'text': (json.dumps({**META, 'cr4': '0x10'}), 'cr4: is'),
-    'true': (json.dumps({**META, 'cr0': True}), 'a bool; a int is needed'), 'float': (json.dumps({**META, 'efer': 1.0}), 'a float'), 'negative': (json.dumps({**META, 'cr3': -4096}), 'does not fit'), 'huge': ('{"cr0": 1' + '0' * 9999 + '}', ''),
-    'pkru number': (json.dumps({**META, 'pkru': 5}), 'pkru'), 'pkru text': (json.dumps({**META, 'pkru': '0xzz'}), 'pkru'), 'maxphyaddr': (json.dumps({**META, 'maxphyaddr': 64}), '32..52'), 'huge maxphyaddr': (json.dumps({**META, 'maxphyaddr': 1 << 70}), '32..52'), 'impossible': (json.dumps({**META, 'cr0': 0x8000_0000}), 'CR0.PG=1 needs'),
-    'no paging in long mode': (json.dumps({**META, 'cr0': 0x11}), 'EFER.LMA=1 needs CR0.PG=1'), 'cpl': (json.dumps({**META, 'cpl': 4}), 'cpl'), 'vendor': (json.dumps({**META, 'cpu_vendor': 5}), 'cpu_vendor'), 'flags': (json.dumps({**META, 'cpu_flags': {}}), 'cpu_flags'),
+    'list': ('[]', 'a JSON list'), 'null': ('null', 'a JSON NoneType'), 'number': ('7', 'a JSON int'),
+    'cut': (json.dumps(META)[:-1], 'no JSON'), 'deep': ('[' * 100_000, 'no JSON'),
+    'not text': (b'\xff\xfe{}\xff', 'no JSON'),
+    'twice': ('{"cr0": 1, "cr0": 2}', "['cr0'] are there twice"),
+    'no cr3': (json.dumps({k: v for k, v in META.items() if k != 'cr3'}), 'cr3: is missing'),
+    'text': (json.dumps({**META, 'cr4': '0x10'}), 'cr4: is'),
+    'true': (json.dumps({**META, 'cr0': True}), 'a bool; a int is needed'),
+    'float': (json.dumps({**META, 'efer': 1.0}), 'a float'),
+    'negative': (json.dumps({**META, 'cr3': -4096}), 'does not fit'), 'huge': ('{"cr0": 1' + '0' * 9999 + '}', ''),
+    'pkru number': (json.dumps({**META, 'pkru': 5}), 'pkru'),
+    'pkru text': (json.dumps({**META, 'pkru': '0xzz'}), 'pkru'),
+    'maxphyaddr': (json.dumps({**META, 'maxphyaddr': 64}), '32..52'),
+    'huge maxphyaddr': (json.dumps({**META, 'maxphyaddr': 1 << 70}), '32..52'),
+    'impossible': (json.dumps({**META, 'cr0': 0x8000_0000}), 'CR0.PG=1 needs'),
+    'no paging in long mode': (json.dumps({**META, 'cr0': 0x11}), 'EFER.LMA=1 needs CR0.PG=1'),
+    'cpl': (json.dumps({**META, 'cpl': 4}), 'cpl'), 'vendor': (json.dumps({**META, 'cpu_vendor': 5}), 'cpu_vendor'),
+    'flags': (json.dumps({**META, 'cpu_flags': {}}), 'cpu_flags'),
     'empty': ('', 'is empty'), 'big': (' ' * (1 << 20) + '{}', 'at most 1,048,576'),
 }
 
@@ -201,8 +244,12 @@ def test_a_bad_description_names_its_rule(tmp_path, case):
 def test_a_bad_raw_dump_names_its_rule(tmp_path):
     path = tmp_path / 'ram'
     path.write_bytes(bytes(3 * 4096))
-    for ranges, rule in (([(0, 4096, 2 * 4096 + 1)], 'must lie in the file'), ([(0, 0, 0)], 'whole 4096-byte pages'), ([(0, 100, 0)], 'whole 4096-byte pages'), ([(5, 4096, 0)], 'whole 4096-byte pages'), ([(-4096, 4096, 0)], '52 bits'),
-                         ([(1 << 52, 4096, 0)], '52 bits'), ([(0, 4096, -4096)], 'must lie in the file'), ([(0, 1 << 60, 0)], '52 bits'), ([(0, 8192, 0), (4096, 4096, 0)], 'overlaps'), ([], 'no memory at all')):
+    for ranges, rule in (([(0, 4096, 2 * 4096 + 1)], 'must lie in the file'), ([(0, 0, 0)], 'whole 4096-byte pages'),
+                         ([(0, 100, 0)], 'whole 4096-byte pages'), ([(5, 4096, 0)], 'whole 4096-byte pages'),
+                         ([(-4096, 4096, 0)], '52 bits'),
+                         ([(1 << 52, 4096, 0)], '52 bits'), ([(0, 4096, -4096)], 'must lie in the file'),
+                         ([(0, 1 << 60, 0)], '52 bits'), ([(0, 8192, 0), (4096, 4096, 0)], 'overlaps'),
+                         ([], 'no memory at all')):
         with pytest.raises(ImageError, match=rule): load_raw(path, ranges)
     path.write_bytes(bytes(4097))
     with pytest.raises(ImageError, match='4,097 bytes, which is not whole'): load(path)
@@ -254,7 +301,8 @@ def only_an_image_or_its_error(path, **registers):
     else:
         assert isinstance(image, Image) and image.memory.slots
         if image.regs is not None:
-            for va in (0, 0x7fff_ffff_f000, 0xffff_ffff_ffff_f000): image.walker().walk(va & (1 << (64 if image.regs.fmt.signed else 32)) - 1)
+            for va in (0, 0x7fff_ffff_f000, 0xffff_ffff_ffff_f000):
+                image.walker().walk(va & (1 << (64 if image.regs.fmt.signed else 32)) - 1)
 
 
 def damaged(data, rng):
@@ -263,9 +311,12 @@ def damaged(data, rng):
     kind = rng.randrange(4)
     if kind == 0: return bytes(data[:rng.randrange(len(data))])
     for _ in range(rng.choice((1, 1, 2, 8))):
-        at = rng.choice((rng.randrange(len(data)), rng.randrange(min(len(data), 256)), len(data) - 1 - rng.randrange(min(len(data), 200))))
+        at = rng.choice((rng.randrange(len(data)), rng.randrange(min(len(data), 256)),
+                         len(data) - 1 - rng.randrange(min(len(data), 200))))
         if kind == 1: data[at] ^= 1 << rng.randrange(8)
-        elif kind == 2: data[at:at + 8] = rng.choice((0, 1, 0xffff_ffff, 1 << 31, 1 << 63, (1 << 64) - 1, 4096, len(data))).to_bytes(8, 'little')
+        elif kind == 2:
+            data[at:at + 8] = rng.choice((0, 1, 0xffff_ffff, 1 << 31, 1 << 63, (1 << 64) - 1, 4096,
+                                          len(data))).to_bytes(8, 'little')
         else: data[at:at] = data[:rng.randrange(64)]
     return bytes(data)
 
@@ -273,8 +324,10 @@ def damaged(data, rng):
 def seeds(tmp_path):
     "One small real file of each kind."
     image = load(GUEST)
-    return {'image.npz': (DATA / 'guests/linux-pae-pti-user/image.npz').read_bytes(), 'core64': elf_core(image, tmp_path / 'c', segments=[(0x2990000, bytes(8192))]).read_bytes(),
-            'core32': elf_core(load(DATA / 'guests/linux-2level'), tmp_path / 'c', machine=3, elf64=False, segments=[(0, bytes(8192))]).read_bytes(), 'ram': bytes(8192)}
+    return {'image.npz': (DATA / 'guests/linux-pae-pti-user/image.npz').read_bytes(),
+            'core64': elf_core(image, tmp_path / 'c', segments=[(0x2990000, bytes(8192))]).read_bytes(),
+            'core32': elf_core(load(DATA / 'guests/linux-2level'), tmp_path / 'c', machine=3, elf64=False,
+                               segments=[(0, bytes(8192))]).read_bytes(), 'ram': bytes(8192)}
 
 
 @pytest.mark.parametrize('name', ['image.npz', 'core64', 'core32', 'ram'])
@@ -294,18 +347,22 @@ def test_a_damaged_real_core_is_loaded_or_refused(tmp_path):
 
 
 @FUZZ
-@given(data=st.one_of(st.binary(max_size=300), st.binary(max_size=200).map(lambda tail: b'PK\3\4' + tail), st.binary(max_size=200).map(lambda tail: b'\x7fELF' + tail),
+@given(data=st.one_of(st.binary(max_size=300), st.binary(max_size=200).map(lambda tail: b'PK\3\4' + tail),
+                      st.binary(max_size=200).map(lambda tail: b'\x7fELF' + tail),
                       st.binary(max_size=64).map(lambda tail: b'\x7fELF\2\1\1' + bytes(9) + tail)))
 def test_any_bytes_are_loaded_or_refused(tmp_path, data):
     (tmp_path / 'any').write_bytes(data)
     only_an_image_or_its_error(tmp_path / 'any')
 
 
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=6)
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+                    max_leaves=6)
 
 
 @FUZZ
-@given(key=st.sampled_from(['cr0', 'cr3', 'cr4', 'efer', 'maxphyaddr', 'cpl', 'pkru', 'cpu_vendor', 'cpu_flags', 'accelerator']), value=JSON | st.integers(0, 1 << 64) | st.integers(0, 64))
+@given(key=st.sampled_from(['cr0', 'cr3', 'cr4', 'efer', 'maxphyaddr', 'cpl', 'pkru', 'cpu_vendor', 'cpu_flags',
+                            'accelerator']), value=JSON | st.integers(0, 1 << 64) | st.integers(0, 64))
 def test_any_description_is_loaded_or_refused(tmp_path, key, value):
     if not (tmp_path / 'image.npz').exists(): shutil.copy(DATA / 'guests/linux-pae-pti-user/image.npz', tmp_path)
     meta = json.loads((DATA / 'guests/linux-pae-pti-user/meta.json').read_text())
@@ -314,7 +371,8 @@ def test_any_description_is_loaded_or_refused(tmp_path, key, value):
 
 
 @FUZZ
-@given(notes=st.binary(max_size=200) | st.tuples(st.integers(0, 1 << 32 - 1), st.integers(0, 1 << 32 - 1), st.binary(max_size=40)).map(lambda t: struct.pack('<III', t[0] & 0xffff_ffff, t[1] & 0xffff_ffff, 0) + t[2]))
+@given(notes=st.binary(max_size=200) | st.tuples(st.integers(0, 1 << 32 - 1), st.integers(0, 1 << 32 - 1),
+                                                 st.binary(max_size=40)).map(lambda t: struct.pack('<III', t[0] & 0xffff_ffff, t[1] & 0xffff_ffff, 0) + t[2]))
 def test_any_notes_are_split_or_left(notes):
     assert sum(len(content) for _, content in elf_notes(memoryview(notes))) <= len(notes)
 

@@ -1,4 +1,5 @@
-"""JupyterLab as `make lab` opens it: a chapter runs from top to bottom in a real browser, and its picture follows a slider."""
+"""JupyterLab as `make lab` opens it: a chapter runs from top to bottom in a real browser, and its picture follows a
+slider."""
 import html
 import json
 import os
@@ -20,7 +21,8 @@ from tools.notebooks import NBS, ROOT, all_notebooks, source
 
 pytestmark = needs_chromium
 SETTINGS = {
-    '@jupyterlab/apputils-extension/notification': {'fetchNews': 'false', 'checkForUpdates': False, 'doNotDisturbMode': True},
+    '@jupyterlab/apputils-extension/notification': {'fetchNews': 'false', 'checkForUpdates': False,
+                                                    'doNotDisturbMode': True},
     '@jupyterlab/notebook-extension/tracker': {'autoStartDefaultKernel': True, 'windowingMode': 'none'},
 }
 SLIDER = re.compile(r'\bexplore\(\w+,(?:.|\n)*=\(')
@@ -28,8 +30,12 @@ SLIDER = re.compile(r'\bexplore\(\w+,(?:.|\n)*=\(')
 
 def with_sliders() -> list:
     "The chapter that tells of sliders, and the first of Part I that has one."
-    def slides(path): return any(SLIDER.search(source(cell)) for cell in json.loads(path.read_text())['cells'] if cell['cell_type'] == 'code' and cell['outputs'])
-    return [path.relative_to(NBS).as_posix() for path in (NBS / 'draw' / '08_explore.ipynb', *[p for p in all_notebooks() if p.parent.name == 'guest' and slides(p)][:1])]
+    def slides(path):
+        return any(SLIDER.search(source(cell)) for cell in json.loads(path.read_text())['cells']
+                   if cell['cell_type'] == 'code' and cell['outputs'])
+    return [path.relative_to(NBS).as_posix()
+            for path in (NBS / 'draw' / '08_explore.ipynb',
+                         *[p for p in all_notebooks() if p.parent.name == 'guest' and slides(p)][:1])]
 
 
 @pytest.fixture(scope='module')
@@ -41,16 +47,21 @@ def lab(tmp_path_factory):
         file = home / 'settings' / f'{name}.jupyterlab-settings'
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(values))
-    folders = {'JUPYTER_CONFIG_DIR': 'config', 'JUPYTER_DATA_DIR': 'data', 'JUPYTER_RUNTIME_DIR': 'runtime', 'JUPYTERLAB_SETTINGS_DIR': 'settings',
+    folders = {'JUPYTER_CONFIG_DIR': 'config', 'JUPYTER_DATA_DIR': 'data', 'JUPYTER_RUNTIME_DIR': 'runtime',
+               'JUPYTERLAB_SETTINGS_DIR': 'settings',
                'JUPYTERLAB_WORKSPACES_DIR': 'workspaces', 'IPYTHONDIR': 'ipython'}
-    env = {**{key: value for key, value in os.environ.items() if key != 'IN_TEST'}, **{key: str(home / folder) for key, folder in folders.items()}, 'PYTHONPATH': str(ROOT)}
+    env = {**{key: value for key, value in os.environ.items() if key != 'IN_TEST'},
+           **{key: str(home / folder) for key, folder in folders.items()}, 'PYTHONPATH': str(ROOT)}
     log = home / 'lab.log'
-    recipe = subprocess.run(['make', '-n', '--no-print-directory', 'lab'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+    recipe = subprocess.run(['make', '-n', '--no-print-directory', 'lab'], cwd=ROOT, capture_output=True, text=True,
+                            check=True).stdout.splitlines()[-1]
     arguments = recipe.split()[1:-1]   # without the program and the folder
     assert arguments[0] == 'lab'
     server = subprocess.Popen(
-        [sys.executable, '-m', 'jupyter', *arguments, '--no-browser', '--ip=127.0.0.1', f'--port={port}', '--ServerApp.port_retries=0', '--IdentityProvider.token=',
-         '--LabApp.news_url=None', '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate', str(home / 'nbs')],
+        [sys.executable, '-m', 'jupyter', *arguments, '--no-browser', '--ip=127.0.0.1', f'--port={port}',
+         '--ServerApp.port_retries=0', '--IdentityProvider.token=',
+         '--LabApp.news_url=None', '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate',
+         str(home / 'nbs')],
         cwd=ROOT, env=env, stdout=log.open('w'), stderr=subprocess.STDOUT, start_new_session=True)
     try:
         for _ in range(600):
@@ -97,7 +108,8 @@ def save(tab, file: Path):
 
 
 def move_a_slider(tab, figure) -> float:
-    "Move sliders of a figure a step until another picture stands there (a step may also lead to a message); the milliseconds it took."
+    """Move sliders of a figure a step until another picture stands there (a step may also lead to a message); the
+    milliseconds it took."""
     shown = figure.locator('.widget-output')
     expect(shown.locator('svg, img').first).to_be_visible()
     shown = shown.element_handle()
@@ -108,8 +120,10 @@ def move_a_slider(tab, figure) -> float:
             handle.scroll_into_view_if_needed()
             handle.focus()
             tab.keyboard.press(key)
-            tab.wait_for_function('([output, before]) => output.innerHTML !== before', arg=[shown, before], timeout=10_000)
-            if shown.query_selector('svg, img') and shown.inner_html() != first: return (time.perf_counter() - start) * 1000
+            tab.wait_for_function('([output, before]) => output.innerHTML !== before', arg=[shown, before],
+                                  timeout=10_000)
+            if shown.query_selector('svg, img') and shown.inner_html() != first:
+                return (time.perf_counter() - start) * 1000
     raise AssertionError('no slider leads to another picture')
 
 
@@ -120,7 +134,8 @@ def test_a_chapter_runs_and_its_picture_follows_a_slider(lab, notebook, measured
         browser = launch(playwright)
         tab, faults = opened(browser, address, notebook)
         run_all(tab)
-        wrong = tab.locator('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.stderr"], .jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]')
+        wrong = tab.locator('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.stderr"], '
+                            '.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]')
         assert wrong.all_inner_texts() == []
         assert tab.locator('.jp-Notebook .jp-OutputArea-output svg, .jp-Notebook .jp-RenderedSVG img').count(), 'no picture'
         figure = tab.locator('.jp-OutputArea-output', has=tab.locator('.noUi-handle')).first
@@ -132,7 +147,8 @@ def test_a_chapter_runs_and_its_picture_follows_a_slider(lab, notebook, measured
         browser.close()
     cells, committed = (json.loads(path.read_text())['cells'] for path in (saved, NBS / notebook))
     assert [(cell['id'], source(cell)) for cell in cells] == [(cell['id'], source(cell)) for cell in committed]
-    assert all(cell.get('execution_count') is None and cell['metadata'] == {} for cell in cells), 'a notebook is saved clean'
+    assert all(cell.get('execution_count') is None and cell['metadata'] == {}
+               for cell in cells), 'a notebook is saved clean'
 
 
 def test_the_stepper_of_the_root_cache_is_played_with_its_buttons(lab, measured):
@@ -148,7 +164,9 @@ def test_the_stepper_of_the_root_cache_is_played_with_its_buttons(lab, measured)
         def shows(policy):
             "Wait until the picture is the one of the model, word by word, and so are the buttons."
             wanted = show_history(where, policy, ', '.join(events))
-            expect(picture.locator('text')).to_have_text([html.unescape(text) for text in re.findall(r'<text[^>]*>([^<]*)</text>', wanted.svg())])
+            expect(picture.locator('text')).to_have_text([html.unescape(text)
+                                                          for text in re.findall(r'<text[^>]*>([^<]*)</text>',
+                                                                                 wanted.svg())])
             offered = wanted.caption.rpartition('next: ')[2].split(', ') if 'next: ' in wanted.caption else []
             expect(stepper.locator('button')).to_have_text(['undo', 'reset', *offered])
         shows('reviewer')

@@ -24,9 +24,12 @@ def machine(ad=True):
     return new_machine(vmx_host(4, 4), memory), eptp_of(EPT, ad=ad)
 
 
-def enter(it, eptp, **log): assert it.happen(dict(do='enter_l2', vcpu=0, cr0=CR0, cr3=0, cr4=CR4, efer=EFER, nested_pgd=eptp, **log))
+def enter(it, eptp, **log):
+    assert it.happen(dict(do='enter_l2', vcpu=0, cr0=CR0, cr3=0, cr4=CR4, efer=EFER, nested_pgd=eptp, **log))
 def write(it, gfn): return it.happen(dict(do='write', vcpu=0, at=gfn << 12, value=gfn))
-def slots(it): return [int.from_bytes(read_gpa(it.vm.memory, LOG + 8 * slot, 8), 'little') >> 12 for slot in range(511, it.vcpus[0].pml_index, -1)]
+def slots(it):
+    return [int.from_bytes(read_gpa(it.vm.memory, LOG + 8 * slot, 8), 'little') >> 12
+            for slot in range(511, it.vcpus[0].pml_index, -1)]
 
 
 def test_each_page_that_gets_dirty_is_logged_once():
@@ -59,7 +62,8 @@ def test_an_l1_that_migrates_its_l2_loses_no_page(seed):
     enter(it, eptp, pml=LOG, pml_index=(index := rng.randrange(0, 4)))
 
     def collect(index):
-        told.update(int.from_bytes(read_gpa(it.vm.memory, LOG + 8 * slot, 8), 'little') >> 12 for slot in range(index, it.vcpus[0].pml_index if it.vcpus[0].pml_index < 512 else -1, -1))
+        told.update(int.from_bytes(read_gpa(it.vm.memory, LOG + 8 * slot, 8), 'little') >> 12
+                    for slot in range(index, it.vcpus[0].pml_index if it.vcpus[0].pml_index < 512 else -1, -1))
 
     for _ in range(60):
         gfn = rng.choice(PAGES)
@@ -79,4 +83,6 @@ def test_without_a_d_bits_there_is_nothing_to_log_and_no_vmcb_has_a_log():
     it, eptp = machine(ad=False)
     enter(it, eptp, pml=LOG)
     assert write(it, 0x100).what == 'done' and slots(it) == []
-    with pytest.raises(ValueError, match='a VMCB has no log'): new_machine(svm_host(4)).happen(dict(do='enter_l2', vcpu=0, cr0=CR0, cr3=0, cr4=CR4, efer=EFER, nested_pgd=EPT, pml=LOG))
+    with pytest.raises(ValueError, match='a VMCB has no log'):
+        new_machine(svm_host(4)).happen(dict(do='enter_l2', vcpu=0, cr0=CR0, cr3=0, cr4=CR4, efer=EFER, nested_pgd=EPT,
+                                             pml=LOG))

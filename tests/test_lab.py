@@ -1,4 +1,5 @@
-"""The lab's live figures, moved at random: whatever a reader can choose, there is a picture or a sentence that says why not."""
+"""The lab's live figures, moved at random: whatever a reader can choose, there is a picture or a sentence that says why
+not."""
 import html
 import importlib
 import json
@@ -21,7 +22,8 @@ def figures() -> list:
         for cell in json.loads(path.read_text())['cells']:
             for output in cell.get('outputs', ()):
                 text = ''.join(output.get('data', {}).get('text/html', ''))
-                found += [(path.stem, function, json.loads(html.unescape(controls))) for function, controls in LIVE.findall(text)]
+                found += [(path.stem, function, json.loads(html.unescape(controls)))
+                          for function, controls in LIVE.findall(text)]
     return found
 
 
@@ -37,7 +39,8 @@ def test_every_chapter_of_the_lab_has_a_live_figure():
     assert {name for name, *_ in figures()} == {path.stem for path in (NBS / 'lab').glob('*.ipynb')}
 
 
-@pytest.mark.parametrize('name, function, controls', figures(), ids=lambda part: part if isinstance(part, str) and ':' in part else '')
+@pytest.mark.parametrize('name, function, controls', figures(),
+                         ids=lambda part: part if isinstance(part, str) and ':' in part else '')
 def test_whatever_is_chosen_there_is_a_picture_or_a_reason(name, function, controls):
     module, called = function.split(':')
     show = getattr(importlib.import_module(module), called)

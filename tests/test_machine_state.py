@@ -1,4 +1,5 @@
-"""A machine that was written down goes on as the one that was not: after random stories, on every kind of host, through JSON."""
+"""A machine that was written down goes on as the one that was not: after random stories, on every kind of host, through
+JSON."""
 import json
 import random
 from dataclasses import fields
@@ -15,8 +16,10 @@ from kvm_mmu_lit.review.theorem import Story
 from kvm_mmu_lit.review.worlds import Setting, all_settings
 
 KINDS = all_settings()
-SOME = (Setting('shadow', '4-level', vcpus=2), Setting('shadow, VMX', '2-level', 'PAE'), Setting('NPT', 'PAE', '4-level', True, 2),
-        Setting('EPT', '4-level', '5-level', True, 2, 4), Setting('EPT without A/D', '4-level', vcpus=2), Setting('NPT, shadow MMU', '4-level', '2-level', True))
+SOME = (Setting('shadow', '4-level', vcpus=2), Setting('shadow, VMX', '2-level', 'PAE'),
+        Setting('NPT', 'PAE', '4-level', True, 2),
+        Setting('EPT', '4-level', '5-level', True, 2, 4), Setting('EPT without A/D', '4-level', vcpus=2),
+        Setting('NPT, shadow MMU', '4-level', '2-level', True))
 stories = st.sampled_from(KINDS), st.integers(0, 1 << 30), st.integers(0, 60)
 
 # What a machine has besides its state: how it is watched, what is found anew, and what is empty between two events.
@@ -35,16 +38,21 @@ def told(setting, seed, steps):
 def happen(story, event):
     "Without the theorem's checks, which have tests of their own; the story keeps in mind what was edited."
     answer = story.machine.happen(event)
-    if event['do'] in ('write', 'store'): story.hot = story.world.led_by.get(event.get('gpa', event.get('at')), story.hot)
+    if event['do'] in ('write', 'store'):
+        story.hot = story.world.led_by.get(event.get('gpa', event.get('at')), story.hot)
     return answer
 
 
 def watched(machine):
     "Everything KVM does from here on, as text."
     seen = []
-    machine.vm.watch = lambda did: seen.append(('vm', did.what, [(name, value) for name, value in did.facts if isinstance(value, (int, str, bool))]))
+    machine.vm.watch = lambda did: seen.append(('vm', did.what,
+                                                [(name, value) for name, value in did.facts
+                                                 if isinstance(value, (int, str, bool))]))
     for vcpu in machine.vcpus:
-        vcpu.watch = lambda did, n=vcpu.index: seen.append((n, did.what, [(name, value) for name, value in did.facts if isinstance(value, (int, str, bool))]))
+        vcpu.watch = lambda did, n=vcpu.index: seen.append((n, did.what,
+                                                            [(name, value) for name, value in did.facts
+                                                             if isinstance(value, (int, str, bool))]))
     return seen
 
 
@@ -93,12 +101,20 @@ def test_no_field_is_forgotten(setting, seed, steps):
             if one.name == 'pages':
                 assert list(left) == list(right)
                 for spt in left: same(ShadowPage, left[spt], right[spt])
-            elif one.name == 'buckets': assert [(gfn, [sp.spt for sp in pages]) for gfn, pages in left.items()] == [(gfn, [sp.spt for sp in pages]) for gfn, pages in right.items()]
+            elif one.name == 'buckets':
+                assert ([(gfn, [sp.spt for sp in pages]) for gfn, pages in left.items()]
+                        == [(gfn, [sp.spt for sp in pages]) for gfn, pages in right.items()])
             elif one.name == 'tdp_roots': assert [sp.spt for sp in left] == [sp.spt for sp in right]
-            elif one.name == 'memory': assert [(s.base_gfn, s.npages, s.readonly) for s in left.slots] == [(s.base_gfn, s.npages, s.readonly) for s in right.slots]
+            elif one.name == 'memory':
+                assert ([(s.base_gfn, s.npages, s.readonly) for s in left.slots]
+                        == [(s.base_gfn, s.npages, s.readonly) for s in right.slots])
             elif isinstance(left, Mmu): same(Mmu, left, right)
-            elif one.name == 'moved': assert (dict(left), left.gfns, left.newest, left.within) == (dict(right), right.gfns, right.newest, right.within)
-            elif one.name == 'tlb': assert (list(left.entries.items()), left.limit, left.where) == (list(right.entries.items()), right.limit, right.where)
+            elif one.name == 'moved':
+                assert (dict(left), left.gfns, left.newest,
+                        left.within) == (dict(right), right.gfns, right.newest, right.within)
+            elif one.name == 'tlb':
+                assert (list(left.entries.items()), left.limit,
+                        left.where) == (list(right.entries.items()), right.limit, right.where)
             else: assert left == right, one.name
 
     same(Vm, machine.vm, other.vm)
@@ -126,7 +142,8 @@ def test_a_copy_and_its_original_do_not_touch_each_other(setting, seed, steps):
 def leaves(value, path=()):
     "Every place of a state that holds no further places."
     if isinstance(value, (dict, list)) and value:
-        for key, inner in value.items() if isinstance(value, dict) else enumerate(value): yield from leaves(inner, (*path, key))
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(inner, (*path, key))
     else: yield path
 
 
@@ -141,7 +158,8 @@ def put(state, path, value):
 
 STATE = freeze(told(SOME[2], 3, 25)[0].machine)
 PLACES = list(leaves(STATE))
-JUNK = st.one_of(st.none(), st.booleans(), st.integers(-2, 1 << 70), st.floats(allow_nan=False), st.text(max_size=3), st.just([]), st.just({}), st.just([[1, 2]]))
+JUNK = st.one_of(st.none(), st.booleans(), st.integers(-2, 1 << 70), st.floats(allow_nan=False), st.text(max_size=3),
+                 st.just([]), st.just({}), st.just([[1, 2]]))
 
 
 @settings(max_examples=120, deadline=None)
@@ -157,7 +175,8 @@ def test_a_state_with_one_wrong_value_is_refused_or_is_another_state(path, junk)
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.recursive(JUNK, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*STATE, 'colour']), inner, max_size=4), max_leaves=8))
+@given(st.recursive(JUNK, lambda inner: st.lists(inner, max_size=3)
+                    | st.dictionaries(st.sampled_from([*STATE, 'colour']), inner, max_size=4), max_leaves=8))
 def test_junk_is_no_state(value):
     with pytest.raises(ValueError): thaw(value)
 

@@ -7,7 +7,8 @@ from kvm_mmu_lit.guest.memory import GuestMemory, add_ram, cmpxchg_entry, copy_m
 
 PAGES = 8
 ADDRESS = st.integers(0, PAGES * PAGE_SIZE - 1)
-NEAR_AN_EDGE = st.builds(lambda page, offset: max(0, page * PAGE_SIZE + offset), st.integers(0, PAGES), st.integers(-9, 9))
+NEAR_AN_EDGE = st.builds(lambda page, offset: max(0, page * PAGE_SIZE + offset), st.integers(0, PAGES),
+                         st.integers(-9, 9))
 
 
 class Memory(RuleBasedStateMachine):
@@ -44,7 +45,8 @@ class Memory(RuleBasedStateMachine):
         wanted = [self.bytes.get(gpa + i) for i in range(size)]
         assert read_gpa(self.memory, gpa, size) == (None if None in wanted else bytes(wanted))
 
-    @rule(slot=st.integers(0, PAGES * PAGE_SIZE // 8 - 1), size=st.sampled_from((4, 8)), new=st.integers(0, 2**32 - 1), lose=st.booleans())
+    @rule(slot=st.integers(0, PAGES * PAGE_SIZE // 8 - 1), size=st.sampled_from((4, 8)), new=st.integers(0, 2**32 - 1),
+          lose=st.booleans())
     def exchange(self, slot, size, new, lose):
         gpa = slot * 8
         held = read_entry(self.memory, gpa, size)

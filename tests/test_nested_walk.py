@@ -1,6 +1,8 @@
-"""The nested walk against two reference walks from the manuals, one inside the other, over random tables in both dimensions.
+"""The nested walk against two reference walks from the manuals, one inside the other, over random tables in both
+dimensions.
 
-The inner reference gets its pages from a mapping that translates each frame by the outer reference: `test_walk.reference` twice. That
+The inner reference gets its pages from a mapping that translates each frame by the outer reference:
+`test_walk.reference` twice. That
 one shares nothing with the package but register values.
 """
 import random
@@ -47,7 +49,8 @@ def outer_walk(pages, regs, mode, gpa, access):
 
 class Translated:
     "The guest's pages by L2 frame, through the outer reference."
-    def __init__(self, pages, regs, mode, access): self.pages, self.regs, self.mode, self.access, self.count = pages, regs, mode, access, 0
+    def __init__(self, pages, regs, mode, access):
+        self.pages, self.regs, self.mode, self.access, self.count = pages, regs, mode, access, 0
 
     def frame(self, gfn):
         found = outer_walk(self.pages, self.regs, self.mode, gfn << 12, self.access)
@@ -60,7 +63,8 @@ class Translated:
 
 
 def naive(pages, regs, mode, nested_regs, nested_mode, gva, access):
-    "What both dimensions say: ('ok', L2 gpa, gpa, tables read), the inner fault, or ('nested', tables read before, frame, outer fault)."
+    """What both dimensions say: ('ok', L2 gpa, gpa, tables read), the inner fault, or ('nested', tables read before,
+    frame, outer fault)."""
     ept = nested_mode.startswith('ept')
     tables = Translated(pages, nested_regs, nested_mode, USER | (0 if ept and not nested_regs.eptp & 64 else WRITE))
     try: inner = reference(tables, regs, mode, gva, access)
@@ -75,14 +79,16 @@ def naive(pages, regs, mode, nested_regs, nested_mode, gva, access):
 def in_those_words(verdict):
     "The walker's verdict as the naive composition gives it."
     if isinstance(verdict, GeneralProtection): return ('gp',)
-    if isinstance(verdict, PageFault): return 'fault', int(verdict.error_code), verdict.level, verdict.exit_qualification
+    if isinstance(verdict, PageFault):
+        return 'fault', int(verdict.error_code), verdict.level, verdict.exit_qualification
     if isinstance(verdict, NestedWalk): return 'ok', verdict.l2_gpa, verdict.gpa, len(verdict.steps) - 1
     return 'nested', 'final' if verdict.final else None, verdict.l2_gpa >> 12, nested_words(verdict)
 
 
 def nested_words(fault):
     inner = fault.fault
-    return ('fault', None) if not inner.ptes and inner.rule.name == 'NOT_PRESENT' and inner.gva >> inner.fmt.address_bits else \
+    return ('fault',
+            None) if not inner.ptes and inner.rule.name == 'NOT_PRESENT' and inner.gva >> inner.fmt.address_bits else \
            ('fault', int(inner.error_code), inner.level, inner.exit_qualification)
 
 
@@ -99,9 +105,12 @@ def nested_pages(mode, seed, spoiled):
         map_page(memory, NESTED_ROOT, fmt, gfn << 12, target << 12, free, leaf, upper)
     large = 1 << (22 if mode == '2level' else 21)
     for n in range(1, 8):
-        map_page(memory, NESTED_ROOT, fmt, n * large, rng.randrange(1, 32) * large, free, rng.choice((6, 6, 4, 2)), upper, 2)
-    pages = {slot.base_gfn + n: bytearray(slot.page(slot.base_gfn + n)) for slot in memory.slots for n in range(slot.npages)}
-    used = [(gfn, at) for gfn, page in pages.items() for at in range(0, 4096, KINDS[mode][1]) if any(page[at:at + KINDS[mode][1]])]
+        map_page(memory, NESTED_ROOT, fmt, n * large, rng.randrange(1, 32) * large, free, rng.choice((6, 6, 4, 2)),
+                 upper, 2)
+    pages = {slot.base_gfn + n: bytearray(slot.page(slot.base_gfn + n)) for slot in memory.slots
+             for n in range(slot.npages)}
+    used = [(gfn, at) for gfn, page in pages.items() for at in range(0, 4096, KINDS[mode][1])
+            if any(page[at:at + KINDS[mode][1]])]
     for _ in range(spoiled):
         gfn, at = rng.choice(used)
         pages[gfn][at + rng.randrange(KINDS[mode][1])] ^= 1 << rng.randrange(8)
@@ -120,12 +129,15 @@ def world(rng, mode, nested):
 
 def registers(rng, mode):
     def flag(bit): return rng.randrange(2) * bit
-    common = dict(maxphyaddr=rng.choice((36, 40, 46, 52)), vendor=rng.choice(('intel', 'amd')), rflags=flag(1 << 18), pkru=rng.randrange(256))
+    common = dict(maxphyaddr=rng.choice((36, 40, 46, 52)), vendor=rng.choice(('intel', 'amd')), rflags=flag(1 << 18),
+                  pkru=rng.randrange(256))
     if mode.startswith('ept'):
-        return Registers(eptp=0x1006 | KINDS[mode][0] - 1 << 3 | flag(64), ept_execonly=bool(flag(1)), ept_huge_level=rng.randrange(1, 4), **common)
+        return Registers(eptp=0x1006 | KINDS[mode][0] - 1 << 3 | flag(64), ept_execonly=bool(flag(1)),
+                         ept_huge_level=rng.randrange(1, 4), **common)
     cr4 = Cr4.PSE if mode == '2level' else Cr4.PAE | Cr4.LA57 * (mode == '5level') | flag(Cr4.PKE)
     efer = (Efer.LME | Efer.LMA) * (mode in ('4level', '5level')) | flag(Efer.NX) * (mode != '2level')
-    return Registers(cr0=Cr0.PG | Cr0.PE | flag(Cr0.WP), cr3=0x1000, cr4=cr4 | flag(Cr4.SMEP) | flag(Cr4.SMAP), efer=efer, **common)
+    return Registers(cr0=Cr0.PG | Cr0.PE | flag(Cr0.WP), cr3=0x1000, cr4=cr4 | flag(Cr4.SMEP) | flag(Cr4.SMAP),
+                     efer=efer, **common)
 
 
 def outer_memory(pages):
@@ -180,9 +192,11 @@ def test_without_paging_the_nested_tables_are_all_there_is(nested, seed):
     if nested_regs is None: return
     walker = NestedWalker(outer_memory(pages), Registers(), nested_regs)
     for _ in range(6):
-        gva, access = rng.choice((rng.choice(L2_FRAMES) << 12, rng.getrandbits(32))) | rng.getrandbits(12), rng.choice((READ, WRITE, FETCH, USER | WRITE))
+        gva, access = (rng.choice((rng.choice(L2_FRAMES) << 12, rng.getrandbits(32))) | rng.getrandbits(12),
+                       rng.choice((READ, WRITE, FETCH, USER | WRITE)))
         asked = access & (WRITE | FETCH)
-        told = outer_walk(pages, nested_regs, nested, gva, asked if nested.startswith('ept') and asked else asked | USER)
+        told = outer_walk(pages, nested_regs, nested, gva, asked if nested.startswith('ept') and asked
+                          else asked | USER)
         verdict = walker.walk(gva, access)
         if told[0] == 'ok': assert (verdict.l2_gpa, verdict.gpa, len(verdict.steps)) == (gva, told[1], 1)
         else: assert verdict.final and nested_words(verdict) == told
@@ -205,19 +219,23 @@ def test_marks_change_A_and_D_alone_and_are_made_once(mode, nested, seed):
         result = mark(memory, found)
         if isinstance(result, WriteBack):
             assert result.lost is None
-            for update in result.done: assert read_entry(before, update.gpa, update.size) == update.old and (update.old ^ update.new) & ~0x360 == 0
+            for update in result.done:
+                assert (read_entry(before, update.gpa, update.size) == update.old
+                        and (update.old ^ update.new) & ~0x360 == 0)
             again = walker.walk(gva, access)
             assert again.gpa == found.gpa and mark(memory, again).done == ()
             entries = {read.address for read in found.reads}
             assert {update.gpa for update in result.done} <= entries
         else: assert not walker.nested.have_ad and result.access == WRITE | USER and changed(before, memory) == []
-        if isinstance(result, WriteBack): assert set(changed(before, memory)) == {update.gpa & ~7 for update in result.done}
+        if isinstance(result, WriteBack):
+            assert set(changed(before, memory)) == {update.gpa & ~7 for update in result.done}
 
 
 def changed(before, after):
     "Addresses of 8-byte words that differ."
     return [old.base_gfn << 12 | at for old, new in zip(before.slots, after.slots)
-            if old.buffer != new.buffer for at in range(0, 4096, 8) if bytes(old.buffer[at:at + 8]) != bytes(new.buffer[at:at + 8])]
+            if old.buffer != new.buffer for at in range(0, 4096, 8)
+            if bytes(old.buffer[at:at + 8]) != bytes(new.buffer[at:at + 8])]
 
 
 @settings(max_examples=60)
@@ -229,7 +247,8 @@ def test_every_counted_read_is_where_it_says(mode, nested, seed):
     if nested_regs is None: return
     walker = NestedWalker(outer_memory(pages), regs, nested_regs)
     for _ in range(8):
-        found = walker.walk(canonical(rng.getrandbits(FORMATS[mode].address_bits), FORMATS[mode]), rng.choice(X86_ACCESSES))
+        found = walker.walk(canonical(rng.getrandbits(FORMATS[mode].address_bits), FORMATS[mode]),
+                            rng.choice(X86_ACCESSES))
         if not isinstance(found, NestedWalk): continue
         sizes = dict(guest=KINDS[mode][1], nested=KINDS[nested][1])
         for read in found.reads: assert read_entry(walker.memory, read.address, sizes[read.dimension]) == read.entry
@@ -246,4 +265,5 @@ def test_an_address_too_wide_for_the_tables_is_told_apart_from_an_unmapped_one()
         top = 1 << FORMATS[nested].address_bits
         unmapped, wide = tables.walk(top - 0x1000, USER), tables.walk(top, USER)
         assert outer_walk(pages, regs, nested, top - 0x1000, USER)[:2] == ('fault', int(unmapped.error_code))
-        assert unmapped.ptes and not wide.ptes and 'wider than' in wide.because and wide.error_code == unmapped.error_code == USER
+        assert (unmapped.ptes and not wide.ptes and 'wider than' in wide.because
+                and wide.error_code == unmapped.error_code == USER)

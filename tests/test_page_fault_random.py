@@ -17,7 +17,8 @@ from kvm_mmu_lit.mmu.root_role import svm_host, vmx_host
 from kvm_mmu_lit.mmu.roots import new_vcpu
 from kvm_mmu_lit.mmu.shadow_fault import page_fault
 from kvm_mmu_lit.mmu.shadow_page import Vm
-from kvm_mmu_lit.mmu.spte import SPTE_ADDRESS, SPTE_WRITABLE, is_access_track, is_mmu_writable, is_present, mark_access_track
+from kvm_mmu_lit.mmu.spte import (SPTE_ADDRESS, SPTE_WRITABLE, is_access_track, is_mmu_writable, is_present,
+                                  mark_access_track)
 from kvm_mmu_lit.mmu.unsync import try_to_unsync
 from kvm_mmu_lit.mmu.zap import zap_entry
 
@@ -66,7 +67,8 @@ def test_a_prefetch_maps_the_group_up_to_the_first_that_cannot_be(entries, at, f
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.dictionaries(st.integers(0, 31), gptes(), max_size=12), st.sets(st.integers(0, 31), max_size=12), st.booleans())
+@given(st.dictionaries(st.integers(0, 31), gptes(), max_size=12), st.sets(st.integers(0, 31), max_size=12),
+       st.booleans())
 def test_after_invlpg_an_entry_says_what_the_guests_says_and_others_are_untouched(edits, addresses, stale):
     vcpu, sp = example_shadow()
     vm = vcpu.vm
@@ -91,7 +93,8 @@ HOSTS = (svm_host(4), svm_host(4, tdp_mmu=False), vmx_host(4, 4), vmx_host(4, 4,
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.sampled_from(HOSTS), st.sampled_from(('111', '110', '100', '000')), st.booleans(), st.sampled_from((U, U | W, U | F, W, F, 0)), st.booleans())
+@given(st.sampled_from(HOSTS), st.sampled_from(('111', '110', '100', '000')), st.booleans(),
+       st.sampled_from((U, U | W, U | F, W, F, 0)), st.booleans())
 def test_a_fast_fault_gives_back_what_was_put_aside_and_nothing_else(host, state, tracked, asked, present):
     vm = Vm(host, ram((0, 1 << 22)), prefetch=False)
     vcpu = new_vcpu(vm, **dict(zip(('cr0', 'cr4', 'efer'), map(int, MODES['4-level']))))
@@ -124,11 +127,14 @@ def test_an_access_goes_through_after_one_fault_exactly_if_the_guest_allows_it(l
     together = levels[0] & levels[1] & levels[2] & levels[3]
     exists, write, user, no_exec = together & 1, together & 2, together & 4, any(bits & 8 for bits in levels)
     for code in accesses:
-        allowed = exists and (user or not code & U) and (not code & F or not no_exec and not (smep and user and not code & U))
+        allowed = (exists and (user or not code & U)
+                   and (not code & F or not no_exec and not (smep and user and not code & U)))
         allowed = allowed and (not code & W or write or not wp and not code & U)
         vcpu.injected, old = None, last_entry(vcpu, PAGE)[2]
         page_fault(vcpu, PAGE, code | P * is_present(old))
         spte = last_entry(vcpu, PAGE)[2]
         assert (vcpu.injected is None) == bool(allowed)
-        if allowed: assert is_present(spte) and (not code & W or spte & 2) and (not code & U or spte & 4) and (not code & F or not spte & NX)
-        if is_present(spte): assert not spte & 6 == 6 or write and user      # The user never writes what the guest refuses
+        if allowed:
+            assert (is_present(spte) and (not code & W or spte & 2) and (not code & U or spte & 4)
+                    and (not code & F or not spte & NX))
+        if is_present(spte): assert not spte & 6 == 6 or write and user  # The user never writes what the guest refuses

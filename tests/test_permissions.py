@@ -6,8 +6,10 @@ from hypothesis import given, settings, strategies as st
 
 from kvm_mmu_lit.guest.addresses import EPT4, LONG4, PAE
 from kvm_mmu_lit.guest.gpte import Acc
-from kvm_mmu_lit.guest.permissions import (FETCH, IMPLICIT, READ, USER, WRITE, Pferr, access_text, check_access, draw_pkru, permission_bitmask,
-    permission_fault, permission_index, pkey_refuses, pkru_mask, refresh_cr0_wp, refusals, show_permission_bitmask, show_refusals)
+from kvm_mmu_lit.guest.permissions import (FETCH, IMPLICIT, READ, USER, WRITE, Pferr, access_text, check_access,
+                                           draw_pkru, permission_bitmask,
+    permission_fault, permission_index, pkey_refuses, pkru_mask, refresh_cr0_wp, refusals, show_permission_bitmask,
+                                           show_refusals)
 from kvm_mmu_lit.guest.registers import Cr0, Cr4, Efer, Registers, Rflags
 
 flags, rights = st.booleans(), st.integers(0, 7).map(Acc)
@@ -21,7 +23,8 @@ def vcpus(draw):
     for bit in (Cr4.PSE, Cr4.PGE, Cr4.SMEP, Cr4.SMAP, Cr4.PKE): cr4 |= bit if draw(flags) else 0
     cr0 = Cr0.PG | Cr0.PE | (Cr0.WP if draw(flags) else 0)
     efer = (Efer.LME | Efer.LMA if root > 3 else 0) | (Efer.NX if draw(flags) else 0)
-    return Registers(cr0=cr0, cr4=cr4, efer=efer, rflags=Rflags.AC if draw(flags) else 0, pkru=draw(st.integers(0, (1 << 32) - 1)), eptp=0x101e)
+    return Registers(cr0=cr0, cr4=cr4, efer=efer, rflags=Rflags.AC if draw(flags) else 0,
+                     pkru=draw(st.integers(0, (1 << 32) - 1)), eptp=0x101e)
 
 
 def manual(regs, page, access, pkey):
@@ -60,7 +63,8 @@ def test_ept_rights_are_asked_for_and_granted_one_by_one(regs, page, asked):
 
 @given(vcpus(), flags)
 def test_bytes_and_mask_depend_on_nothing_but_their_bits(regs, is_ept):
-    other = replace(regs, pkru=~regs.pkru & 0xffff_ffff, rflags=regs.rflags ^ Rflags.AC, cr4=regs.cr4 ^ Cr4.PGE, maxphyaddr=36)
+    other = replace(regs, pkru=~regs.pkru & 0xffff_ffff, rflags=regs.rflags ^ Rflags.AC, cr4=regs.cr4 ^ Cr4.PGE,
+                    maxphyaddr=36)
     assert permission_bitmask(regs, is_ept) == permission_bitmask(other, is_ept)
     assert pkru_mask(regs, is_ept) == pkru_mask(other, is_ept)
     assert len(permission_bitmask(regs, is_ept)) == 16 and pkru_mask(regs, is_ept) >> 32 == 0
@@ -72,7 +76,8 @@ def test_every_access_has_a_byte_and_pages_with_more_rights_refuse_users_less(re
     assert 0 <= index < 16
     if access & USER:
         byte = permission_bitmask(regs)[index]
-        assert all(not byte >> more & 1 for less in range(8) for more in range(8) if less & more == less and not byte >> less & 1)
+        assert all(not byte >> more & 1 for less in range(8) for more in range(8) if less & more == less
+                   and not byte >> less & 1)
 
 
 @given(vcpus(), vcpus(), rights, accesses)
@@ -98,7 +103,8 @@ def test_only_questions_are_accepted(access):
 @given(st.tuples(flags, flags, flags, flags), flags)
 def test_both_grids_show_the_same_refusals(state, ac):
     plain, sixteen = show_refusals(*state, ac=ac), show_permission_bitmask(*state)
-    asked = [who | what for who in (USER, READ, IMPLICIT) for what in (READ, WRITE, FETCH) if who | what != IMPLICIT | FETCH]
+    asked = [who | what for who in (USER, READ, IMPLICIT) for what in (READ, WRITE, FETCH)
+             if who | what != IMPLICIT | FETCH]
     for row, access in zip(plain.cells, asked):
         excused = Pferr.RSVD if ac and not access & IMPLICIT else 0
         assert row == sixteen.cells[(access & (WRITE | USER | FETCH) | excused) >> 1]

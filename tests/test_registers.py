@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, strategies as st
 
 from kvm_mmu_lit.guest.memory import ram, read_gpa, write_entry
-from kvm_mmu_lit.guest.registers import Cr0, Cr4, Efer, GeneralProtection, Registers, decode_register, load_cr3, load_pdptrs, register_fields
+from kvm_mmu_lit.guest.registers import (Cr0, Cr4, Efer, GeneralProtection, Registers, decode_register, load_cr3,
+                                         load_pdptrs, register_fields)
 
 PAE = Registers(cr0=Cr0.PG | Cr0.PE, cr4=Cr4.PAE, maxphyaddr=36)
 ENTRY = st.integers(0, 2**64 - 1) | st.integers(0, 2**36 - 1).map(lambda n: n & ~0x1e6 | 1)
@@ -15,7 +16,8 @@ ENTRY = st.integers(0, 2**64 - 1) | st.integers(0, 2**36 - 1).map(lambda n: n & 
 def test_pdptes_are_loaded_or_refused_as_the_manual_says(entries, place):
     memory, cr3 = ram((0x1000, 0x1000)), 0x1000 + 32 * place
     for slot, entry in enumerate(entries): write_entry(memory, cr3 + 8 * slot, 8, entry)
-    refused = any(entry & 1 and any(entry >> bit & 1 for bit in (1, 2, 5, 6, 7, 8, *range(36, 64))) for entry in entries)
+    refused = any(entry & 1 and any(entry >> bit & 1 for bit in (1, 2, 5, 6, 7, 8, *range(36, 64)))
+                  for entry in entries)
     loaded = load_pdptrs(memory, replace(PAE, cr3=cr3))
     if refused: assert isinstance(loaded, GeneralProtection) and 'PDPTE' in loaded.because
     else: assert loaded.pdptrs == tuple(entries)
@@ -47,6 +49,8 @@ def test_decoding_loses_no_bit(name, data):
     assert sum(held << low for _, low, _, held, _ in decode_register(name, value)) == value
 
 
-@pytest.mark.parametrize('field, value', [('cr0', 1 << 32), ('cr4', -1), ('pkru', 1 << 32), ('cpl', 4), ('maxphyaddr', 53), ('maxphyaddr', 1 << 70), ('maxphyaddr', 31), ('vendor', 'via'), ('ept_huge_level', 0), ('pdptrs', (1, 2, 3))])
+@pytest.mark.parametrize('field, value', [('cr0', 1 << 32), ('cr4', -1), ('pkru', 1 << 32), ('cpl', 4),
+                                          ('maxphyaddr', 53), ('maxphyaddr', 1 << 70), ('maxphyaddr', 31),
+                                          ('vendor', 'via'), ('ept_huge_level', 0), ('pdptrs', (1, 2, 3))])
 def test_a_value_no_register_holds_is_named(field, value):
     with pytest.raises(ValueError, match=field): Registers(**{field: value})

@@ -77,18 +77,23 @@ def parts(scenario) -> set:
     return {row.aspect for row in replay(scenario).rows if row.recorded != row.model}
 
 
-FLIPS = [('Rr', 0, 'roles'), ('Rc', 13, 'roles'), ('Gr', 17, 'roles'), ('Nc', 32, 'roles'), ('R0h', 12, 'roots'), ('R2h', 13, 'roots'), ('Gh', 14, 'roots'), ('G1h', 15, 'roots'), ('Rd1', 12, 'entries'),
-         ('req', 11, 'requests'), ('req', 13, 'requests'), ('req', 35, 'requests'), ('req', 39, 'requests'), ('cr4', 4, 'registers'), ('efer', 11, 'registers'), ('hf', 5, 'registers'), ('hf', 6, 'registers')]
+FLIPS = [('Rr', 0, 'roles'), ('Rc', 13, 'roles'), ('Gr', 17, 'roles'), ('Nc', 32, 'roles'), ('R0h', 12, 'roots'),
+         ('R2h', 13, 'roots'), ('Gh', 14, 'roots'), ('G1h', 15, 'roots'), ('Rd1', 12, 'entries'),
+         ('req', 11, 'requests'), ('req', 13, 'requests'), ('req', 35, 'requests'), ('req', 39, 'requests'),
+         ('cr4', 4, 'registers'), ('efer', 11, 'registers'), ('hf', 5, 'registers'), ('hf', 6, 'registers')]
 
 
-@pytest.mark.parametrize('run', ['s04_shadow_2level_cr3', 's21_tdp_modes_la57', 's32_nested_npt_2level', 's39_nested_shadow_pae_l1', 's50_shadow_64_pcid'])
+@pytest.mark.parametrize('run', ['s04_shadow_2level_cr3', 's21_tdp_modes_la57', 's32_nested_npt_2level',
+                                 's39_nested_shadow_pae_l1', 's50_shadow_64_pcid'])
 def test_a_flipped_bit_is_noticed_where_it_is(run):
     for name, bit, aspect in FLIPS:
         at = any_event(run, has_state, bit)
-        assert aspect in parts(damaged(recorded(run), at, **{name: recorded(run).trace.events[at][name] ^ 1 << bit})), (name, bit)
+        assert aspect in parts(damaged(recorded(run), at,
+                                       **{name: recorded(run).trace.events[at][name] ^ 1 << bit})), (name, bit)
 
 
-@pytest.mark.parametrize('name, run', [('Ra2', 's05_shadow_pae_cr3'), ('Ra0', 's03_shadow_nonpaging'), ('Ga1', 's32_nested_npt_2level')])
+@pytest.mark.parametrize('name, run', [('Ra2', 's05_shadow_pae_cr3'), ('Ra0', 's03_shadow_nonpaging'),
+                                       ('Ga1', 's32_nested_npt_2level')])
 def test_a_changed_word_of_pae_root_is_noticed(name, run):
     at = any_event(run, lambda event: name in event.fields, 3)
     assert parts(damaged(recorded(run), at, **{name: recorded(run).trace.events[at][name] ^ 1 << 12})) == {'entries'}
@@ -96,7 +101,8 @@ def test_a_changed_word_of_pae_root_is_noticed(name, run):
 
 @pytest.mark.parametrize('run', ['s06_shadow_modes', 's14_shadow_64_random'])
 def test_a_dropped_line_is_noticed(run):
-    for name in ('new_pgd', 'new_pgd_ret', 'free_roots', 'init_mmu_ret', 'load', 'alloc_root_ret', 'get_sp_ret', 'sync_roots', 'load_mmu_pgd', 'post_set_cr4', 'invalidate_pcid', 'vmentry'):
+    for name in ('new_pgd', 'new_pgd_ret', 'free_roots', 'init_mmu_ret', 'load', 'alloc_root_ret', 'get_sp_ret',
+                 'sync_roots', 'load_mmu_pgd', 'post_set_cr4', 'invalidate_pcid', 'vmentry'):
         assert parts(damaged(recorded(run), any_event(run, lambda event: event.name == name, 7))), name
 
 
@@ -107,7 +113,9 @@ def test_a_line_that_comes_twice_is_noticed(name):
     assert parts(replace(run, trace=replace(run.trace, events=events[:at + 1] + events[at:])))
 
 
-@pytest.mark.parametrize('name, field', [('free_roots', 'roots'), ('get_sp_ret', 'gfn'), ('get_sp_ret', 'role'), ('alloc_root_ret', 'hpa'), ('new_pgd', 'pgd'), ('load_mmu_pgd', 'level'), ('init_npt', 'ncr3')])
+@pytest.mark.parametrize('name, field', [('free_roots', 'roots'), ('get_sp_ret', 'gfn'), ('get_sp_ret', 'role'),
+                                         ('alloc_root_ret', 'hpa'), ('new_pgd', 'pgd'), ('load_mmu_pgd', 'level'),
+                                         ('init_npt', 'ncr3')])
 def test_a_changed_argument_is_noticed(name, field):
     run = 's32_nested_npt_2level'
     at = any_event(run, lambda event: event.name == name, 5)
@@ -121,15 +129,18 @@ def test_timer_ticks_change_nothing(tmp_path):
         for i, line in enumerate(lines):
             out.append(line)
             if ': kvm_entry: ' in line and ': vmentry: ' in lines[i - 1] and dice.random() < 0.05:
-                exit = f"{line.split(':')[0]}: kvm_exit: vcpu 0 reason interrupt rip 0x8000 info1 0x{0:016x} info2 0x{0:016x} intr_info 0x{0:08x} error_code 0x{0:08x}"
+                exit = (f"{line.split(':')[0]}: kvm_exit: vcpu 0 reason interrupt rip 0x8000 info1 0x{0:016x} info2 "
+                        f"0x{0:016x} intr_info 0x{0:08x} error_code 0x{0:08x}")
                 out += [exit, lines[i - 1], line]
         assert len(out) > len(lines)
         return out
-    for run in ('s33_nested_npt_pae_la57', 's44_nested_shadow_mixed_random'): assert not differ(copy(TRACES / run, tmp_path, tick))
+    for run in ('s33_nested_npt_pae_la57', 's44_nested_shadow_mixed_random'):
+        assert not differ(copy(TRACES / run, tmp_path, tick))
 
 
 def test_an_unknown_event_is_kept_and_counted(tmp_path):
-    folder = copy(TRACES / 's03_shadow_nonpaging', tmp_path, lambda lines: lines[:100] + ['1.000000: kvm_new_thing: with 3 words'] + lines[100:])
+    folder = copy(TRACES / 's03_shadow_nonpaging', tmp_path,
+                  lambda lines: lines[:100] + ['1.000000: kvm_new_thing: with 3 words'] + lines[100:])
     assert not differ(folder) and 'unknown event kvm_new_thing 1' in str(check_scenario(folder)[-1])
 
 
@@ -148,7 +159,10 @@ def test_a_pointer_to_no_mmu_is_an_error_with_its_line(tmp_path):
 def test_a_cpuid_without_address_width_is_an_error(tmp_path):
     folder = copy(TRACES / 's03_shadow_nonpaging', tmp_path, list)
     meta = json.loads((folder / 'scenario.json').read_text())
-    (folder / 'scenario.json').write_text(json.dumps({**meta, 'guest_cpuid': [line for line in meta['guest_cpuid'] if not line.startswith('80000008')]}))
+    (folder
+     / 'scenario.json').write_text(json.dumps({**meta,
+                                               'guest_cpuid': [line for line in meta['guest_cpuid']
+                                                               if not line.startswith('80000008')]}))
     with pytest.raises(EvidenceError, match='MAXPHYADDR is unknown'): check_scenario(folder)
 
 

@@ -5,7 +5,8 @@ from hypothesis import given, settings, strategies as st
 
 from kvm_mmu_lit.guest.addresses import EPT4, EPT5
 from kvm_mmu_lit.guest.registers import Cr0, Cr4, Efer, Registers
-from kvm_mmu_lit.guest.reserved import (bit_runs, draw_rsvd_bits, guest_rsvd_check, is_rsvd_bits_set, reset_rsvds_bits_mask, rsvd_bits,
+from kvm_mmu_lit.guest.reserved import (bit_runs, draw_rsvd_bits, guest_rsvd_check, is_rsvd_bits_set,
+                                        reset_rsvds_bits_mask, rsvd_bits,
     shadow_zero_check, tdp_shadow_zero_check, why_reserved)
 
 words = st.integers(0, (1 << 64) - 1)
@@ -18,8 +19,10 @@ def vcpus(draw):
     efer = (Efer.NX if nx else 0) | (Efer.LME | Efer.LMA if root > 3 else 0)
     cr4 = (Cr4.PSE if pse else 0) | (Cr4.PAE if root > 2 else 0) | (Cr4.LA57 if root == 5 else 0)
     ept = 0x1000 | 6 | draw(st.sampled_from((3, 4))) << 3
-    return Registers(cr0=Cr0.PG | Cr0.PE, cr4=cr4, efer=efer, eptp=ept, maxphyaddr=draw(st.integers(32, 52)), gbpages=draw(st.booleans()),
-                     vendor=draw(st.sampled_from(('intel', 'amd'))), ept_execonly=draw(st.booleans()), ept_huge_level=draw(st.integers(1, 3)))
+    return Registers(cr0=Cr0.PG | Cr0.PE, cr4=cr4, efer=efer, eptp=ept, maxphyaddr=draw(st.integers(32, 52)),
+                     gbpages=draw(st.booleans()),
+                     vendor=draw(st.sampled_from(('intel', 'amd'))), ept_execonly=draw(st.booleans()),
+                     ept_huge_level=draw(st.integers(1, 3)))
 
 
 def refused_bits(regs, gpte, level):

@@ -1,4 +1,5 @@
-"""The invariants of the review: random histories of the designs that hold, random roles, and a root cache written again from its description."""
+"""The invariants of the review: random histories of the designs that hold, random roles, and a root cache written again
+from its description."""
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -9,7 +10,8 @@ from kvm_mmu_lit.mmu.root_role import all_mmus, svm_host
 from kvm_mmu_lit.mmu.roots import alloc_roots, vcpu_for
 from kvm_mmu_lit.review.designs import DESIGNS, STORIES, design, machine, step_of, tell
 from kvm_mmu_lit.review.invariants import INVARIANTS, broken_in, entries_of, in_scope
-from kvm_mmu_lit.review.predicates import PREDICATES, all_pairings, has_no_shadow_page, mistaken, paired, predicate, using_local_root_page
+from kvm_mmu_lit.review.predicates import (PREDICATES, all_pairings, has_no_shadow_page, mistaken, paired, predicate,
+                                           using_local_root_page)
 
 L2 = [f'{mode} {letter}' for mode in ('nonpaging', '2-level', 'PAE', '4-level') for letter in 'AXY']
 
@@ -31,7 +33,8 @@ def test_no_random_story_breaks_an_invariant(words, name, l1):
     vcpu = machine(design(name), l1)
     for word in words:
         step_of(word)(vcpu)
-        if not word.startswith('edit') and not any(w.startswith('edit') for w in words): assert broken_in(vcpu) == (), word
+        if not word.startswith('edit') and not any(w.startswith('edit') for w in words):
+            assert broken_in(vcpu) == (), word
         else: assert not set(broken_in(vcpu)) - {'outdated PDPTEs'}, word   # An edit is the guest's to load again
 
 
@@ -71,7 +74,8 @@ def test_the_root_cache_is_a_list_of_the_four_last_pointers(loads):
 
 def test_numbers_of_the_list():
     assert {one.number for one in INVARIANTS} == set(range(30))
-    assert {one.scope for one in INVARIANTS} == {'role', 'case', 'child', 'root', 'mmu', 'vm', 'switch', 'entry', 'event'}
+    assert {one.scope for one in INVARIANTS} == {'role', 'case', 'child', 'root', 'mmu', 'vm', 'switch', 'entry',
+                                                 'event'}
 
 
 def test_what_a_search_asks_stays_in_its_order():
@@ -93,8 +97,11 @@ def test_a_story_ends_early_only_with_what_breaks_kvm(name):
 def test_every_pairing_is_judged_as_the_storage_says():
     for old, new in all_pairings():
         ask = paired(old, new)
-        for one in PREDICATES: assert bool(mistaken(one, ask)) == (one.test(ask) != (old.storage in ('pae_root', 'pml4_root', 'pml5_root')))
-        same_kind = (new.storage in ('pae_root', 'pml4_root', 'pml5_root')) == (old.storage in ('pae_root', 'pml4_root', 'pml5_root'))
+        for one in PREDICATES:
+            assert (bool(mistaken(one, ask))
+                    == (one.test(ask) != (old.storage in ('pae_root', 'pml4_root', 'pml5_root'))))
+        same_kind = ((new.storage in ('pae_root', 'pml4_root', 'pml5_root'))
+                     == (old.storage in ('pae_root', 'pml4_root', 'pml5_root')))
         assert (has_no_shadow_page(ask) == using_local_root_page(ask)) == same_kind
 
 

@@ -1,4 +1,5 @@
-"""Roots and the root cache under random histories: reference counts and the invariants of a sane MMU, after every step, on every kind of host."""
+"""Roots and the root cache under random histories: reference counts and the invariants of a sane MMU, after every step,
+on every kind of host."""
 from dataclasses import replace
 
 from hypothesis import HealthCheck, settings, strategies as st
@@ -6,8 +7,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kvm_mmu_lit.guest.registers import CR3_NOFLUSH, CR3_PCID_MASK, Cr0, Cr4, Efer
 from kvm_mmu_lit.mmu.contexts import INVALID_PAGE
-from kvm_mmu_lit.mmu.nested_switch import HOSTS, enter_l2, eptp_of, eptp_switch, invept, invvpid, l2_state, leave_l2, lettered_memory
-from kvm_mmu_lit.mmu.register_writes import invpcid, load_pdptrs, set_cr0, set_cr3, set_cr4, set_efer, set_sregs, smm_changed
+from kvm_mmu_lit.mmu.nested_switch import (HOSTS, enter_l2, eptp_of, eptp_switch, invept, invvpid, l2_state, leave_l2,
+                                           lettered_memory)
+from kvm_mmu_lit.mmu.register_writes import (invpcid, load_pdptrs, set_cr0, set_cr3, set_cr4, set_efer, set_sregs,
+                                             smm_changed)
 from kvm_mmu_lit.mmu.reload import enter_guest, reset_context, unload
 from kvm_mmu_lit.mmu.root_cache import pointer
 from kvm_mmu_lit.mmu.root_role import MODES, PT64_ROOT_4LEVEL, root_storage, svm_host, vmx_host
@@ -23,11 +26,14 @@ SPECIAL = ('pae_root', 'pml4_root', 'pml5_root')
 
 
 def places(mmu) -> list: return [mmu.root, *mmu.prev_roots]
-def modes_of(host) -> list: return [mode for mode in MODES if not (host.bits == 32 and mode[0] in '45') and not (mode == '5-level' and host.levels < 5)]
+def modes_of(host) -> list:
+    return [mode for mode in MODES if not (host.bits == 32 and mode[0] in '45')
+            and not (mode == '5-level' and host.levels < 5)]
 
 
 def after_search(before: list, special: bool, hit: bool, found: int) -> list:
-    "Which page is where after a search, by the rules of the cache: `before` and the answer are pages of root and prev_roots."
+    """Which page is where after a search, by the rules of the cache: `before` and the answer are pages of root and
+    prev_roots."""
     root, *prev = before
     if special or root == INVALID_PAGE:
         if not hit: return [INVALID_PAGE, *prev]
@@ -63,7 +69,8 @@ class Machine(RuleBasedStateMachine):
                 assert now == after_search(*self.before, did['hit'], now[0])
                 dropped = sum(self.held.values()) - sum(sp.root_count for sp in self.vm.pages.values())
                 before, special = self.before
-                if not special: assert dropped == (not did['hit'] and before[0] != INVALID_PAGE and before[3] != INVALID_PAGE)
+                if not special:
+                    assert dropped == (not did['hit'] and before[0] != INVALID_PAGE and before[3] != INVALID_PAGE)
                 if did['hit']: assert not to_shadow_page(self.vm, now[0]).role.invalid
                 self.searches += 1
         return see
@@ -83,7 +90,8 @@ class Machine(RuleBasedStateMachine):
     @rule(who=st.integers(0, 1), letter=st.sampled_from('ABCDE'), pcid=st.integers(0, 2), keep=st.booleans())
     def load_cr3(self, who, letter, pcid, keep):
         vcpu = self.vm.vcpus[who]
-        if vcpu.is_nested: return      # KVM sees this write only when it emulates it, and then asks the wrong MMU: nbs/mmu/23_nested_switch.ipynb has the story
+        # KVM sees this write only when it emulates it, and then asks the wrong MMU: nbs/mmu/23_nested_switch.ipynb has the story
+        if vcpu.is_nested: return
         pcide = bool(vcpu.cr4 & Cr4.PCIDE)
         value = pointer(letter) | (pcid | (CR3_NOFLUSH if keep else 0) if pcide else 0)
         same, before = value & ~CR3_NOFLUSH == vcpu.cr3, self.searches
@@ -96,7 +104,8 @@ class Machine(RuleBasedStateMachine):
     def write_register(self, who, flip):
         vcpu, (name, bit) = self.vm.vcpus[who], flip
         if bit == Efer.LME and vcpu.host.bits == 32: return
-        if vcpu.guest_mode and vcpu.host.vendor == 'vmx' and bit in (Efer.LME, Cr0.PG): return     # VM entry ties these to L1's
+        # VM entry ties these to L1's
+        if vcpu.guest_mode and vcpu.host.vendor == 'vmx' and bit in (Efer.LME, Cr0.PG): return
         WRITES[name](vcpu, getattr(vcpu, name) ^ bit)
 
     @rule(who=st.integers(0, 1), data=st.data())
@@ -106,7 +115,8 @@ class Machine(RuleBasedStateMachine):
         cr0, cr4, efer = MODES[data.draw(st.sampled_from(modes_of(vcpu.host)))]
         set_sregs(vcpu, int(cr0 | Cr0.ET), pointer(data.draw(st.sampled_from('AB'))), cr4, efer)
 
-    @rule(who=st.integers(0, 1), data=st.data(), cr3=st.sampled_from('AXY'), nested=st.sampled_from(['', 'N', 'M']), ad=st.booleans())
+    @rule(who=st.integers(0, 1), data=st.data(), cr3=st.sampled_from('AXY'), nested=st.sampled_from(['', 'N', 'M']),
+          ad=st.booleans())
     def into_l2(self, who, data, cr3, nested, ad):
         vcpu = self.vm.vcpus[who]
         if vcpu.guest_mode or vcpu.smm: return
@@ -141,7 +151,8 @@ class Machine(RuleBasedStateMachine):
         refused = invpcid(vcpu, kind, pcid, 0x1000)
         assert bool(refused) == (kind < 2 and pcid > 0 and not vcpu.cr4 & Cr4.PCIDE)
 
-    @rule(letter=st.sampled_from('ABXNM'), slot=st.integers(0, 3), word=st.sampled_from([0, 0x4_0001, 0x4_1001, 0x4_2000]))
+    @rule(letter=st.sampled_from('ABXNM'), slot=st.integers(0, 3),
+          word=st.sampled_from([0, 0x4_0001, 0x4_1001, 0x4_2000]))
     def edit_pdpte(self, letter, slot, word):
         self.vm.memory.words(8)[pointer(letter) >> 12][slot] = word
 
@@ -194,7 +205,8 @@ class Machine(RuleBasedStateMachine):
                 if root is not mmu.root and root.valid: assert sp
                 if not sp: continue
                 role = replace(sp.role, invalid=0)
-                assert self.roles.setdefault(sp.spt, role) == role and role.level >= PT64_ROOT_4LEVEL and root.pgd != INVALID_PAGE
+                assert (self.roles.setdefault(sp.spt, role) == role and role.level >= PT64_ROOT_4LEVEL
+                        and root.pgd != INVALID_PAGE)
 
     @precondition(lambda self: hasattr(self, 'vm'))
     @invariant()
@@ -216,10 +228,13 @@ class Machine(RuleBasedStateMachine):
             storage = root_storage(mmu.cpu_role, mmu.root_role, vcpu.host.uses_tdp_mmu)
             assert [name for name, _, _ in pages][:1] == ([storage] if storage in SPECIAL else [])
             if not pages: assert replace(to_shadow_page(self.vm, mmu.root.hpa).role, invalid=0) == mmu.root_role
-            for (_, _, words), (_, below, _) in zip(pages, pages[1:]): assert [word & ~0xfff for word in words] == [below]
+            for (_, _, words), (_, below, _) in zip(pages, pages[1:]):
+                assert [word & ~0xfff for word in words] == [below]
             if pages and (mmu.root_role.direct or mmu.cpu_role.base.level == 2): assert all(mmu.pae_words)
-            elif pages and mmu is vcpu.root_mmu: assert [word > 0 for word in mmu.pae_words] == [bool(pdpte & 1) for pdpte in mmu.pdptrs]
+            elif pages and mmu is vcpu.root_mmu:
+                assert [word > 0 for word in mmu.pae_words] == [bool(pdpte & 1) for pdpte in mmu.pdptrs]
 
 
 TestRoots = Machine.TestCase
-TestRoots.settings = settings(max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
+TestRoots.settings = settings(max_examples=60, stateful_step_count=40, deadline=None,
+                              suppress_health_check=list(HealthCheck))

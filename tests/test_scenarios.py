@@ -1,4 +1,5 @@
-"""The scenarios that come with the project: each plays to its end, no invariant breaks, and a second play says the same."""
+"""The scenarios that come with the project: each plays to its end, no invariant breaks, and a second play says the
+same."""
 from pathlib import Path
 
 import pytest

@@ -8,14 +8,16 @@ from kvm_mmu_lit.guest.memory import ram, write_gpa
 from kvm_mmu_lit.mmu.contexts import KvmBug, Vcpu, init_mmu
 from kvm_mmu_lit.mmu.cpu_role import MODES, PageRole, diff_roles, page_role
 from kvm_mmu_lit.mmu.root_role import svm_host
-from kvm_mmu_lit.mmu.shadow_page import (ShadowPage, Vm, add_shadow_page, child_role, draw_pages, is_obsolete_sp, page_hash, quadrant_path, request_all,
+from kvm_mmu_lit.mmu.shadow_page import (ShadowPage, Vm, add_shadow_page, child_role, draw_pages, is_obsolete_sp,
+                                         page_hash, quadrant_path, request_all,
     shadow_slots, show_quadrants, to_shadow_page, why_missed)
 from kvm_mmu_lit.mmu.sync import SYNC_IGNORES, find_shadow_page, get_shadow_page
 from kvm_mmu_lit.mmu.zap import zap_all_fast, zap_page
 
 ROLES = [page_role(word) for word in (0x3704, 0x3703, 0x3702, 0x3701, 0x1701, 0x2712, 0x2732, 0x2_3702, 0x1782)]
 gfns, roles, addresses = st.integers(0, 3), st.sampled_from(ROLES), st.integers(0, (1 << 32) - 1)
-steps = st.lists(st.one_of(st.tuples(st.just('get'), gfns, roles), st.tuples(st.just('hold'), gfns, roles), st.tuples(st.just('unsync'), gfns, roles),
+steps = st.lists(st.one_of(st.tuples(st.just('get'), gfns, roles), st.tuples(st.just('hold'), gfns, roles),
+                           st.tuples(st.just('unsync'), gfns, roles),
                            st.tuples(st.just('zap'), gfns, roles), st.tuples(st.just('zap all'))), max_size=30)
 
 
@@ -33,7 +35,8 @@ def step(vm, what, *key):
     sp = get_shadow_page(vm.vcpus[0], *key)
     if what == 'hold': sp.root_count += 1
     root = vm.vcpus[0].mmu.root_role.word        # Only tables of its own kind are synced by an MMU
-    if what == 'unsync' and sp.role.level == 1 and not (sp.role.word ^ root) & ~SYNC_IGNORES and sp.has_gptes: sp.unsync = True
+    if what == 'unsync' and sp.role.level == 1 and not (sp.role.word ^ root) & ~SYNC_IGNORES and sp.has_gptes:
+        sp.unsync = True
     if what == 'zap': zap_page(vm, sp)
 
 
@@ -49,7 +52,8 @@ def test_after_any_history_a_key_finds_at_most_one_table_and_never_an_obsolete_o
         listed = [sp for bucket in vm.buckets.values() for sp in bucket]
         assert sorted(sp.spt for sp in listed) == sorted(sp.spt for sp in alive) and all(sp.hashed for sp in listed)
         assert all(bucket and {sp.gfn for sp in bucket} == {gfn} for gfn, bucket in vm.buckets.items())
-        assert all(sp.root_count and sp.role.invalid and not sp.hashed for sp in vm.pages.values() if is_obsolete_sp(vm, sp))
+        assert all(sp.root_count and sp.role.invalid and not sp.hashed for sp in vm.pages.values()
+                   if is_obsolete_sp(vm, sp))
         assert all(to_shadow_page(vm, sp.spt | 0x27) is sp and sp.spt == spt for spt, sp in vm.pages.items())
 
 
@@ -85,13 +89,16 @@ def test_the_hash_is_the_top_of_the_product(gfn):
 @given(addresses)
 def test_an_address_uses_the_slots_that_shadow_its_entries(gva):
     path = quadrant_path(gva)
-    assert (path.directory, path.pd_slot) in shadow_slots(2, path.pde) and shadow_slots(1, path.pte) == ((path.half, path.pt_slot),)
-    assert (path.pde << 22 | path.pte << 12) == (path.directory << 30 | path.pd_slot << 21 | path.pt_slot << 12) == gva & ~0xfff
+    assert ((path.directory, path.pd_slot) in shadow_slots(2, path.pde)
+            and shadow_slots(1, path.pte) == ((path.half, path.pt_slot),))
+    assert ((path.pde << 22 | path.pte << 12) == (path.directory << 30 | path.pd_slot << 21 | path.pt_slot << 12) == gva
+            & ~0xfff)
     directory = page_role(0x3712 | path.directory << 5)
     assert child_role(directory, path.pd_slot, False, 7).quadrant == path.half
     taken = {(box.title, slot.index) for box in show_quadrants(gva).boxes for slot in box.rows if slot.state == 'taken'}
     assert taken == {('guest page directory', path.pde), ('guest page table', path.pte), ('pae_root', path.directory),
-                     (f'level 2, quadrant {path.directory}', path.pd_slot), (f'level 1, quadrant {path.half}', path.pt_slot)}
+                     (f'level 2, quadrant {path.directory}', path.pd_slot),
+                     (f'level 1, quadrant {path.half}', path.pt_slot)}
 
 
 @given(st.sampled_from((1, 2)), st.integers(0, 1023), st.integers(0, 3))
@@ -102,10 +109,12 @@ def test_the_slots_of_an_entry_are_those_the_bytes_say(level, index, byte):
     assert shadow_slots(level, index) == tuple((at >> 12, (at & 0xfff) // 8 + i) for i in range(level))
 
 
-@given(st.sampled_from([role for role in ROLES if role.level > 1]), st.integers(0, 511), st.booleans(), st.integers(0, 7))
+@given(st.sampled_from([role for role in ROLES if role.level > 1]), st.integers(0, 511), st.booleans(),
+       st.integers(0, 7))
 def test_a_child_inherits_all_but_five_fields(parent, index, direct, access):
     child = child_role(parent, index, direct, access)
-    assert {change.field for change in diff_roles(parent, child)} <= {'level', 'access', 'direct', 'passthrough', 'quadrant'}
+    assert ({change.field for change in diff_roles(parent, child)}
+            <= {'level', 'access', 'direct', 'passthrough', 'quadrant'})
     assert page_role(child.word) == child and (child.access, child.direct) == (access, direct)
 
 
@@ -114,29 +123,36 @@ def test_pages_made_for_one_vcpu_and_tdp_roots_are_no_lookups_business():
     own = add_shadow_page(vm, ShadowPage(1, ROLES[0], vm.alloc_page(), hashed=False, owner=(0, 'root_mmu')))
     tdp = add_shadow_page(vm, ShadowPage(1, ROLES[0], vm.alloc_page(), tdp=True, hashed=False))
     assert find_shadow_page(vm.vcpus[0], 1, ROLES[0]) is None and not vm.buckets and set(vm.pages) == {own.spt, tdp.spt}
-    assert ['one vCPU alone' in line for line in why_missed(vm, 1, ROLES[0])] == [True, False] and 'TDP MMU' in why_missed(vm, 1, ROLES[0])[1]
+    assert (['one vCPU alone' in line for line in why_missed(vm, 1, ROLES[0])] == [True, False]
+            and 'TDP MMU' in why_missed(vm, 1, ROLES[0])[1])
     tdp.root_count = 1
     zap_all_fast(vm)
-    assert is_obsolete_sp(vm, tdp) and tdp.spt in vm.pages and all(vcpu.requests == {'MMU_FREE_OBSOLETE_ROOTS'} for vcpu in vm.vcpus)
+    assert (is_obsolete_sp(vm, tdp) and tdp.spt in vm.pages
+            and all(vcpu.requests == {'MMU_FREE_OBSOLETE_ROOTS'} for vcpu in vm.vcpus))
     request_all(vm, 'MMU_SYNC')
     assert all('MMU_SYNC' in vcpu.requests for vcpu in vm.vcpus)
 
 
 def test_direct_and_passthrough_tables_have_no_guest_entries():
-    assert [ShadowPage(1, page_role(word), 0x1000).has_gptes for word in (0x3704, 0x1782, 0x6_1705)] == [True, False, False]
+    assert ([ShadowPage(1, page_role(word), 0x1000).has_gptes for word in (0x3704, 0x1782, 0x6_1705)]
+            == [True, False, False])
 
 
 def test_memory_says_what_is_visible_and_which_pdptes_are_there():
     vm = machine()
     write_gpa(vm.memory, 0x2020, b''.join(value.to_bytes(8, 'little') for value in (0x3001, 0x4001, 0, 1 << 51)))
-    assert vm.read_pdptes(0x2020) == vm.read_pdptes(0x203f) == (0x3001, 0x4001, 0, 1 << 51) and vm.read_pdptes(1 << 16) is None
+    assert (vm.read_pdptes(0x2020) == vm.read_pdptes(0x203f) == (0x3001, 0x4001, 0, 1 << 51)
+            and vm.read_pdptes(1 << 16) is None)
     assert vm.is_visible(0xf) and not vm.is_visible(0x10)
 
 
 @pytest.mark.parametrize('wrong, error, said', [
-    (lambda: quadrant_path(1 << 32), ValueError, '32-bit'), (lambda: quadrant_path('here'), ValueError, 'not a number'), (lambda: shadow_slots(3, 0), ValueError, 'levels 1 and 2'),
-    (lambda: shadow_slots(2, 1024), ValueError, 'entry 1024'), (lambda: child_role(ROLES[0], -1, False, 7), ValueError, 'slot -1'),
-    (lambda: child_role(ROLES[0], 0, False, 8), ValueError, 'access 8'), (lambda: child_role(replace(ROLES[0], invalid=1), 0, False, 7), KvmBug, 'zapped'),
+    (lambda: quadrant_path(1 << 32), ValueError, '32-bit'), (lambda: quadrant_path('here'), ValueError, 'not a number'),
+    (lambda: shadow_slots(3, 0), ValueError, 'levels 1 and 2'),
+    (lambda: shadow_slots(2, 1024), ValueError, 'entry 1024'),
+    (lambda: child_role(ROLES[0], -1, False, 7), ValueError, 'slot -1'),
+    (lambda: child_role(ROLES[0], 0, False, 8), ValueError, 'access 8'),
+    (lambda: child_role(replace(ROLES[0], invalid=1), 0, False, 7), KvmBug, 'zapped'),
     (lambda: child_role(ROLES[3], 0, False, 7), KvmBug, 'no children')])
 def test_what_cannot_be_is_refused_with_the_reason(wrong, error, said):
     with pytest.raises(error, match=said): wrong()

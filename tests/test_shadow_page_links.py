@@ -1,4 +1,5 @@
-"""Links of shadow pages: whatever is linked, unlinked, let go of, synced and zapped, both sides of every account agree."""
+"""Links of shadow pages: whatever is linked, unlinked, let go of, synced and zapped, both sides of every account
+agree."""
 from collections import Counter
 from dataclasses import replace
 
@@ -17,14 +18,20 @@ from kvm_mmu_lit.mmu.sync import build_leaf, example_table, get_shadow_page, pte
 from kvm_mmu_lit.mmu.unsync import try_to_unsync, unsync_walk
 from kvm_mmu_lit.mmu.zap import change_limit, commit_zap, prepare_zap, unprotect_gfn, zap_all_fast, zap_entry, zap_page
 
-TABLES = [(3, 0x20), (3, 0x21), (2, 0x12), (2, 0x22), (1, 0x10), (1, 0x11), (1, 0x12)]      # (level, frame); 0x12 is a table of two levels
-PAIRS = [(upper, lower) for upper, (high, _) in enumerate(TABLES) for lower, (low, _) in enumerate(TABLES) if high == low + 1]
-tables, lowest, slots, frames = st.integers(0, len(TABLES) - 1), st.integers(4, 6), st.integers(0, 2), st.integers(0x40, 0x42)
+# (level, frame); 0x12 is a table of two levels
+TABLES = [(3, 0x20), (3, 0x21), (2, 0x12), (2, 0x22), (1, 0x10), (1, 0x11), (1, 0x12)]
+PAIRS = [(upper, lower) for upper, (high, _) in enumerate(TABLES) for lower, (low, _) in enumerate(TABLES)
+         if high == low + 1]
+tables, lowest, slots, frames = (st.integers(0, len(TABLES) - 1), st.integers(4, 6), st.integers(0, 2),
+                                 st.integers(0x40, 0x42))
 links = st.tuples(st.just('link'), st.sampled_from(PAIRS), slots)
 steps = st.lists(st.one_of(
-    links, links, links, links, st.tuples(st.just('map'), lowest, slots, frames), st.tuples(st.just('let go'), lowest), st.tuples(st.just('let go'), lowest),
-    st.tuples(st.just('hold'), tables), st.tuples(st.just('put'), tables), st.tuples(st.just('drop'), tables, slots), st.tuples(st.just('zap'), tables),
-    st.tuples(st.just('zap frame'), tables), st.tuples(st.just('sync'), tables), st.tuples(st.just('limit'), st.integers(0, 9)), st.tuples(st.just('zap all'))), max_size=40)
+    links, links, links, links, st.tuples(st.just('map'), lowest, slots, frames), st.tuples(st.just('let go'), lowest),
+    st.tuples(st.just('let go'), lowest),
+    st.tuples(st.just('hold'), tables), st.tuples(st.just('put'), tables), st.tuples(st.just('drop'), tables, slots),
+    st.tuples(st.just('zap'), tables),
+    st.tuples(st.just('zap frame'), tables), st.tuples(st.just('sync'), tables),
+    st.tuples(st.just('limit'), st.integers(0, 9)), st.tuples(st.just('zap all'))), max_size=40)
 
 
 class Tables:
@@ -75,7 +82,8 @@ class Tables:
 
 def below(vm, sp) -> dict:
     "{slot: table}, from the entries alone."
-    return {index: vm.pages[spte & SPTE_ADDRESS] for index, spte in sp.sptes.items() if is_present(spte) and not is_last(spte, sp.role.level)}
+    return {index: vm.pages[spte & SPTE_ADDRESS] for index, spte in sp.sptes.items() if is_present(spte)
+            and not is_last(spte, sp.role.level)}
 
 
 def stale_below(vm, sp) -> set:
@@ -126,9 +134,11 @@ def test_frames_of_tables_are_watched_and_no_frame_of_a_table_in_sync_is_writabl
         living = [sp for sp in vm.pages.values() if sp.hashed]
         assert vm.tracked == Counter(sp.gfn for sp in living if sp.role.level > 1) and vm.indirect == len(living)
         assert {gfn for _, gfn in vm.no_large} == ({0} if living else set())
-        assert vm.n_used == len(vm.pages) and all(sp.root_count and sp.role.invalid for sp in vm.pages.values() if not sp.hashed)
+        assert vm.n_used == len(vm.pages) and all(sp.root_count and sp.role.invalid for sp in vm.pages.values()
+                                                  if not sp.hashed)
         assert [sp for bucket in vm.buckets.values() for sp in bucket if is_obsolete_sp(vm, sp)] == []
-        writable = {page_gfn(*entry_at(vm, sptep)) for gfn in range(0x100) for sptep in rmap_entries(vm, gfn, 1) if is_writable(entry_at(vm, sptep)[0].sptes[entry_at(vm, sptep)[1]])}
+        writable = {page_gfn(*entry_at(vm, sptep)) for gfn in range(0x100) for sptep in rmap_entries(vm, gfn, 1)
+                    if is_writable(entry_at(vm, sptep)[0].sptes[entry_at(vm, sptep)[1]])}
         assert not writable & {sp.gfn for sp in living if not sp.unsync}
 
 
@@ -142,26 +152,33 @@ def test_a_zap_leaves_nothing_of_the_table_until_the_commit_and_not_even_its_pag
     flushes, zapped, children = vm.flushes, [], set(below(vm, sp))
     count = prepare_zap(vm, sp, zapped)
     assert count == len(zapped) and (sp in zapped) == (not sp.root_count) and flushes == vm.flushes
-    assert not (sp.sptes or sp.parents or sp.translation or sp.unsync_children) and not any(sp in bucket for bucket in vm.buckets.values())
-    assert all(one.role.invalid and one.spt in vm.pages for one in zapped) and len(zapped) <= 1 + 3 * max(1, len(children))
+    assert (not (sp.sptes or sp.parents or sp.translation or sp.unsync_children)
+            and not any(sp in bucket for bucket in vm.buckets.values()))
+    assert (all(one.role.invalid and one.spt in vm.pages for one in zapped)
+            and len(zapped) <= 1 + 3 * max(1, len(children)))
     commit_zap(vm, list(zapped))
     assert vm.flushes == flushes + bool(zapped) and not any(one.spt in vm.pages for one in zapped)
     assert not any(sptep & SPTE_ADDRESS == sp.spt for other in vm.pages.values() for sptep in other.parents)
 
 
-gptes = st.builds(lambda frame, bits, nx: frame << 12 | bits | nx << 63, frames, st.sampled_from([low | a | d for low in range(8) for a in (0, 0x20) for d in (0, 0x40)]), st.integers(0, 1))
-first = st.lists(st.builds(lambda frame, w: frame << 12 | 0x65 | w, frames, st.sampled_from((0, 2))), min_size=1, max_size=6)
+gptes = st.builds(lambda frame, bits, nx: frame << 12 | bits | nx << 63, frames,
+                  st.sampled_from([low | a | d for low in range(8) for a in (0, 0x20) for d in (0, 0x40)]),
+                  st.integers(0, 1))
+first = st.lists(st.builds(lambda frame, w: frame << 12 | 0x65 | w, frames, st.sampled_from((0, 2))), min_size=1,
+                 max_size=6)
 edits = st.lists(st.tuples(st.integers(3, 8), gptes), max_size=8)
 
 
 def meaning(vm, sp) -> dict:
     "{slot: (host frame, writable, user, executable)} of what is shadowed."
     masks = vm.masks
-    return {index: (spte_pfn(spte), is_writable(spte), bool(spte & masks.user), not spte & masks.nx) for index, spte in sp.sptes.items()}
+    return {index: (spte_pfn(spte), is_writable(spte), bool(spte & masks.user), not spte & masks.nx)
+            for index, spte in sp.sptes.items()}
 
 
 def wanted(vm, gpte) -> 'tuple | None':
-    "What the guest's entry allows a shadow to allow, from the manual: P and A, W only with D, U, and XD for no execution."
+    """What the guest's entry allows a shadow to allow, from the manual: P and A, W only with D, U, and XD for no
+    execution."""
     if not gpte & 1 or not gpte & 0x20: return None
     return host_frame(vm, (gpte & SPTE_ADDRESS) >> 12)[0], gpte & 0x42 == 0x42, bool(gpte & 4), not gpte >> 63
 
@@ -177,10 +194,12 @@ def test_a_store_that_is_seen_and_a_sync_of_the_same_edits_leave_what_the_guest_
         pte_write(seen, 0x1_1000 + 8 * index, 8)
     sync_page(unseen, by_sync)
     for vcpu, sp in ((seen, by_store), (unseen, by_sync)):
-        for index, shadow in meaning(vcpu.vm, sp).items(): assert shadow == wanted(vcpu.vm, read_gpte(vcpu.vm, sp, index)), (index, changes)
+        for index, shadow in meaning(vcpu.vm, sp).items():
+            assert shadow == wanted(vcpu.vm, read_gpte(vcpu.vm, sp, index)), (index, changes)
     assert set(by_store.sptes) == filled - {index for index, _ in changes}
     frames_before = dict(enumerate((gpte >> 12 for gpte in before), 3))
-    keeps = {index for index in filled if wanted(unseen.vm, gpte := read_gpte(unseen.vm, by_sync, index)) and (gpte & SPTE_ADDRESS) >> 12 == frames_before[index]}
+    keeps = {index for index in filled if wanted(unseen.vm, gpte := read_gpte(unseen.vm, by_sync, index))
+             and (gpte & SPTE_ADDRESS) >> 12 == frames_before[index]}
     assert set(by_sync.sptes) == keeps
 
 

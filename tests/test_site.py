@@ -1,4 +1,5 @@
-"""The site as a reader meets it, in a real browser: every page, by day, by night and on a telephone; its links, its search, its live figures."""
+"""The site as a reader meets it, in a real browser: every page, by day, by night and on a telephone; its links, its
+search, its live figures."""
 import functools
 import http.server
 import json
@@ -36,7 +37,8 @@ class Page(HTMLParser):
         given = dict(attributes)
         self.anchors |= {given[key] for key in ('id', 'name') if given.get(key)}
         self.links += [given[key] for key in ('href', 'src') if given.get(key)]
-        if 'live' in given.get('class', '').split() and 'data-fn' in given: self.live.append((given['data-fn'], json.loads(given['data-args'])))
+        if 'live' in given.get('class', '').split() and 'data-fn' in given:
+            self.live.append((given['data-fn'], json.loads(given['data-args'])))
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -90,7 +92,8 @@ def parsed(site) -> dict:
 @pytest.fixture(scope='module')
 def live(site, parsed) -> list:
     "(page, function, controls) of every live figure."
-    if not list(site.glob('_static/live/pyodide')): pytest.skip("the site was built without live figures: npm's packages could not be had")
+    if not list(site.glob('_static/live/pyodide')):
+        pytest.skip("the site was built without live figures: npm's packages could not be had")
     return [(name, *figure) for name, page in parsed.items() for figure in page.live]
 
 
@@ -124,7 +127,8 @@ def test_a_page_opens_with_its_pictures_by_day_by_night_and_on_a_telephone(tab, 
     assert tab.locator('article h1').first.inner_text().strip()
     assert tab.evaluate("""[...document.querySelectorAll('article .picture svg, article .live svg')].filter(e => {
         const box = e.getBoundingClientRect(); return box.width > 30 && box.height > 10; }).length"""), 'no picture'
-    assert tab.evaluate("[...document.querySelectorAll('div.cell_input pre')].filter(e => e.textContent.startsWith('#|')).length") == 0
+    assert tab.evaluate("[...document.querySelectorAll('div.cell_input pre')].filter(e => "
+                        "e.textContent.startsWith('#|')).length") == 0
     assert overflow(tab) == []
     tab.emulate_media(color_scheme='dark')
     assert contrast(tab, 'article p, article td, article th, article li, article code') == []
@@ -145,9 +149,9 @@ def test_every_other_page_opens_and_fits(tab, origin, parsed):
 def test_code_of_a_full_line_needs_no_scrolling_on_a_desk(tab, origin):
     tab.goto(origin + 'draw/08_explore.html')
     narrow = tab.evaluate('''() => { const pre = document.querySelector('div.cell_input pre'), probe = document.createElement('span');
-        probe.textContent = 'x'.repeat(105); pre.append(probe);
+        probe.textContent = 'x'.repeat(120); pre.append(probe);
         const [room, needed] = [pre.clientWidth, probe.getBoundingClientRect().width]; probe.remove(); return [room, needed]; }''')
-    assert narrow[1] <= narrow[0], f'105 characters take {narrow[1]:.0f} px of {narrow[0]}'
+    assert narrow[1] <= narrow[0], f'120 characters take {narrow[1]:.0f} px of {narrow[0]}'
 
 
 def test_every_link_leads_somewhere(site, parsed):
@@ -158,7 +162,8 @@ def test_every_link_leads_somewhere(site, parsed):
             target, anchor = urldefrag(urljoin('/' + name, link))
             file = unquote(urlsplit(target).path).lstrip('/') or 'index.html'
             if not (site / file).is_file(): broken.append(f'{name}: {link}')
-            elif anchor and file in parsed and unquote(anchor) not in parsed[file].anchors: broken.append(f'{name}: {link}')
+            elif anchor and file in parsed and unquote(anchor) not in parsed[file].anchors:
+                broken.append(f'{name}: {link}')
     assert broken == []
     assert sum(len(page.links) for page in parsed.values()) > 100
 
@@ -167,7 +172,8 @@ def test_search_finds_pdptr(tab, origin):
     tab.goto(origin + 'index.html')
     tab.locator('input.sidebar-search').fill('PDPTR')
     tab.keyboard.press('Enter')
-    found = tab.locator('#search-results ul.search li a[href*="guest/"], #search-results ul.search li a[href*="mmu/"]').first      # results come in one by one
+    # results come in one by one
+    found = tab.locator('#search-results ul.search li a[href*="guest/"], #search-results ul.search li a[href*="mmu/"]').first
     expect(found).to_be_visible(timeout=30_000)
     with tab.expect_navigation(): found.click()
     assert tab.locator('article').get_by_text('PDPTR').count()
@@ -177,7 +183,8 @@ def test_search_finds_pdptr(tab, origin):
 
 def move(tab, figure, backwards=False):
     "Move the first control of a figure a step."
-    slider, box, choice = figure.locator('input[type=range]'), figure.locator('input[type=checkbox]'), figure.locator('select')
+    slider, box, choice = (figure.locator('input[type=range]'), figure.locator('input[type=checkbox]'),
+                           figure.locator('select'))
     if slider.count():
         slider.first.focus()
         tab.keyboard.press('ArrowLeft' if backwards else 'ArrowRight')
@@ -188,18 +195,22 @@ def move(tab, figure, backwards=False):
 
 def answered(tab, figure) -> str:
     "What a figure says once it has an answer: nothing beside its picture, or a message."
-    tab.wait_for_function('figure => { const said = figure.querySelector(".live-status").textContent; return said ? !said.startsWith("starting") : figure.dataset.shown; }',
+    tab.wait_for_function('figure => { const said = figure.querySelector(".live-status").textContent; return said ? '
+                          '!said.startsWith("starting") : figure.dataset.shown; }',
                           arg=figure.element_handle(), timeout=STARTING_PYTHON)
     return figure.locator('.live-status').inner_text()
 
 
 def is_graph(site, figure) -> bool:
-    return 'data-dot=' in ''.join(part for part in (site / figure[0]).read_text().split('class="live"') if f'data-fn="{figure[1]}"' in part)
+    return 'data-dot=' in ''.join(part for part in (site / figure[0]).read_text().split('class="live"')
+                                  if f'data-fn="{figure[1]}"' in part)
 
 
 def test_a_touched_control_draws_another_picture(tab, origin, site, live, measured):
     graphs = [figure for figure in live if is_graph(site, figure)]
-    chosen = {figure[0]: figure for figure in (*graphs[:1], next(figure for figure in live if any(type(control) is list for control in figure[2].values())))}
+    chosen = {figure[0]: figure
+              for figure in (*graphs[:1], next(figure for figure in live
+                                               if any(type(control) is list for control in figure[2].values())))}
     for name, function, _ in chosen.values():
         asked = []
         tab.on('request', lambda request: asked.append(request.url))
@@ -212,13 +223,15 @@ def test_a_touched_control_draws_another_picture(tab, origin, site, live, measur
         if out: move(tab, figure, backwards=True)
         if out: move(tab, figure, backwards=True)
         assert answered(tab, figure) == ''
-        tab.wait_for_function('([picture, before]) => picture.innerHTML !== before', arg=[figure.locator('.live-picture').element_handle(), before])
+        tab.wait_for_function('([picture, before]) => picture.innerHTML !== before',
+                              arg=[figure.locator('.live-picture').element_handle(), before])
         after = figure.locator('.live-picture').inner_html()
         assert '<svg' in after or '<table' in after
         assert not is_graph(site, (name, function)) or 'data-dot=' in after and '<svg' in after
         shown, start = figure.get_attribute('data-shown'), time.perf_counter()
         move(tab, figure, backwards=not out)
-        tab.wait_for_function('([figure, shown]) => figure.dataset.shown !== shown', arg=[figure.element_handle(), shown])
+        tab.wait_for_function('([figure, shown]) => figure.dataset.shown !== shown',
+                              arg=[figure.element_handle(), shown])
         measured(f'site: the figure of {name} follows its control in {(time.perf_counter() - start) * 1000:.0f} ms')
 
 
@@ -232,11 +245,13 @@ def test_every_live_figure_draws_in_the_browser_what_stands_on_the_page(tab, ori
         window.words = html => new DOMParser().parseFromString(html, 'text/html').body.textContent.replace(/\\s+/g, ' ').trim(); }''')
     tab.set_default_timeout(STARTING_PYTHON)
     for name, function, controls in live:
-        start = {argument: control[2] if isinstance(control, list) else control.get('value', control.get('text')) for argument, control in controls.items()}
+        start = {argument: control[2] if isinstance(control, list) else control.get('value', control.get('text'))
+                 for argument, control in controls.items()}
         answer = tab.evaluate('([fn, args]) => ask(fn, args)', [function, start])
         if 'error' in answer: differing.append(f'{name} {function}: {answer["error"]}'); continue
         still = tab.evaluate('''async ([page, fn]) => { const text = await (await fetch(page)).text();
             return [...new DOMParser().parseFromString(text, 'text/html').querySelectorAll('.live')].filter(e => e.dataset.fn === fn).map(e => words(e.innerHTML)); }''',
             [origin + name, function])
-        if tab.evaluate('html => words(html)', answer['answer']) not in still: differing.append(f'{name} {function}: another picture')
+        if tab.evaluate('html => words(html)', answer['answer']) not in still:
+            differing.append(f'{name} {function}: another picture')
     assert live and differing == []

@@ -34,8 +34,10 @@ def leaves(draw, machine=machines()):
     level = draw(st.integers(1, 3))
     step = 1 << 9 * (level - 1)
     pfn = draw(st.integers(0, (1 << masks.phys_bits - 13) - 1)) // step * step
-    return dict(masks=masks, role=PageRole(level=level, ad_disabled=int(ad_disabled), guest_mode=draw(st.integers(0, 1))), access=draw(st.integers(4, 7)), pfn=pfn,
-                prefetch=draw(st.booleans()), host_writable=draw(st.booleans()), protected=draw(st.booleans()), nx_huge=draw(st.booleans()), pml=draw(st.booleans()))
+    return dict(masks=masks, role=PageRole(level=level, ad_disabled=int(ad_disabled),
+                                           guest_mode=draw(st.integers(0, 1))), access=draw(st.integers(4, 7)), pfn=pfn,
+                prefetch=draw(st.booleans()), host_writable=draw(st.booleans()), protected=draw(st.booleans()),
+                nx_huge=draw(st.booleans()), pml=draw(st.booleans()))
 
 
 def make(leaf, **changed):
@@ -61,7 +63,8 @@ def test_the_processor_reads_what_was_granted(leaf):
     fmt, granted = EPT4 if masks.is_ept else LONG4, leaf['access']
     if wrprot or not leaf['host_writable']: granted &= ~2
     if leaf['role'].level > 1 and leaf['nx_huge']: granted &= ~1
-    assert is_present_gpte(spte, fmt) and int(gpte_access(spte, fmt)) == granted       # Part I's reading, which knows no masks
+    # Part I's reading, which knows no masks
+    assert is_present_gpte(spte, fmt) and int(gpte_access(spte, fmt)) == granted
     assert is_last_gpte(spte, leaf['role'].level, fmt, True) and S.is_last(spte, leaf['role'].level)
     assert S.spte_pfn(spte & ~masks.me_mask) == leaf['pfn'] & ~(masks.me_mask >> 12)
     assert S.is_executable(masks, spte) == bool(granted & 1)
@@ -70,22 +73,26 @@ def test_the_processor_reads_what_was_granted(leaf):
 @given(leaves())
 def test_an_entry_maps_something_and_is_neither_mmio_nor_removed(leaf):
     masks, (spte, _) = leaf['masks'], make(leaf)
-    assert S.is_present(spte) and spte != S.REMOVED_SPTE and M.decode_spte(masks, spte, leaf['role'].level)['kind'].startswith('page')
+    assert (S.is_present(spte) and spte != S.REMOVED_SPTE
+            and M.decode_spte(masks, spte, leaf['role'].level)['kind'].startswith('page'))
     tracked = S.is_access_track(masks, spte)
-    assert tracked == (leaf['prefetch'] and bool(leaf['role'].ad_disabled)) and S.is_accessed(masks, spte) == (not leaf['prefetch'])
+    assert (tracked == (leaf['prefetch'] and bool(leaf['role'].ad_disabled))
+            and S.is_accessed(masks, spte) == (not leaf['prefetch']))
     assert not S.is_mmio(masks, spte)
 
 
 @given(leaves(), st.sampled_from(('NPT', 'EPT', 'shadow')))
 def test_no_entry_has_a_bit_kvm_never_sets(leaf, kind):
     host, masks, root = {
-        'NPT': (svm_host(me_value=1 << 45), S.masks_of(svm_host(me_value=1 << 45)), 'TDP'), 'EPT': (vmx_host(), S.ept_masks(), 'TDP'), 'shadow': (svm_host(npt=False), S.base_masks(), 'shadow')}[kind]
+        'NPT': (svm_host(me_value=1 << 45), S.masks_of(svm_host(me_value=1 << 45)), 'TDP'),
+        'EPT': (vmx_host(), S.ept_masks(), 'TDP'), 'shadow': (svm_host(npt=False), S.base_masks(), 'shadow')}[kind]
     role = PageRole(level=4, direct=int(root == 'TDP'), efer_nx=1)
     check = M.reset_shadow_zero_check(host, role, root)
     here = PageRole(level=leaf['role'].level, guest_mode=leaf['role'].guest_mode)
     spte, _ = make(leaf, masks=masks, role=here, pfn=leaf['pfn'] & (1 << 32) - 1)
     assert not M.is_rsvd_spte(check, spte, here.level)
-    for bit in range(46, 52): assert M.is_rsvd_spte(check, spte | 1 << bit, here.level)      # one bit more than a frame can have
+    # one bit more than a frame can have
+    for bit in range(46, 52): assert M.is_rsvd_spte(check, spte | 1 << bit, here.level)
 
 
 @given(leaves())
@@ -114,7 +121,8 @@ def test_tracking_takes_every_right_and_restoring_gives_all_but_write_back(leaf)
 def test_another_page_behind_the_frame_is_read_only_and_unused(leaf, pfn):
     masks, (spte, _) = leaf['masks'], make(leaf)
     changed = M.changed_pfn_spte(masks, spte, pfn)
-    assert S.spte_pfn(changed) == pfn and S.writable_state(masks, changed) == '000' and not S.is_accessed(masks, changed) and S.is_present(changed)
+    assert (S.spte_pfn(changed) == pfn and S.writable_state(masks, changed) == '000'
+            and not S.is_accessed(masks, changed) and S.is_present(changed))
 
 
 @given(leaves(), st.integers(0, 511), st.booleans())
@@ -124,9 +132,12 @@ def test_a_piece_of_a_large_page_maps_its_frame_and_grants_no_more(leaf, index, 
     assume(not leaf['masks'].me_value)
     masks, (huge, _) = leaf['masks'], make(leaf)
     piece = M.split_spte(masks, huge, PageRole(level=1, access=7), index, nx_huge)
-    assert S.spte_pfn(piece) == leaf['pfn'] + index and not S.is_large(piece) and S.writable_state(masks, piece) == S.writable_state(masks, huge)
+    assert (S.spte_pfn(piece) == leaf['pfn'] + index and not S.is_large(piece)
+            and S.writable_state(masks, piece) == S.writable_state(masks, huge))
     if not nx_huge: assert piece ^ huge == S.SPTE_LARGE | index << 12
-    else: assert S.is_access_track(masks, piece) == S.is_access_track(masks, huge) and (S.is_access_track(masks, piece) or S.is_executable(masks, piece))
+    else:
+        assert (S.is_access_track(masks, piece) == S.is_access_track(masks, huge)
+                and (S.is_access_track(masks, piece) or S.is_executable(masks, piece)))
 
 
 @given(machines(), st.integers(0, (1 << 52) - 1))
@@ -134,7 +145,8 @@ def test_an_entry_for_a_table_restricts_nothing(machine, child):
     masks, has_ad = machine
     child &= (1 << masks.phys_bits) - 1                 # a table of KVM's lies in the memory the machine has
     spte = M.make_nonleaf_spte(masks, child & S.SPTE_ADDRESS, not has_ad)
-    assert int(gpte_access(spte, EPT4 if masks.is_ept else LONG4)) == 7 and M.decode_spte(masks, spte, 2)['kind'] == 'table'
+    assert (int(gpte_access(spte, EPT4 if masks.is_ept else LONG4)) == 7
+            and M.decode_spte(masks, spte, 2)['kind'] == 'table')
     assert S.spte_pfn(spte) << 12 == child & S.SPTE_ADDRESS | masks.me_value and S.ad_enabled(spte) == has_ad
 
 
@@ -148,7 +160,8 @@ def test_an_mmio_entry_gives_back_what_went_in(machine, gen, access, data):
     gfn = data.draw(st.integers(0, (1 << min(room.bit_length(), masks.phys_bits - 12)) - 1))
     spte = M.make_mmio_spte(masks, gen, gfn, access)
     assert 0 <= spte < 1 << 64 and S.is_mmio(masks, spte) and not S.is_present(spte) and spte not in (0, S.REMOVED_SPTE)
-    assert (M.mmio_gen(spte), M.mmio_gfn(masks, spte), M.mmio_access(masks, spte)) == (gen & 0x7ffff, gfn, access & masks.mmio_access)
+    assert (M.mmio_gen(spte), M.mmio_gfn(masks, spte),
+            M.mmio_access(masks, spte)) == (gen & 0x7ffff, gfn, access & masks.mmio_access)
     assert spte & masks.nonpresent_or_rsvd == masks.nonpresent_or_rsvd
     told = M.decode_spte(masks, spte)
     assert (told['kind'], told['gen'], told['gfn']) == ('MMIO', gen & 0x7ffff, gfn)
@@ -158,10 +171,12 @@ def test_an_mmio_entry_gives_back_what_went_in(machine, gen, access, data):
 def test_any_number_has_a_name_for_every_bit_and_a_kind(machine, spte, level):
     masks, _ = machine
     fields = S.spte_fields(masks, spte)
-    assert sum(field.value(spte) << field.low for field in fields) == spte and sum(f.high - f.low + 1 for f in fields) == 64
+    assert (sum(field.value(spte) << field.low for field in fields) == spte
+            and sum(f.high - f.low + 1 for f in fields) == 64)
     told = M.decode_spte(masks, spte, level)
     assert (told['kind'] == 'MMIO') == S.is_mmio(masks, spte)
-    assert (told['kind'] in ('table', 'page', 'page, access-tracked')) == (S.is_present(spte) and not S.is_mmio(masks, spte))
+    assert ((told['kind'] in ('table', 'page', 'page, access-tracked'))
+            == (S.is_present(spte) and not S.is_mmio(masks, spte)))
     assert len(S.draw_spte(spte, masks=masks).fields) == len(fields)
 
 
@@ -175,8 +190,10 @@ def test_the_state_check_refuses_exactly_the_four_impossible_states(spte, ept):
 
 
 @pytest.mark.parametrize('facts, device', [
-    (dict(), False), (dict(reserved=True), True), (dict(reserved=True, zero=True), False), (dict(reserved=True, uncached=False), False),
-    (dict(has_page=False), True), (dict(has_page=False, ram=True), False), (dict(has_page=False, reserved=True, ram=True), False)])
+    (dict(), False), (dict(reserved=True), True), (dict(reserved=True, zero=True), False),
+    (dict(reserved=True, uncached=False), False),
+    (dict(has_page=False), True), (dict(has_page=False, ram=True), False),
+    (dict(has_page=False, reserved=True, ram=True), False)])
 def test_a_devices_frame_is_guessed_from_the_memory_map(facts, device): assert M.is_mmio_pfn(**facts) is device
 
 
@@ -186,7 +203,10 @@ def test_a_devices_frame_is_not_encrypted():
     assert memory ^ device == 1 << 45
 
 
-@pytest.mark.parametrize('wrong, word', [(lambda: M.decode_spte(S.base_masks(), -1), '64 bits'), (lambda: M.decode_spte(S.base_masks(), 0, 0), '1..5'), (lambda: S.draw_spte(1 << 64), '64 bits'),
-                                         (lambda: M.reset_shadow_zero_check(svm_host(), PageRole(level=4), 'plum'), 'plum')])
+@pytest.mark.parametrize('wrong, word', [(lambda: M.decode_spte(S.base_masks(), -1), '64 bits'),
+                                         (lambda: M.decode_spte(S.base_masks(), 0, 0), '1..5'),
+                                         (lambda: S.draw_spte(1 << 64), '64 bits'),
+                                         (lambda: M.reset_shadow_zero_check(svm_host(), PageRole(level=4), 'plum'),
+                                          'plum')])
 def test_a_wrong_question_is_the_callers_mistake(wrong, word):
     with pytest.raises(ValueError, match=word): wrong()

@@ -1,4 +1,5 @@
-"""Stories about tables that went out of sync while nothing led to them: whoever is led there again must not see what they held."""
+"""Stories about tables that went out of sync while nothing led to them: whoever is led there again must not see what
+they held."""
 from kvm_mmu_lit.guest.addresses import LONG4
 from kvm_mmu_lit.guest.gpte import map_page
 from kvm_mmu_lit.guest.memory import ram
@@ -12,12 +13,16 @@ ROOT, OTHERS, PDPT, PT = 0x1000, (0x10_000, 0x11_000, 0x12_000, 0x13_000, 0x14_0
 
 
 def machine(prefetch=False):
-    "Six address spaces: in the first two pages, in all of them a window on frames 0 to 15. What maps the pages is PDPT 3, PD 4, PT 5."
+    """Six address spaces: in the first two pages, in all of them a window on frames 0 to 15.
+
+    What maps the pages is PDPT 3, PD 4, PT 5."""
     memory = ram((0, 0x400000))
     for root in (ROOT, *OTHERS):
-        frames = [PDPT >> 12, 4, PT >> 12, 6, 7, 8] if root == ROOT else list(range((root >> 12) * 4, (root >> 12) * 4 + 3))
+        frames = ([PDPT >> 12, 4, PT >> 12, 6, 7, 8] if root == ROOT
+                  else list(range((root >> 12) * 4, (root >> 12) * 4 + 3)))
         if root == ROOT:
-            for gva, gpa in ((PAGE, 0x100_000), (NEIGHBOUR, 0x101_000)): map_page(memory, root, LONG4, gva, gpa, frames, 7, 7)
+            for gva, gpa in ((PAGE, 0x100_000), (NEIGHBOUR, 0x101_000)):
+                map_page(memory, root, LONG4, gva, gpa, frames, 7, 7)
         for frame in range(16): map_page(memory, root, LONG4, WINDOW + (frame << 12), frame << 12, frames, 7, 7)
     one = new_machine(svm_host(4, npt=False), memory, prefetch=prefetch)
     act(one, 'set_cr3', value=ROOT)

@@ -1,4 +1,5 @@
-"""The TDP MMU: any history against a set of blocks, the events alone, and other vCPUs in the middle of every exchange."""
+"""The TDP MMU: any history against a set of blocks, the events alone, and other vCPUs in the middle of every
+exchange."""
 from dataclasses import replace
 
 import pytest
@@ -23,7 +24,8 @@ ROLE = PageRole(level=4, direct=1, access=7)
 HOSTS = [svm_host(), vmx_host(), vmx_host(ad=False)]
 SIZE = {level: 1 << 9 * (level - 1) for level in (1, 2, 3, 4)}
 FRAMES = 2 << 18                                          # 2 GiB
-gfns = st.one_of(st.sampled_from([0, 1, 511, 512, 513, 1023, 1 << 18, (1 << 18) - 1, (1 << 18) + 512]), st.integers(0, FRAMES - 1))
+gfns = st.one_of(st.sampled_from([0, 1, 511, 512, 513, 1023, 1 << 18, (1 << 18) - 1, (1 << 18) + 512]),
+                 st.integers(0, FRAMES - 1))
 spans = st.tuples(gfns, st.sampled_from([1, 2, 511, 512, 513, 1 << 18])).map(lambda s: (s[0], min(s[0] + s[1], FRAMES)))
 levels = st.sampled_from([1, 1, 2, 2, 3])
 
@@ -50,7 +52,8 @@ def fault(vm, root, gfn, level, offset, writable=True) -> str:
 
 
 class Blocks:
-    "What should be mapped: {(level, first frame): [first host frame, writable, may become writable]}, no two of them overlapping."
+    """What should be mapped: {(level, first frame): [first host frame, writable, may become writable]}, no two of them
+    overlapping."""
 
     def __init__(self): self.held = {}
 
@@ -91,7 +94,8 @@ class Blocks:
 
 
 def tree(vm, root) -> dict:
-    "The leaves, by walking the dictionaries and not the iterator; and every table must be reached once, by the entry it names."
+    """The leaves, by walking the dictionaries and not the iterator; and every table must be reached once, by the entry
+    it names."""
     leaves, tables = {}, {root.spt}
     todo = [root]
     while todo:
@@ -104,7 +108,8 @@ def tree(vm, root) -> dict:
                 leaves[level, gfn] = [spte_pfn(spte), is_writable(spte), is_mmu_writable(vm.masks, spte)]
                 continue
             child = vm.pages[spte & 0xf_ffff_ffff_f000]
-            assert child.ptep == sp.spt + 8 * index and child.gfn == gfn and child.role == replace(sp.role, level=level - 1)
+            assert (child.ptep == sp.spt + 8 * index and child.gfn == gfn
+                    and child.role == replace(sp.role, level=level - 1))
             assert child.spt not in tables and child.tdp and not child.hashed and not child.root_count
             tables.add(child.spt)
             todo.append(child)
@@ -115,9 +120,11 @@ def tree(vm, root) -> dict:
 steps = st.lists(st.one_of(
     st.tuples(st.just('map'), gfns, levels, st.booleans()), st.tuples(st.just('map'), gfns, levels, st.booleans()),
     st.tuples(st.just('zap'), spans), st.tuples(st.just('unmap'), spans), st.tuples(st.just('move')),
-    st.tuples(st.just('split'), spans, st.sampled_from([1, 2]), st.booleans()), st.tuples(st.just('wrprot'), spans, levels),
+    st.tuples(st.just('split'), spans, st.sampled_from([1, 2]), st.booleans()),
+    st.tuples(st.just('wrprot'), spans, levels),
     st.tuples(st.just('protect'), gfns, levels), st.tuples(st.just('collapse'), spans, st.sampled_from([1, 2, 3])),
-    st.tuples(st.just('age'), spans), st.tuples(st.just('clean'), spans), st.tuples(st.just('invalidate')), st.tuples(st.just('readonly'), gfns)), max_size=12)
+    st.tuples(st.just('age'), spans), st.tuples(st.just('clean'), spans), st.tuples(st.just('invalidate')),
+    st.tuples(st.just('readonly'), gfns)), max_size=12)
 
 
 class Run:
@@ -136,7 +143,8 @@ class Run:
         if did.what != 'kvm_tdp_mmu_spte_changed': return
         facts = dict(did.facts)
         key = facts['level'], facts['gfn']
-        assert self.seen.get(key, 0) in (facts['old_spte'], REMOVED_SPTE), "an event does not start where the one before it ended"
+        assert self.seen.get(key, 0) in (facts['old_spte'],
+                                         REMOVED_SPTE), "an event does not start where the one before it ended"
         self.seen[key] = facts['new_spte']
 
     def step(self, what, *args):
@@ -145,7 +153,8 @@ class Run:
             gfn, level, writable = args
             key = level, gfn & -SIZE[level]
             held = blocks.held.get(key)
-            if held and held[0] != key[1] + self.offset: tdp_unmap_gfn_range(vm, *self.span(key)), blocks.drop(*self.span(key))
+            if held and held[0] != key[1] + self.offset:
+                tdp_unmap_gfn_range(vm, *self.span(key)), blocks.drop(*self.span(key))
             assert fault(vm, self.root, gfn, level, self.offset, writable) in ('FIXED', 'SPURIOUS')
             blocks.map(gfn, level, self.offset, writable)
         elif what == 'zap': assert tdp_zap_leafs(vm, *args[0]) == blocks.drop(*args[0])
@@ -155,7 +164,8 @@ class Run:
             tdp_split_huge_pages(vm, *args[0], args[1], args[2])
             blocks.split(*args[0], args[1])
         elif what == 'wrprot': assert tdp_wrprot_slot(vm, *args[0], args[1]) == blocks.protect(*args[0], args[1])
-        elif what == 'protect': assert tdp_write_protect_gfn(vm, *args) == blocks.protect(args[0], args[0] + 1, args[1], True)
+        elif what == 'protect':
+            assert tdp_write_protect_gfn(vm, *args) == blocks.protect(args[0], args[0] + 1, args[1], True)
         elif what == 'collapse':
             vm.host_levels[0] = args[1]
             tdp_zap_collapsible(vm, *args[0])
@@ -196,7 +206,8 @@ def test_after_any_history_the_tree_maps_what_a_set_of_blocks_says(host, history
         sp, index, spte, found = tdp_leaf(run.vm, run.root, gfn + SIZE[level] - 1)
         assert (found, spte_pfn(spte)) == (level, pfn) and sp.sptes[index] == spte
     present = {key: spte for key, spte in run.seen.items() if is_present(spte)}
-    entries = {(it.level, it.gfn): it.old_spte for it in tdp_iterate(run.vm, run.root, 0, FRAMES) if is_present(it.old_spte)}
+    entries = {(it.level, it.gfn): it.old_spte for it in tdp_iterate(run.vm, run.root, 0, FRAMES)
+               if is_present(it.old_spte)}
     assert present == entries
 
 
@@ -211,16 +222,20 @@ def test_the_iterator_meets_each_entry_over_a_range_once_parents_first(history, 
             if gfn + SIZE[sp.role.level] <= span[0] or gfn >= span[1]: continue
             spte = sp.sptes.get(index, 0)
             yield sp.role.level, gfn, spte
-            if is_present(spte) and not is_last(spte, sp.role.level) and sp.role.level > lowest: yield from expected(run.vm.pages[spte & 0xf_ffff_ffff_f000])
-    assert [(it.level, it.gfn, it.old_spte) for it in tdp_iterate(run.vm, run.root, *span, lowest)] == list(expected(run.root))
+            if is_present(spte) and not is_last(spte, sp.role.level) and sp.role.level > lowest:
+                yield from expected(run.vm.pages[spte & 0xf_ffff_ffff_f000])
+    assert ([(it.level, it.gfn, it.old_spte) for it in tdp_iterate(run.vm, run.root, *span, lowest)]
+            == list(expected(run.root)))
 
 
-others = st.one_of(st.tuples(st.just('map'), st.sampled_from([0, 1, 511, 512]), st.sampled_from([1, 2])), st.just(('wrprot',)), st.just(('split',)),
+others = st.one_of(st.tuples(st.just('map'), st.sampled_from([0, 1, 511, 512]), st.sampled_from([1, 2])),
+                   st.just(('wrprot',)), st.just(('split',)),
                    st.just(('collapse',)), st.just(('clean',)), st.just(('zap roots',)))
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from([0, 1, 512]), st.sampled_from([1, 2])), max_size=3), st.sampled_from([0, 1, 512]), st.sampled_from([1, 2]),
+@given(st.lists(st.tuples(st.sampled_from([0, 1, 512]), st.sampled_from([1, 2])), max_size=3),
+       st.sampled_from([0, 1, 512]), st.sampled_from([1, 2]),
        st.dictionaries(st.integers(0, 5), others, max_size=3))
 def test_a_fault_interrupted_at_any_exchange_retries_or_succeeds_and_leaves_a_tree(before, gfn, level, meanwhile):
     vm, root = machine()
@@ -282,7 +297,8 @@ def test_mmio_is_remembered_and_emulated_and_a_protected_frame_is_emulated_only_
     assert tdp_map(vm, root, 7, None, 1, None, mmio) == 'EMULATE'
     for gfn, write, expected in ((8, True, 'EMULATE'), (9, False, 'FIXED')):
         make = lambda sp, old: make_spte(vm.masks, sp.role, 7, 0x1000 + gfn, old, protect=lambda: True)
-        assert tdp_map(vm, root, gfn, 0x1000 + gfn, 1, make, is_write=write) == expected and not is_writable(tdp_leaf(vm, root, gfn)[2])
+        assert (tdp_map(vm, root, gfn, 0x1000 + gfn, 1, make, is_write=write) == expected
+                and not is_writable(tdp_leaf(vm, root, gfn)[2]))
 
 
 def test_a_large_page_over_a_table_flushes_and_a_table_under_a_large_page_flushes_too():
@@ -296,7 +312,7 @@ def test_the_dirty_log_notes_writable_pages_and_the_clearing_does_not_note_them_
     vm, root = machine(HOSTS[2])
     vm.logged.add(0)
     fault(vm, root, 5, 1, 0x1000)
-    assert not vm.dirty                                           # A fault's own log entry is made where the entry is built
+    assert not vm.dirty  # A fault's own log entry is made where the entry is built
     sp, index, spte, _ = tdp_leaf(vm, root, 5)
     tdp_clear_dirty_pt_masked(vm, 0, 1 << 5, False)
     assert not is_writable(sp.sptes[index]) and not vm.dirty
@@ -304,7 +320,8 @@ def test_the_dirty_log_notes_writable_pages_and_the_clearing_does_not_note_them_
     tdp_set_spte(vm, sp, index, spte)
     assert vm.dirty == {5}
     vm.dirty.clear()
-    tdp_set_spte(vm, sp, index, spte & ~vm.masks.host_writable | vm.masks.host_writable | 1 << 59)      # Still writable: told once
+    # Still writable: told once
+    tdp_set_spte(vm, sp, index, spte & ~vm.masks.host_writable | vm.masks.host_writable | 1 << 59)
     assert not vm.dirty
 
 
@@ -314,7 +331,8 @@ def test_masks_clear_exactly_the_frames_named():
     mask = 0x8000_0000_0000_0a05
     tdp_clear_dirty_pt_masked(vm, 32, mask, False)
     clean = {gfn for gfn in range(100) if not tdp_leaf(vm, root, gfn)[2] & vm.masks.dirty}
-    assert clean == {32 + i for i in range(64) if mask >> i & 1} and all(is_writable(tdp_leaf(vm, root, gfn)[2]) for gfn in range(100))
+    assert (clean == {32 + i for i in range(64) if mask >> i & 1}
+            and all(is_writable(tdp_leaf(vm, root, gfn)[2]) for gfn in range(100)))
     tdp_clear_dirty_pt_masked(vm, 0, 1 << 9, True)
     assert [gfn for gfn in range(100) if not is_writable(tdp_leaf(vm, root, gfn)[2])] == [9]
 
@@ -323,7 +341,8 @@ def test_a_leaf_never_moves_in_place():
     vm, root = machine()
     fault(vm, root, 5, 1, 0x1000)
     sp, index, spte, _ = tdp_leaf(vm, root, 5)
-    with pytest.raises(KvmBug, match="^57: frame 0x5 goes from host frame 0x1005 to 0x2005"): tdp_set_spte(vm, sp, index, spte + (0x1000 << 12))
+    with pytest.raises(KvmBug, match="^57: frame 0x5 goes from host frame 0x1005 to 0x2005"):
+        tdp_set_spte(vm, sp, index, spte + (0x1000 << 12))
 
 
 def test_a_table_gives_way_to_a_page_or_to_nothing_and_never_to_another_table():
@@ -374,7 +393,7 @@ def test_roots_are_found_by_role_and_freed_by_the_last_reference_of_an_invalid_o
     tdp_invalidate_all_roots(vm)
     assert tdp_roots(vm, valid_only=True) == [] and root.scheduled and smm.scheduled
     tdp_put_root(vm, smm)
-    assert smm.spt in vm.pages                                            # Scheduled: the MMU's reference is not given up yet
+    assert smm.spt in vm.pages  # Scheduled: the MMU's reference is not given up yet
     tdp_zap_invalidated_roots(vm)
     assert smm.spt not in vm.pages and set(vm.pages) == {root.spt} and not root.scheduled
     tdp_put_root(vm, root)
@@ -406,7 +425,8 @@ def test_a_shared_removal_marks_every_entry_an_exclusive_one_only_what_maps_some
         sp, events = tdp_leaf(vm, root, 5)[0], []
         vm.watch = lambda did: events.append(did)
         tdp_zap_root(vm, root, shared)
-        assert set(vm.pages) == {root.spt} and [set(sp.sptes.values()), len(sp.sptes)] == [{REMOVED_SPTE}, 512 if shared else 1]
+        assert (set(vm.pages) == {root.spt}
+                and [set(sp.sptes.values()), len(sp.sptes)] == [{REMOVED_SPTE}, 512 if shared else 1])
         changes = [did for did in events if did.what == 'kvm_tdp_mmu_spte_changed']
         assert len(changes) == (1 + 512 + 512 + 1 + 512 if shared else 1 + 1 + 1 + 1)
         assert [did.what for did in events].count('kvm_mmu_prepare_zap_page') == 3 and not vm.flushes

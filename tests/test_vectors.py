@@ -1,4 +1,5 @@
-"""Recorded vectors that were changed, cut, mistyped or made up: a wrong value is reported, a wrong file is refused, nothing else happens."""
+"""Recorded vectors that were changed, cut, mistyped or made up: a wrong value is reported, a wrong file is refused,
+nothing else happens."""
 import io
 import json
 import random
@@ -20,18 +21,27 @@ COMPARED = [form.kind for form in FORMS if form.groups]
 
 # What was recorded, as opposed to asked: the arrays, and of an array with questions in it the columns.
 ANSWERS = [
-    *(('walks', key, None) for key in ('ok', 'errcode', 'level', 'pte_access', 'pt_access', 'gfn', 'exit_qual', 'a_after', 'd_after')),
-    *(('permissions', key, None) for key in ('permissions', 'pkru_mask', 'errcode')), *(('permissions', 'wp_refresh', column) for column in (6, 7)),
-    *(('reserved', key, None) for key in ('rsvd_mask', 'rsvd_written', 'ept_mask', 'ept_bad_mt_xwr', 'guest_mask', 'sample_is_rsvd', 'ept_sample_is_rsvd', 'zero_mask', 'zero_bad_mt_xwr')),
-    *(('sptes', 'gpte', column) for column in (4, 5, 6, 7)), ('sptes', 'mask_val', None), ('sptes', 'mmio', 4), ('sptes', 'mmio', 5),
+    *(('walks', key, None) for key in ('ok', 'errcode', 'level', 'pte_access', 'pt_access', 'gfn', 'exit_qual',
+                                       'a_after', 'd_after')),
+    *(('permissions', key, None) for key in ('permissions', 'pkru_mask', 'errcode')),
+    *(('permissions', 'wp_refresh', column) for column in (6, 7)),
+    *(('reserved', key, None) for key in ('rsvd_mask', 'rsvd_written', 'ept_mask', 'ept_bad_mt_xwr', 'guest_mask',
+                                          'sample_is_rsvd', 'ept_sample_is_rsvd', 'zero_mask', 'zero_bad_mt_xwr')),
+    *(('sptes', 'gpte', column) for column in (4, 5, 6, 7)), ('sptes', 'mask_val', None), ('sptes', 'mmio', 4),
+    ('sptes', 'mmio', 5),
     *(('accesses', f'{family}_result', None) for family in ('strided', 'core', 'smep_ext')),
     *(('ept_accesses', key, None) for key in ('kind', 'exit_qual', 'entries')),
-    *(('roles', key, None) for key in ('cpu_role', 'shadow_root_role', 'shadow_gva_to_gpa', 'shadow_page_fault', 'tdp_root_role', 'tdp_gva_to_gpa', 'tdp_page_fault', 'npt_cpu_role',
-                                       'npt_root_role', 'npt_gva_to_gpa', 'npt_page_fault', 'npt_caller_real', 'ept_cpu_role', 'ept_root_role', 'ept_fn', 'ept_permissions', 'ept_guest_rsvd', 'ept_shadow_zero')),
+    *(('roles', key, None) for key in ('cpu_role', 'shadow_root_role', 'shadow_gva_to_gpa', 'shadow_page_fault',
+                                       'tdp_root_role', 'tdp_gva_to_gpa', 'tdp_page_fault', 'npt_cpu_role',
+                                       'npt_root_role', 'npt_gva_to_gpa', 'npt_page_fault', 'npt_caller_real',
+                                       'ept_cpu_role', 'ept_root_role', 'ept_fn', 'ept_permissions', 'ept_guest_rsvd',
+                                       'ept_shadow_zero')),
     ('child_roles', 'child_role', None), *(('root_storage', 'table', column) for column in range(9, 20)),
     *(('root_storage', key, None) for key in ('root_role', 'cpu_role', 'sp_role', 'root_gfn', 'special_entry_low12')),
 ]
-BOUNDED = {('ept_accesses', 'kind'), ('root_storage', 'table'), ('roles', 'cpu_role'), ('roles', 'npt_cpu_role'), ('roles', 'ept_cpu_role'), ('root_storage', 'cpu_role'), ('roles', 'npt_caller_real')}   # Some values cannot be said at all
+# Some values cannot be said at all
+BOUNDED = {('ept_accesses', 'kind'), ('root_storage', 'table'), ('roles', 'cpu_role'), ('roles', 'npt_cpu_role'),
+           ('roles', 'ept_cpu_role'), ('root_storage', 'cpu_role'), ('roles', 'npt_caller_real')}
 
 
 def columns(kind):
@@ -67,7 +77,8 @@ def flip(array, rng, bit=None, column=None):
 def test_any_part_of_a_file_in_any_order_is_compared_in_full(tmp_path, kind):
     found = check(tmp_path, some_rows(kind, 60, seed=3))
     assert found and all(agreement.agrees for agreement in found), [str(agreement) for agreement in found]
-    assert sum(agreement.rows for agreement in found) >= min(60, max(len(array) for array in some_rows(kind, 60).values()))
+    assert (sum(agreement.rows for agreement in found)
+            >= min(60, max(len(array) for array in some_rows(kind, 60).values())))
 
 
 @pytest.mark.parametrize('kind', COMPARED)
@@ -84,9 +95,11 @@ def test_a_flipped_bit_of_an_answer_is_reported(tmp_path, kind, key, column):
     if kind == 'permissions': original = some_rows(kind, 1, seed=1)
     for _ in range(4 if kind in ('permissions', 'roles', 'child_roles', 'root_storage') else 10):
         arrays = {name: array.copy() for name, array in original.items()}
-        place = flip(arrays[key], rng, bit=rng.randrange(2) if (kind, key) == ('ept_accesses', 'kind') else None, column=column)
+        place = flip(arrays[key], rng, bit=rng.randrange(2) if (kind, key) == ('ept_accesses', 'kind') else None,
+                     column=column)
         try: found = check(tmp_path, arrays)
-        except EvidenceError as why: assert (kind, key) in BOUNDED and why.key == key, (place, why)     # a kind there is not, a level above five
+        # a kind there is not, a level above five
+        except EvidenceError as why: assert (kind, key) in BOUNDED and why.key == key, (place, why)
         else:
             assert sum(agreement.differ for agreement in found) >= 1, (place, arrays[key][place])
             assert any(agreement.shown for agreement in found)
@@ -98,7 +111,8 @@ def test_every_bit_of_an_access_result_counts(tmp_path, family, bit):
     arrays = some_rows('accesses', 30, seed=bit)
     result = arrays[f'{family}_result']
     result ^= np.uint16(1 << bit)
-    found = [agreement for agreement in check(tmp_path, arrays) if family in agreement.source and '4level' in agreement.source]
+    found = [agreement for agreement in check(tmp_path, arrays) if family in agreement.source
+             and '4level' in agreement.source]
     assert [agreement.differ for agreement in found] == [30]
 
 
@@ -113,7 +127,8 @@ def test_every_step_of_a_root_switch_counts_up_to_a_null_dereference(tmp_path):
         if step == last and dead.any(): column = 1        # All that is known of such a step
         arrays['result'][run, test, step, column] ^= 1
         found, = check(tmp_path, arrays)
-        assert found.differ >= 1 and f'run {run}, ' in found.shown[0].row and f'step {step}' in found.shown[0].row, (run, test, step, column)
+        assert (found.differ >= 1 and f'run {run}, ' in found.shown[0].row
+                and f'step {step}' in found.shown[0].row), (run, test, step, column)
 
 
 def test_what_comes_after_a_null_dereference_is_not_believed(tmp_path):
@@ -212,13 +227,16 @@ def test_each_array_of_a_wrong_type_shape_or_length_is_named(tmp_path, kind):
     arrays, path = some_rows(kind, 3), tmp_path / f'{kind}.npz'
     for key, array in arrays.items():
         group = next(group for group in FORM[kind].groups.values() if key in group)
-        changes = [(array.astype(object), 'type'), (array[..., None], 'shape'), (array.astype(np.float64) if array.dtype.kind == 'u' else array.astype('S8'), 'type')]
+        changes = [(array.astype(object), 'type'), (array[..., None], 'shape'),
+                   (array.astype(np.float64) if array.dtype.kind == 'u' else array.astype('S8'), 'type')]
         if array.dtype.kind == 'u':
-            changes.append((array.astype(array.dtype.newbyteorder('>')) if array.dtype.itemsize > 1 else array.astype(np.int8), 'type'))
+            changes.append((array.astype(array.dtype.newbyteorder('>')) if array.dtype.itemsize > 1
+                            else array.astype(np.int8), 'type'))
             changes.append((array.astype(np.uint16 if array.dtype.itemsize != 2 else np.uint8), 'type'))
         if array.ndim > 1 and array.size > max(array.shape): changes.append((np.asfortranarray(array), ''))
         beside = [other for other, column in group.items() if other != key and not column.fixed]
-        if (columns(kind)[key].fixed or beside) and array.dtype.kind == 'u': changes.append((array[:-1], '' if columns(kind)[key].fixed else 'rows'))
+        if (columns(kind)[key].fixed or beside) and array.dtype.kind == 'u':
+            changes.append((array[:-1], '' if columns(kind)[key].fixed else 'rows'))
         for changed, word in changes:
             np.savez(path, **{**arrays, key: changed})
             refused(path, key, word)
@@ -239,14 +257,18 @@ def test_a_file_cut_off_or_with_a_flipped_byte_is_refused_or_unharmed(tmp_path, 
         path.write_bytes(data)
         try: found = check_vectors(path)
         except EvidenceError as why: errors += why.file == str(path)
-        else: assert found and not any(agreement.differ for agreement in found)     # a byte that carries nothing: a date, a padding
+        # a byte that carries nothing: a date, a padding
+        else: assert found and not any(agreement.differ for agreement in found)
     assert errors > 20
 
 
-@pytest.mark.parametrize('header', [plain(shape=(1 << 60,)), plain(shape=(1 << 64, 1 << 64)), plain(shape=(-1,)), plain(shape=(True,)), plain(shape=()), plain(shape=[3]), plain(shape=(3.0,)),
-                                    plain('<u8'), plain('|O'), plain('|V1'), plain([('a', '|u1')]), plain(None), plain('|u1', fortran=True), plain('|u1', fortran=0)], ids=str)
+@pytest.mark.parametrize('header', [plain(shape=(1 << 60,)), plain(shape=(1 << 64, 1 << 64)), plain(shape=(-1,)),
+                                    plain(shape=(True,)), plain(shape=()), plain(shape=[3]), plain(shape=(3.0,)),
+                                    plain('<u8'), plain('|O'), plain('|V1'), plain([('a', '|u1')]), plain(None),
+                                    plain('|u1', fortran=True), plain('|u1', fortran=0)], ids=str)
 def test_a_lying_header_is_refused_before_memory_is_taken(tmp_path, header):
-    path = raw(tmp_path, [(f'{key}.npy', npy(header, b'abc') if key == 'ad_enabled' else b'') for key in columns('ept_accesses')])
+    path = raw(tmp_path,
+               [(f'{key}.npy', npy(header, b'abc') if key == 'ad_enabled' else b'') for key in columns('ept_accesses')])
     assert peak(lambda: refused(path, 'ad_enabled')) < 4 << 20
 
 
@@ -268,7 +290,8 @@ def test_a_pickle_is_never_opened(tmp_path):
 
 def test_a_member_that_unpacks_to_more_than_it_says_costs_no_memory(tmp_path):
     header = npy(plain('|u1', (3,)))
-    members = [(f'{key}.npy', header + bytes(1 << 25) if key == 'ad_enabled' else b'') for key in columns('ept_accesses')]
+    members = [(f'{key}.npy', header + bytes(1 << 25) if key == 'ad_enabled' else b'')
+               for key in columns('ept_accesses')]
     path = raw(tmp_path, members, compression=zipfile.ZIP_DEFLATED)
     assert peak(lambda: refused(path, 'ad_enabled')) < 4 << 20
 
@@ -293,7 +316,8 @@ def test_what_is_no_archive_is_refused(tmp_path):
     (tmp_path / 'zeros.npz').write_bytes(bytes(100_000))
     (tmp_path / 'folder.npz').mkdir()
     with open(tmp_path / 'sparse.npz', 'wb') as file: file.truncate(1 << 40)
-    for name in ('text.npz', 'empty.npz', 'zeros.npz', 'sparse.npz', 'nothing.npz', 'folder.npz'): refused(tmp_path / name)
+    for name in ('text.npz', 'empty.npz', 'zeros.npz', 'sparse.npz', 'nothing.npz', 'folder.npz'):
+        refused(tmp_path / name)
     (tmp_path / 'inside').mkdir()
     refused(tmp_path / 'inside', 'no .npz file')
     shutil.copy(tmp_path / 'text.npz', tmp_path / 'inside')
@@ -302,14 +326,19 @@ def test_what_is_no_archive_is_refused(tmp_path):
 
 @pytest.mark.parametrize('kind', COMPARED)
 def test_no_rows_are_no_agreement(tmp_path, kind):
-    np.savez(tmp_path / f'{kind}.npz', **{key: array if columns(kind)[key].fixed else array[:0] for key, array in some_rows(kind, 1).items()})
+    np.savez(tmp_path / f'{kind}.npz',
+             **{key: array if columns(kind)[key].fixed else array[:0] for key, array in some_rows(kind, 1).items()})
     if kind == 'permissions':          # its index of PKRU values is there without a row
         assert [agreement.rows for agreement in check_vectors(tmp_path / f'{kind}.npz')] == [0, 16, 0, 0]
-    elif kind == 'sptes': assert [agreement.rows for agreement in check_vectors(tmp_path / f'{kind}.npz')] == [0, 40, 0]     # nor are its machines rows
+    # nor are its machines rows
+    elif kind == 'sptes': assert [agreement.rows for agreement in check_vectors(tmp_path / f'{kind}.npz')] == [0, 40, 0]
     else: refused(tmp_path / f'{kind}.npz', 'no rows')
 
 
-@pytest.mark.parametrize('kind, key, part', [('reserved', 'sample_in', 'x86 entries'), ('sptes', 'gpte', 'guest entries'), ('sptes', 'mask_val', 'masks'), ('sptes', 'mmio', 'MMIO entries'), ('permissions', 'errcode', 'answers'), ('permissions', 'wp_refresh', 'CR0.WP again')])
+@pytest.mark.parametrize('kind, key, part',
+                         [('reserved', 'sample_in', 'x86 entries'), ('sptes', 'gpte', 'guest entries'),
+                          ('sptes', 'mask_val', 'masks'), ('sptes', 'mmio', 'MMIO entries'),
+                          ('permissions', 'errcode', 'answers'), ('permissions', 'wp_refresh', 'CR0.WP again')])
 def test_every_row_and_every_cell_is_counted(kind, key, part):
     vectors = load_vectors(DATA / f'{kind}.npz', FORMS)
     array = next(arrays[key] for arrays in vectors.groups.values() if key in arrays)
@@ -354,7 +383,8 @@ def test_a_table_that_is_none_is_refused(tmp_path, change, words): refused(const
 
 def test_what_is_no_json_is_refused(tmp_path):
     whole = (DATA / 'spte_layout.json').read_bytes()
-    for n, data in enumerate((b'', b'[]', b'{', b'\xff\xfe', b'[' * 100_000, whole[:-5], whole.replace(b'"note"', b'"sizeof"', 1), b' ' * (1 << 21))):
+    for n, data in enumerate((b'', b'[]', b'{', b'\xff\xfe', b'[' * 100_000, whole[:-5],
+                              whole.replace(b'"note"', b'"sizeof"', 1), b' ' * (1 << 21))):
         (tmp_path / f'{n}.json').write_bytes(data)
         refused(tmp_path / f'{n}.json')
     (tmp_path / 'folder.json').mkdir()

@@ -37,7 +37,7 @@ def test_no_shorter_history_breaks_the_same(name, world, example):
 
 @pytest.mark.parametrize('name', [name for name, one in RECORDED.items() if one.holds])
 def test_a_design_that_holds_holds_in_a_fresh_search(name):
-    for world in small_worlds()[1:]:       # The first has four modes for L1; it alone takes longer than the others together
+    for world in small_worlds()[1:]:  # The first has four modes for L1; it alone takes longer than the others together
         found = explore_fast(world, design(name))
         assert found.complete and not {one.name for one in found.found} - {'root cached twice'}, world.name
 
@@ -47,7 +47,8 @@ def test_verdicts_survive_being_written(tmp_path):
     assert (tmp_path / 'again.json').read_text() == RECORD.read_text()
 
 
-@pytest.mark.parametrize('text', ['', '[]', '{}', '{"format": "kvm_mmu_lit verdicts 1"}', '{"format": "other", "verdicts": []}',
+@pytest.mark.parametrize('text',
+                         ['', '[]', '{}', '{"format": "kvm_mmu_lit verdicts 1"}', '{"format": "other", "verdicts": []}',
                                   '{"format": "kvm_mmu_lit verdicts 1", "verdicts": [{"design": "6.1"}]}'])
 def test_a_file_that_is_no_record_is_refused(tmp_path, text):
     (tmp_path / 'bad.json').write_text(text)

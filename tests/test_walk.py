@@ -1,6 +1,7 @@
 """The walk against a reference written from the manuals, over random tables and register states.
 
-The reference shares nothing with the package but register values: it reads bytes, spells out the rules level by level, and decides nothing beforehand.
+The reference shares nothing with the package but register values: it reads bytes, spells out the rules level by
+level, and decides nothing beforehand.
 """
 import random
 from collections import Counter
@@ -18,7 +19,8 @@ from kvm_mmu_lit.guest.walk import Walker, walk
 
 FRAMES = range(1, 8)          # where tables may lie; the root is frame 1
 HOLE = 0x1_0000               # a frame no slot has
-KINDS = {'2level': (2, 4), 'pae': (3, 8), '4level': (4, 8), '5level': (5, 8), 'ept4': (4, 8), 'ept5': (5, 8)}   # levels, bytes of an entry
+# levels, bytes of an entry
+KINDS = {'2level': (2, 4), 'pae': (3, 8), '4level': (4, 8), '5level': (5, 8), 'ept4': (4, 8), 'ept5': (5, 8)}
 
 
 def bit(value, n): return value >> n & 1
@@ -67,7 +69,8 @@ def refused_right(mode, regs, rights, access):
     "Section by section of the manuals' chapter on access rights."
     user_page, writable, executable = rights
     read_or_user, write, fetch = access & Pferr.USER, access & Pferr.WRITE, access & Pferr.FETCH
-    if mode.startswith('ept'): return read_or_user and not user_page or write and not writable or fetch and not executable
+    if mode.startswith('ept'):
+        return read_or_user and not user_page or write and not writable or fetch and not executable
     if read_or_user: return not user_page or write and not writable or fetch and not executable
     if fetch: return not executable or regs.cr4 & Cr4.SMEP and user_page
     if user_page and regs.cr4 & Cr4.SMAP and not (bit(regs.rflags, 18) and not access & Pferr.IMPLICIT): return True
@@ -126,9 +129,12 @@ def random_entry(rng, mode):
     "An entry that is mostly lawful and mostly leads to a table."
     def chance(percent): return rng.randrange(100) < percent
     ept, large = mode.startswith('ept'), chance(20)
-    if ept: value = chance(95) | chance(90) << 1 | chance(90) << 2 | (rng.choice((0, 6, 6, rng.randrange(8))) << 3 if large or chance(20) else 0)
+    if ept:
+        value = (chance(95) | chance(90) << 1 | chance(90) << 2
+                 | (rng.choice((0, 6, 6, rng.randrange(8))) << 3 if large or chance(20) else 0))
     else: value = chance(95) | chance(80) << 1 | chance(80) << 2 | rng.randrange(4) << 3
-    value |= (rng.randrange(16) << 8 if ept or chance(30) else rng.randrange(8) << 9) | large << 7 | rng.randrange(2) << 5 * (not ept) & 0x20
+    value |= ((rng.randrange(16) << 8 if ept or chance(30) else rng.randrange(8) << 9) | large << 7 | rng.randrange(2)
+              << 5 * (not ept) & 0x20)
     if not ept: value |= rng.randrange(2) << 6
     frame = rng.choice(FRAMES) if chance(96) else HOLE
     if large and chance(85): frame = rng.randrange(1, 4) << 18 >> 9 * rng.randrange(2)
@@ -151,7 +157,8 @@ def random_pages(mode, seed):
 
 
 def memory_of(pages, readonly=()):
-    return GuestMemory(MemSlot(gfn, 1, memoryview(bytearray(page)), gfn in readonly) for gfn, page in sorted(pages.items()))
+    return GuestMemory(MemSlot(gfn, 1, memoryview(bytearray(page)), gfn in readonly)
+                       for gfn, page in sorted(pages.items()))
 
 
 flag = st.booleans()
@@ -163,7 +170,8 @@ def guests(draw):
     "(mode, pages, registers)"
     mode, seed = draw(MODES), draw(st.integers(0, 400))
     pages = random_pages(mode, seed)
-    common = dict(maxphyaddr=draw(st.sampled_from((36, 40, 46, 52))), vendor=draw(st.sampled_from(('intel', 'amd'))), gbpages=draw(flag),
+    common = dict(maxphyaddr=draw(st.sampled_from((36, 40, 46, 52))), vendor=draw(st.sampled_from(('intel', 'amd'))),
+                  gbpages=draw(flag),
                   rflags=draw(flag) << 18, pkru=draw(st.integers(0, 255)))
     if mode.startswith('ept'):
         return mode, pages, Registers(eptp=0x1006 | KINDS[mode][0] - 1 << 3 | draw(flag) << 6, ept_execonly=draw(flag),
@@ -184,13 +192,15 @@ EPT_ACCESSES = (USER, WRITE, FETCH, USER | WRITE, USER | FETCH, USER | WRITE | F
 def accesses(mode): return st.sampled_from(EPT_ACCESSES if mode.startswith('ept') else X86_ACCESSES)
 
 
-def addresses(mode): return st.integers(0, (1 << FORMATS[mode].address_bits) - 1).map(lambda addr: canonical(addr, FORMATS[mode]))
+def addresses(mode):
+    return st.integers(0, (1 << FORMATS[mode].address_bits) - 1).map(lambda addr: canonical(addr, FORMATS[mode]))
 
 
 def as_tuple(verdict):
     "A verdict in the reference's words."
     if isinstance(verdict, GeneralProtection): return ('gp',)
-    if isinstance(verdict, PageFault): return 'fault', int(verdict.error_code), verdict.level, verdict.exit_qualification
+    if isinstance(verdict, PageFault):
+        return 'fault', int(verdict.error_code), verdict.level, verdict.exit_qualification
     rights = verdict.rights
     return 'ok', verdict.gpa, verdict.level, bool(rights & 4), bool(rights & 2), bool(rights & 1)
 
@@ -212,7 +222,8 @@ def test_many_walks_agree_with_the_manuals_and_reach_every_outcome(mode):
     rng, seen = random.Random(mode), Counter()
     for seed in range(60):
         pages = random_pages(mode, seed)
-        wide = dict(maxphyaddr=40, pkru=0xe4, rflags=rng.randrange(2) << 18, vendor=rng.choice(('intel', 'amd')), gbpages=bool(rng.randrange(2)))
+        wide = dict(maxphyaddr=40, pkru=0xe4, rflags=rng.randrange(2) << 18, vendor=rng.choice(('intel', 'amd')),
+                    gbpages=bool(rng.randrange(2)))
         if mode.startswith('ept'):
             regs = Registers(eptp=0x1046 | KINDS[mode][0] - 1 << 3, ept_execonly=bool(rng.randrange(2)),
                              ept_huge_level=rng.randrange(1, 4), **wide)
@@ -220,7 +231,8 @@ def test_many_walks_agree_with_the_manuals_and_reach_every_outcome(mode):
             cr4 = (Cr4.PSE if mode == '2level' else Cr4.PAE) | Cr4.LA57 * (mode == '5level') | Cr4.PKE
             efer = (Efer.LME | Efer.LMA) * (mode in ('4level', '5level')) | Efer.NX * (mode != '2level')
             smxp = rng.randrange(2) * Cr4.SMEP | rng.randrange(2) * Cr4.SMAP
-            regs = Registers(cr0=Cr0.PG | Cr0.PE | rng.randrange(2) * Cr0.WP, cr3=0x1000, cr4=cr4 | smxp, efer=efer, **wide)
+            regs = Registers(cr0=Cr0.PG | Cr0.PE | rng.randrange(2) * Cr0.WP, cr3=0x1000, cr4=cr4 | smxp, efer=efer,
+                             **wide)
             if mode == 'pae': regs = load_pdptrs(memory_of(pages), regs)
         walker = Walker(memory_of(pages), regs, FORMATS[mode])
         for _ in range(50):
@@ -239,7 +251,8 @@ def test_many_walks_agree_with_the_manuals_and_reach_every_outcome(mode):
 def test_an_address_with_mixed_upper_bits_is_a_gp_or_the_callers_mistake(guest, data):
     mode, pages, regs = guest
     fmt, walker = FORMATS[mode], Walker(memory_of(pages), regs, FORMATS[mode])
-    low, turned = data.draw(st.integers(0, (1 << fmt.address_bits) - 1)), data.draw(st.integers(1, (1 << 64 - fmt.address_bits) - 1))
+    low, turned = (data.draw(st.integers(0, (1 << fmt.address_bits) - 1)),
+                   data.draw(st.integers(1, (1 << 64 - fmt.address_bits) - 1)))
     addr = canonical(low, fmt) ^ turned << fmt.address_bits
     if fmt.signed: assert as_tuple(walker.walk(addr)) == ('gp',) == reference(pages, regs, mode, addr, READ)
     else:

@@ -1,6 +1,7 @@
 """Extract the claims of the notebooks into tests: `python tools/claims.py [--check]`.
 
-A code cell that begins `#| claim: sentence` becomes a test named by its sentence, in `tests/claims/test_PART_CHAPTER.py`. Cells that begin
+A code cell that begins `#| claim: sentence` becomes a test named by its sentence, in
+`tests/claims/test_PART_CHAPTER.py`. Cells that begin
 `#| setup` become one fixture, run once before the first claim of the chapter that is asked for.
 """
 import argparse
@@ -45,7 +46,8 @@ def indent(code: str, by: str = '    ') -> str:
         if kind == 'STRING': inside |= set(range(token.start[0] + 1, token.end[0] + 1))
         elif kind == 'FSTRING_START': starts.append(token.start[0])
         elif kind == 'FSTRING_END': inside |= set(range(starts.pop() + 1, token.end[0] + 1))
-    return '\n'.join(line if not line.strip() or i in inside else by + line for i, line in enumerate(code.split('\n'), 1))
+    return '\n'.join(line if not line.strip() or i in inside else by + line
+                     for i, line in enumerate(code.split('\n'), 1))
 
 
 def bound_names(code: str) -> list:
@@ -76,7 +78,8 @@ def slug(sentence: str) -> str:
 
 
 def module_of(cells) -> 'str | None':
-    found = re.search(r'^#\| *default_exp +(\S+)', '\n'.join(source(c) for c in cells if c['cell_type'] == 'code'), re.M)
+    found = re.search(r'^#\| *default_exp +(\S+)', '\n'.join(source(c) for c in cells if c['cell_type'] == 'code'),
+                      re.M)
     return found and f'kvm_mmu_lit.{found[1]}'
 
 
@@ -94,10 +97,12 @@ def extract(path: Path) -> 'str | None':
         if not any(isinstance(node, (ast.Assert, ast.With)) for node in ast.walk(ast.parse(body(cell)))):
             raise SystemExit(f"{notebook} cell {cell['id']}: the claim asserts nothing")
         seen[name] = cell['id']
-        tests.append(f"@pytest.mark.claim({notebook!r}, {cell['id']!r}, {claim!r})\ndef test_{name}():\n{indent(body(cell))}\n")
+        tests.append(f"@pytest.mark.claim({notebook!r}, {cell['id']!r}, {claim!r})\ndef "
+                     f"test_{name}():\n{indent(body(cell))}\n")
     if not tests: return None
     parts = [HEAD.format(notebook=notebook)]
-    if module: parts[0] += f"import {module} as chapter\n\nglobals().update({{name: value for name, value in vars(chapter).items() if not name.startswith('__')}})\n"
+    if module:
+        parts[0] += f"import {module} as chapter\n\nglobals().update({{name: value for name, value in vars(chapter).items() if not name.startswith('__')}})\n"
     if setup: parts.append(fixture(setup))
     return '\n\n'.join(parts + tests)
 
@@ -107,7 +112,8 @@ def fixture(setup: list) -> str:
     code = '\n\n'.join(setup)
     names = bound_names(code)
     head = f"    global {', '.join(names)}\n" if names else ''
-    return f'@pytest.fixture(scope="module", autouse=True)\ndef setup_cells():\n    "The chapter\'s `#| setup` cells."\n{head}{indent(code)}\n'
+    return (f'@pytest.fixture(scope="module", autouse=True)\ndef setup_cells():\n    "The chapter\'s `#| setup` '
+            f'cells."\n{head}{indent(code)}\n')
 
 
 def main():
@@ -122,12 +128,14 @@ def main():
     stale = sorted(set(CLAIMS.glob('test_*.py')) - set(wanted))
     late = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
     if args.check and (stale or late):
-        sys.exit('\n'.join(f'{p.relative_to(ROOT)}: out of step with its notebook; run `make claims`' for p in stale + late))
+        sys.exit('\n'.join(f'{p.relative_to(ROOT)}: out of step with its notebook; run `make claims`'
+                           for p in stale + late))
     CLAIMS.mkdir(parents=True, exist_ok=True)
     for path in stale: path.unlink()
     for path in late: path.write_text(wanted[path])
     count = sum(text.count('@pytest.mark.claim(') for text in wanted.values())
-    print(f"{count} claims in {len(wanted)} chapters" + ("" if args.check else f", {len(late)} written, {len(stale)} removed"))
+    print(f"{count} claims in {len(wanted)} chapters"
+          + ("" if args.check else f", {len(late)} written, {len(stale)} removed"))
 
 
 if __name__ == '__main__': main()

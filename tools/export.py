@@ -1,6 +1,8 @@
-"""Notebooks to modules: `python tools/export.py`. What `nbdev_export` does, and the chapter's answer in the module's docstring.
+"""Notebooks to modules: `python tools/export.py`. What `nbdev_export` does, and the chapter's answer in the module's
+docstring.
 
-The markdown cell under a chapter's title answers the question there. nbdev exports code alone; here the answer follows the question,
+The markdown cell under a chapter's title answers the question there. nbdev exports code alone; here the answer
+follows the question,
 so that a module opened cold begins as its chapter does. Skips everything when no notebook and no module changed.
 """
 import hashlib
@@ -25,13 +27,16 @@ def modules() -> list:
 def fingerprint() -> str:
     "Changes when a notebook's cells, a module, a setting or this script does; outputs do not matter."
     digest = hashlib.sha256()
-    for path in all_notebooks(): digest.update(f"{path}{[(c['cell_type'], c['id'], source(c)) for c in json.loads(path.read_text())['cells']]}".encode())
-    for path in (*modules(), ROOT / 'settings.ini', Path(__file__)): digest.update(str(path).encode() + path.read_bytes())
+    for path in all_notebooks():
+        digest.update(f"{path}{[(c['cell_type'], c['id'], source(c)) for c in json.loads(path.read_text())['cells']]}".encode())
+    for path in (*modules(), ROOT / 'settings.ini', Path(__file__)):
+        digest.update(str(path).encode() + path.read_bytes())
     return digest.hexdigest()
 
 
 def answer(notebook: Path) -> str:
-    "The markdown under a chapter's title and question, '' where another heading follows at once; of a link only its text."
+    """The markdown under a chapter's title and question, '' where another heading follows at once; of a link only its
+    text."""
     texts = [source(c) for c in json.loads(notebook.read_text())['cells'] if c['cell_type'] == 'markdown']
     after = next((i for i, text in enumerate(texts, 1) if text.startswith('# ')), len(texts))
     text = re.sub(r'\A(#\|.*\n)+', '', texts[after]) if after < len(texts) else ''
@@ -39,9 +44,11 @@ def answer(notebook: Path) -> str:
 
 
 def wrapped(text: str) -> str:
-    "Paragraphs at the modules' width, so that how a cell is broken into lines does not matter; lists and the like stay as they are."
+    """Paragraphs at the modules' width, so that how a cell is broken into lines does not matter; lists and the like
+    stay as they are."""
     def prose(part): return not re.match(r'[-*|>]|\d+\.|    ', part)
-    return '\n\n'.join(textwrap.fill(' '.join(part.split()), WIDTH, break_long_words=False, break_on_hyphens=False) if prose(part) else part
+    return '\n\n'.join(textwrap.fill(' '.join(part.split()), WIDTH, break_long_words=False, break_on_hyphens=False)
+                       if prose(part) else part
                        for part in re.split(r'\n\s*\n', text))
 
 
@@ -49,14 +56,17 @@ def with_answer(module: str, text: str) -> str:
     "A module as nbdev writes it, with the answer as further paragraphs of its docstring."
     question = re.match(r'"""(.+)"""\n', module)
     if not question or not text: return module
-    if '\\' in text or '"""' in text: raise SystemExit(f"the answer to {question[1]!r} cannot stand in a docstring: it holds a backslash or three quotes")
+    if '\\' in text or '"""' in text:
+        raise SystemExit(f"the answer to {question[1]!r} cannot stand in a docstring: it holds a backslash or three "
+                         f"quotes")
     return f'"""{question[1]}\n\n{wrapped(text)}\n"""\n{module[question.end():]}'
 
 
 def export() -> tuple:
     "Write every module; keep the file times of those that stay as they were. (changed, removed)"
     from nbdev.doclinks import _build_modidx, nbdev_export
-    before = {path: (path.read_text(), path.stat()) for path in (*modules(), ROOT / 'pyproject.toml')}   # a newer pyproject.toml would make make install again
+    # a newer pyproject.toml would make make install again
+    before = {path: (path.read_text(), path.stat()) for path in (*modules(), ROOT / 'pyproject.toml')}
     os.chdir(ROOT)
     os.environ.pop('IN_TEST', None)
     nbdev_export.__wrapped__()
@@ -68,7 +78,8 @@ def export() -> tuple:
     _build_modidx()
     for path, (text, stat) in before.items():
         if path.exists() and path.read_text() == text: os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    return [path for path in modules() if path not in before or path.read_text() != before[path][0]], [path for path in before if not path.exists()]
+    return ([path for path in modules() if path not in before or path.read_text() != before[path][0]],
+            [path for path in before if not path.exists()])
 
 
 def main():

@@ -1,4 +1,5 @@
-"""Make the mistakes of chapter "Would a mistake be seen?" one by one: `python tools/mutants.py [--steps N] [--jobs J] [--again] [NAME ...]`.
+"""Make the mistakes of chapter "Would a mistake be seen?" one by one: `python tools/mutants.py [--steps N] [--jobs
+J] [--again] [NAME ...]`.
 
 Prints what kills each and the mutation score, notes both in nbs/review/mutants.json, and fails when one lives that
 should not. What an interrupted run has found is kept in .cache/mutants.json and used again while no code changes.
@@ -9,7 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-from kvm_mmu_lit.review.mutants import MUTANTS, NOTHING, STEPS, alive, fingerprint, killed_by, run_mutants, score, survivors
+from kvm_mmu_lit.review.mutants import (MUTANTS, NOTHING, STEPS, alive, fingerprint, killed_by, run_mutants, score,
+                                        survivors)
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS, KEPT = ROOT / 'nbs' / 'review' / 'mutants.json', ROOT / '.cache' / 'mutants.json'
@@ -30,7 +32,8 @@ def main():
     found = kept['records'] if kept.get('of') == of else {}
 
     def tell(record):
-        killer = record['story'] or record['test'] or ('lives, and may: ' + record['lives'] if record['lives'] else 'LIVES')
+        killer = record['story'] or record['test'] or ('lives, and may: ' + record['lives'] if record['lives']
+                                                       else 'LIVES')
         print(f"{time.monotonic() - started:6.0f} s  {record['name']}: {killer}", flush=True)
         found[record['name']] = record
         KEPT.parent.mkdir(exist_ok=True)
@@ -41,9 +44,11 @@ def main():
     if known: print(f"{len(known)} mutants are known from a run before, of the same code", flush=True)
     if len(known) < len(wanted):
         healthy = killed_by(NOTHING, ROOT / 'kvm_mmu_lit', asked.seed, asked.steps)
-        if not survivors([healthy]): sys.exit(f"the book fails without any mistake: {healthy['story'] or healthy['test']}")
+        if not survivors([healthy]):
+            sys.exit(f"the book fails without any mistake: {healthy['story'] or healthy['test']}")
         print(f"{time.monotonic() - started:6.0f} s  no mistake: nothing fails", flush=True)
-    run_mutants(ROOT / 'kvm_mmu_lit', tuple(mutant for mutant in wanted if mutant not in known), asked.seed, asked.steps, asked.jobs, tell)
+    run_mutants(ROOT / 'kvm_mmu_lit', tuple(mutant for mutant in wanted if mutant not in known), asked.seed,
+                asked.steps, asked.jobs, tell)
     old = {record['name']: record for record in json.loads(RECORDS.read_text())} if RECORDS.exists() else {}
     records = [found.get(mutant.name) or old.get(mutant.name) for mutant in MUTANTS]
     records = [record for record in records if record]

@@ -25,7 +25,8 @@ DOT = re.compile(r'data-dot="([0-9a-f]{64})"')
 
 def all_notebooks() -> list:
     "The book's notebooks, in reading order of each part."
-    return [p for p in sorted(NBS.rglob('*.ipynb')) if not any(part.startswith(('.', '_')) for part in p.relative_to(NBS).parts)]
+    return [p for p in sorted(NBS.rglob('*.ipynb'))
+            if not any(part.startswith(('.', '_')) for part in p.relative_to(NBS).parts)]
 
 
 def source(cell) -> str:
@@ -42,7 +43,8 @@ def imported_modules(code: str) -> set:
     code = re.sub(r'^\s*[%!].*$', '', code, flags=re.M)
     found = set()
     for node in ast.walk(ast.parse(code)):
-        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module and node.module.startswith('kvm_mmu_lit'):
+        if (isinstance(node, ast.ImportFrom) and node.level == 0 and node.module
+                and node.module.startswith('kvm_mmu_lit')):
             found |= {node.module, *(f'{node.module}.{alias.name}' for alias in node.names)}
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names if alias.name.startswith('kvm_mmu_lit')}
@@ -67,7 +69,8 @@ def absolute_imports(path: Path) -> set:
 
 
 def dependencies(names: set) -> list:
-    "Files of our package behind these modules, and behind what they import; not nbdev's index, which every new symbol changes."
+    """Files of our package behind these modules, and behind what they import; not nbdev's index, which every new symbol
+    changes."""
     files, todo = set(), list(names)
     while todo:
         path = module_file(todo.pop())
@@ -82,7 +85,7 @@ def fingerprint(path: Path) -> str:
     digest = hashlib.sha256(path.read_bytes())
     code = '\n'.join(source(c) for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'code')
     for file in dependencies(imported_modules(code)): digest.update(file.read_bytes())
-    for file in sorted(path.parent.glob('*.json')): digest.update(file.read_bytes())      # what a chapter shows beside it
+    for file in sorted(path.parent.glob('*.json')): digest.update(file.read_bytes())  # what a chapter shows beside it
     return digest.hexdigest()
 
 
@@ -102,7 +105,9 @@ def clean_output(out: dict) -> dict:
 
 def same_drawing(old: dict, new: dict) -> bool:
     "Do two outputs differ only in how two versions of Graphviz lay out the same graph?"
-    def without_layout(out): return {**out, 'data': {k: DOT.findall(''.join(v)) if DOT.search(''.join(v)) else v for k, v in out.get('data', {}).items()}}
+    def without_layout(out):
+        return {**out, 'data': {k: DOT.findall(''.join(v)) if DOT.search(''.join(v)) else v
+                                for k, v in out.get('data', {}).items()}}
     return old == new or bool(old.get('data')) and without_layout(old) == without_layout(new)
 
 
@@ -113,16 +118,21 @@ def text_of(out: dict) -> str:
 
 def where(error: BaseException) -> str:
     "The traceback, from the cell on."
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if 'IPython' not in f.filename and 'execnb' not in f.filename]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if 'IPython' not in f.filename
+              and 'execnb' not in f.filename]
     return ''.join(traceback.format_list(frames)).rstrip()
 
 
 def fault(outputs: list, error: 'BaseException | None') -> str:
-    "What is wrong with a cell that ran, '' for nothing. A picture that cannot be drawn prints a traceback and raises nothing."
+    """What is wrong with a cell that ran, '' for nothing.
+
+    A picture that cannot be drawn prints a traceback and raises nothing."""
     if error: return f'{type(error).__name__}: {error}\n{where(error)}'
     for out in outputs:
-        if TRACEBACK.search(text_of(out)): return 'an object cannot be shown\n' + re.sub(r'\x1b\[[\d;]*m', '', text_of(out))
-        if ADDRESS.search(json.dumps(out)): return f"an output holds an object's address: {ADDRESS.search(json.dumps(out))[0]}"
+        if TRACEBACK.search(text_of(out)):
+            return 'an object cannot be shown\n' + re.sub(r'\x1b\[[\d;]*m', '', text_of(out))
+        if ADDRESS.search(json.dumps(out)):
+            return f"an output holds an object's address: {ADDRESS.search(json.dumps(out))[0]}"
     return ''
 
 
@@ -153,7 +163,8 @@ def run_apart(path: Path) -> tuple:
     start = time.perf_counter()
     done = subprocess.run([sys.executable, __file__, '--one', str(path)], capture_output=True, text=True, env=env)
     text = done.stdout.partition('\x1e')[2]
-    return text if done.returncode == 0 and text else None, done.stderr or f'the process ended with {done.returncode} and said nothing', time.perf_counter() - start
+    return (text if done.returncode == 0 and text else None, done.stderr
+            or f'the process ended with {done.returncode} and said nothing', time.perf_counter() - start)
 
 
 def execute(path: Path, check: bool, every: bool) -> tuple:

@@ -1,6 +1,7 @@
 """README.md from nbs/index.ipynb: `python tools/readme.py [--check]`.
 
-Text as it stands, code without directives, text outputs as blocks, pictures as files beside the README (GitHub shows no inline SVG).
+Text as it stands, code without directives, text outputs as blocks, pictures as files beside the README (GitHub shows
+no inline SVG).
 """
 import argparse
 import json
@@ -83,7 +84,8 @@ def main():
     ap.add_argument('--check', action='store_true')
     files = render()
     stale = [name for name, text in files.items() if not (ROOT / name).exists() or (ROOT / name).read_text() != text]
-    if ap.parse_args().check and stale: sys.exit(f"{', '.join(stale)}: out of step with nbs/index.ipynb; run `make readme`")
+    if ap.parse_args().check and stale:
+        sys.exit(f"{', '.join(stale)}: out of step with nbs/index.ipynb; run `make readme`")
     for name in stale:
         (ROOT / name).parent.mkdir(parents=True, exist_ok=True)
         (ROOT / name).write_text(files[name])

@@ -1,4 +1,5 @@
-"""Is everything that is generated in step with the notebooks? Exports, extracts and renders, then asks git; prints what changed."""
+"""Is everything that is generated in step with the notebooks? Exports, extracts and renders, then asks git; prints what
+changed."""
 import subprocess
 import sys
 from pathlib import Path
@@ -9,14 +10,17 @@ ROOT = Path(__file__).resolve().parent.parent
 def state() -> str:
     "What git sees of the generated and the cleaned files."
     paths = ['nbs', 'kvm_mmu_lit', 'tests/claims', 'README.md', 'pyproject.toml']
-    diff = subprocess.run(['git', 'diff', '--binary', '--', *paths], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    new = subprocess.run(['git', 'ls-files', '--others', '--exclude-standard', '--', *paths], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    diff = subprocess.run(['git', 'diff', '--binary', '--', *paths], cwd=ROOT, capture_output=True, text=True,
+                          check=True).stdout
+    new = subprocess.run(['git', 'ls-files', '--others', '--exclude-standard', '--', *paths], cwd=ROOT,
+                         capture_output=True, text=True, check=True).stdout
     return diff + new
 
 
 def main():
     before, bin = state(), Path(sys.executable).parent
-    for command in ([sys.executable, 'tools/export.py'], [bin / 'nbdev_clean'], [sys.executable, 'tools/claims.py'], [sys.executable, 'tools/readme.py']):
+    for command in ([sys.executable, 'tools/export.py'], [bin / 'nbdev_clean'], [sys.executable, 'tools/claims.py'],
+                    [sys.executable, 'tools/readme.py']):
         subprocess.run([str(part) for part in command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     if state() != before:
         print(subprocess.run(['git', 'status', '--short'], cwd=ROOT, capture_output=True, text=True).stdout)

@@ -31,18 +31,21 @@ def main():
     stories = max(1, -(-asked.steps // LENGTH))
     with ProcessPoolExecutor(asked.jobs) as pool:
         for done in range(0, stories, 64 * asked.jobs):
-            todo = [pool.submit(play, settings[n % len(settings)], asked.seed + n // len(settings), LENGTH) for n in range(done, min(stories, done + 64 * asked.jobs))]
+            todo = [pool.submit(play, settings[n % len(settings)], asked.seed + n // len(settings), LENGTH)
+                    for n in range(done, min(stories, done + 64 * asked.jobs))]
             for ended in (future.result() for future in as_completed(todo)):
                 steps, counts = steps + ended.steps, counts + ended.counts
                 if ended.broken: broken.append(ended)
-            print(f"{steps:,} steps, {len(broken)} violations, {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+            print(f"{steps:,} steps, {len(broken)} violations, {time.monotonic() - started:.0f} s", file=sys.stderr,
+                  flush=True)
             if time.monotonic() - started > asked.seconds: break
     for ended in broken[:5]:
         print(f"{ended.setting}, seed {ended.seed}, step {ended.steps}: {ended.broken}")
         for event in shortened(ended): print(f"    {json.dumps(event)}")
     seconds = time.monotonic() - started
     print(', '.join(f"{count} {name}" for name, count in counts.most_common()))
-    print(f"{steps:,} steps in {stories:,} stories over {min(stories, len(settings))} settings, seed {asked.seed}: {len(broken)} violations, {steps / seconds:.0f} steps/s in {asked.jobs} processes")
+    print(f"{steps:,} steps in {stories:,} stories over {min(stories, len(settings))} settings, seed {asked.seed}: "
+          f"{len(broken)} violations, {steps / seconds:.0f} steps/s in {asked.jobs} processes")
     return bool(broken)
 
 

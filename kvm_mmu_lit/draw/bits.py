@@ -13,7 +13,8 @@ __all__ = ['Field', 'BitStrip']
 
 # %% ../../nbs/draw/02_bits.ipynb #7cbdfd56
 from dataclasses import dataclass
-from .ink import Canvas, Hex, Picture, ink, columns, frozen_rows, text_width, titled, BLACK, FAINT, PAPER
+from .ink import (Canvas, Hex, Picture, ink, columns, frozen_rows, text_width, titled, BLACK, FAINT,
+                                  PAPER)
 
 # %% ../../nbs/draw/02_bits.ipynb #5f83e227
 @dataclass(frozen=True)
@@ -29,9 +30,11 @@ class Field:
     def __post_init__(self):
         ink(self.kind)
         if not 0 <= self.low <= self.high:
-            raise ValueError(f"field {self.name} has bits {self.high}:{self.low}: the high bit comes first, and neither is negative")
+            raise ValueError(f"field {self.name} has bits {self.high}:{self.low}: the high bit comes first, and "
+                             f"neither is negative")
         if self.value is not None and not 0 <= self.value < 1 << self.width:
-            raise ValueError(f"field {self.name} holds {self.value:#x}: bits {self.bits} hold 0..{(1 << self.width) - 1:#x}")
+            raise ValueError(f"field {self.name} holds {self.value:#x}: bits {self.bits} hold "
+                             f"0..{(1 << self.width) - 1:#x}")
 
     @property
     def width(self) -> int:
@@ -67,7 +70,8 @@ class BitStrip(Picture):
                 raise ValueError(f"field {f.name} has bits {f.bits}: {self.title} has bits {self.width - 1}:0")
         for upper, lower in zip(fields, fields[1:]):
             if lower.high >= upper.low:
-                raise ValueError(f"fields {upper.name} ({upper.bits}) and {lower.name} ({lower.bits}) of {self.title} share a bit")
+                raise ValueError(f"fields {upper.name} ({upper.bits}) and {lower.name} ({lower.bits}) of {self.title} "
+                                 f"share a bit")
 
     def __str__(self):
         return titled(self.title, columns([(f.bits, f.name, f.value_text(), f.note) for f in self.fields], indent='  '))

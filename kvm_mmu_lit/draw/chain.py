@@ -15,7 +15,8 @@ __all__ = ['STATES', 'Slot', 'Box', 'Chain']
 
 # %% ../../nbs/draw/04_chain.ipynb #5269631b
 from dataclasses import dataclass
-from .ink import Canvas, Picture, ink, fold, frozen_rows, plain, text_width, titled, BLACK, FAINT, LINE, PALE, PAPER
+from .ink import (Canvas, Picture, ink, fold, frozen_rows, plain, text_width, titled, BLACK, FAINT,
+                                  LINE, PALE, PAPER)
 
 # %% ../../nbs/draw/04_chain.ipynb #df16427b
 STATES = {'': ' ', 'taken': '>', 'refused': '!', 'changed': '*'}   # And how the text form marks them
@@ -143,15 +144,17 @@ def _box_text(box):
     return text + ['      ' + line for line in (fold(box.note, LINE - 6) if box.note else [])]
 
 # %% ../../nbs/draw/04_chain.ipynb #0484b76f
-_HEAD, _LINE_HEIGHT, _GAP_HEIGHT, _NOTE = 25, 21, 12, 24   # Heights of title, slot, omission; letters in a line of a note
-_GUTTER, _SIZE, _WIDEST = 32, 12, 1060                   # Room between columns; size of the letters; longest line of boxes
+# Heights of title, slot, omission; letters in a line of a note
+_HEAD, _LINE_HEIGHT, _GAP_HEIGHT, _NOTE = 25, 21, 12, 24
+_GUTTER, _SIZE, _WIDEST = 32, 12, 1060  # Room between columns; size of the letters; longest line of boxes
 
 def _index_width(box): return max((text_width(plain(slot.index), _SIZE) for slot in box.rows), default=0)
 
 def _box_size(box):
     "Width and height of a box."
     notes = fold(box.note, _NOTE) if box.note else []
-    width = max([text_width(plain(box.title), _SIZE) + 20, *(text_width(note, _SIZE, mono=False) + 18 for note in notes),
+    width = max([text_width(plain(box.title), _SIZE) + 20,
+                 *(text_width(note, _SIZE, mono=False) + 18 for note in notes),
                  *(_index_width(box) + text_width(plain(slot.text), _SIZE) + 23 for slot in box.rows)])
     rows = sum(_GAP_HEIGHT if line is None else _LINE_HEIGHT for line in box.lines())
     return width, _HEAD + rows + (16 * len(notes) + 8 if notes else 0)
@@ -176,12 +179,14 @@ def _places(chain):
         y += 18 if line < len(chain.lanes) else 0
         tops[line] = y
         y += max(size[1] for size, other in zip(sizes, lines) if other == line) + 34
-    return {'lanes': tops, 'boxes': [(left[c], tops[line], widths[c], size[1]) for line, size, c in zip(lines, sizes, columns)]}
+    return {'lanes': tops,
+            'boxes': [(left[c], tops[line], widths[c], size[1]) for line, size, c in zip(lines, sizes, columns)]}
 
 def _fold_after(chain, sizes):
     "How many boxes stand in a line."
     total = sum(width + _GUTTER for width, _ in sizes)
-    if total <= _WIDEST or chain.lanes or chain.links or any(box.lane or box.column is not None for box in chain.boxes): return len(sizes)
+    if total <= _WIDEST or chain.lanes or chain.links or any(box.lane or box.column is not None for box in chain.boxes):
+        return len(sizes)
     return -(-len(sizes) // -(-int(total) // _WIDEST))
 
 # %% ../../nbs/draw/04_chain.ipynb #73f02ee2
@@ -205,7 +210,8 @@ def _draw_box(canvas, box, place):
 def _draw_slot(canvas, slot, x, y, w, edge):
     "One row of a box; the states that matter are filled."
     fill, colour, faint = PAPER, BLACK, FAINT
-    if slot.state in ('taken', 'refused'): fill, colour, faint = ink(slot.state).fill, ink(slot.state).text, ink(slot.state).text
+    if slot.state in ('taken', 'refused'):
+        fill, colour, faint = ink(slot.state).fill, ink(slot.state).text, ink(slot.state).text
     elif slot.state == 'changed': fill, colour, faint = PALE, ink('changed').line, ink('changed').line
     if slot.state: canvas.box(x + 1.5, y + 1, w - 3, _LINE_HEIGHT - 2, fill, radius=2)
     canvas.text(edge, y + 15, slot.index, faint, _SIZE, anchor='end')
@@ -216,5 +222,6 @@ def _draw_link(canvas, start, end, label):
     (x1, y1, w1, h1), (x2, y2, w2, h2) = sorted((start, end), key=lambda place: (place[1], place[0]))
     a, b = x1 + w1 / 2, x2 + w2 / 2
     if y1 == y2: canvas.path(f'M{x1 + w1:g} {y1 + 8:g}H{x2:g}', FAINT, 1.3, dash='4 3')
-    else: canvas.path(f'M{a:g} {y1 + h1:g}C{a:g} {y1 + h1 + 20:g} {b:g} {y2 - 20:g} {b:g} {y2:g}', FAINT, 1.3, dash='4 3')
+    else:
+        canvas.path(f'M{a:g} {y1 + h1:g}C{a:g} {y1 + h1 + 20:g} {b:g} {y2 - 20:g} {b:g} {y2:g}', FAINT, 1.3, dash='4 3')
     if label: canvas.text((a + b) / 2 + 5, (y1 + h1 + y2) / 2 + 4, label, FAINT, 11, mono=False, halo=True)

@@ -27,7 +27,8 @@ def show_byte(
     "The bits of a byte."
     if not 0 <= value <= 255: raise ValueError(f"{value} is not a byte: a byte is 0..255")
     return BitStrip(f"{value} = {' + '.join(str(1 << bit) for bit in range(7, -1, -1) if value >> bit & 1) or '0'}", 8,
-                    tuple((bit, bit, str(1 << bit) if names else f'b{bit}', value >> bit & 1, 'frame') for bit in range(8)))
+                    tuple((bit, bit, str(1 << bit) if names else f'b{bit}', value >> bit & 1, 'frame')
+                          for bit in range(8)))
 
 # %% ../../nbs/draw/08_explore.ipynb #5049576e
 EXACT = 1 << 53   # Above this a browser's numbers skip some ints
@@ -43,12 +44,15 @@ def control(
         if not given: raise ValueError(f"{name}=[]: a choice needs something to choose from")
         return {'options': given, 'value': given[0]}
     if not (isinstance(given, tuple) and len(given) in (3, 4) and all(type(n) is int for n in given)):
-        raise ValueError(f"{name}={given!r}: a control is (lo, hi, start[, step]) of ints, True or False, a list of choices, or text")
+        raise ValueError(f"{name}={given!r}: a control is (lo, hi, start[, step]) of ints, True or False, a list of "
+                         f"choices, or text")
     low, high, start, step = (*given, 1)[:4]
     if not (low <= start <= high and step > 0 and (start - low) % step == 0):
-        raise ValueError(f"{name}={given!r}: a slider starts between its ends, a whole number of steps from the lower one")
+        raise ValueError(f"{name}={given!r}: a slider starts between its ends, a whole number of steps from the lower "
+                         f"one")
     if max(abs(low), abs(high)) > EXACT:
-        raise ValueError(f"{name} goes to {max(abs(low), abs(high)):#x}: a browser's sliders are exact up to {EXACT:#x}; take text and `number`")
+        raise ValueError(f"{name} goes to {max(abs(low), abs(high)):#x}: a browser's sliders are exact up to "
+                         f"{EXACT:#x}; take text and `number`")
     return list(given)
 
 # %% ../../nbs/draw/08_explore.ipynb #8ff8066d
@@ -108,11 +112,13 @@ class Explore:
     def html(self) -> str:
         "The drawing at the starting values, in a box the page's script brings to life."
         still = self.picture.html() if hasattr(self.picture, 'html') else self.svg()
-        return f'<div class="live" data-fn="{escape(self.name)}" data-args="{escape(json.dumps(dict(self.controls)))}">{still}</div>'
+        return (f'<div class="live" data-fn="{escape(self.name)}" '
+                f'data-args="{escape(json.dumps(dict(self.controls)))}">{still}</div>')
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         bundle = {'text/plain': str(self), 'image/svg+xml': self.svg(), 'text/html': self.html()}
-        if os.environ.get('IN_TEST'): return bundle   # Nobody is there to move a slider, and committed output has no widget
+        # Nobody is there to move a slider, and committed output has no widget
+        if os.environ.get('IN_TEST'): return bundle
         try: return {**_widget(self)._repr_mimebundle_(), **bundle}
         except ImportError: return bundle
 

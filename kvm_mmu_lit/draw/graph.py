@@ -16,7 +16,8 @@ __all__ = ['ADVICE', 'Node', 'Edge', 'Graph', 'graphviz_svg']
 # %% ../../nbs/draw/05_graph.ipynb #326e9cd5
 import hashlib, re
 from dataclasses import dataclass
-from .ink import Canvas, Picture, ink, escape, frozen_rows, plain, text_width, titled, columns, EDGE, FAINT, PAPER
+from .ink import (Canvas, Picture, ink, escape, frozen_rows, plain, text_width, titled, columns, EDGE,
+                                  FAINT, PAPER)
 
 # %% ../../nbs/draw/05_graph.ipynb #e7894082
 @dataclass(frozen=True)
@@ -52,16 +53,19 @@ class Graph(Picture):
         edges = sorted(frozen_rows(self.edges, Edge), key=lambda e: (e.start, e.end, e.label, e.kind))
         object.__setattr__(self, 'edges', tuple(edges))
         names = [node.name for node in self.nodes]
-        if self.rankdir not in ('LR', 'TB', 'RL', 'BT'): raise ValueError(f"rankdir {self.rankdir!r}: it is 'LR', 'TB', 'RL' or 'BT'")
+        if self.rankdir not in ('LR', 'TB', 'RL', 'BT'):
+            raise ValueError(f"rankdir {self.rankdir!r}: it is 'LR', 'TB', 'RL' or 'BT'")
         for name in names:
             if names.count(name) > 1: raise ValueError(f"two nodes are called {name!r}: a name means one node")
         for edge in edges:
             for name in (edge.start, edge.end):
-                if name not in names: raise ValueError(f"an edge {edge.start!r} -> {edge.end!r}: no node is called {name!r}")
+                if name not in names:
+                    raise ValueError(f"an edge {edge.start!r} -> {edge.end!r}: no node is called {name!r}")
 
     def __str__(self):
         alone = {n.name for n in self.nodes} - {name for e in self.edges for name in (e.start, e.end)}
-        rows = [(e.start, '->', e.end, e.label) for e in self.edges] + [(n.name, '', '', '') for n in self.nodes if n.name in alone]
+        rows = ([(e.start, '->', e.end, e.label) for e in self.edges]
+                + [(n.name, '', '', '') for n in self.nodes if n.name in alone])
         return titled(self.caption, columns(rows, indent='  '))
 
     def dot(self) -> str:
@@ -128,8 +132,10 @@ def graphviz_svg(
     title.text(11, -4, caption, size=10.4, bold=True, mono=False)
     return (f'<svg xmlns="http://www.w3.org/2000/svg" data-dot="{hashlib.sha256(dot.encode()).hexdigest()}" '
             f'viewBox="0 {-above} {w:g} {h + above:g}" '
-            f'width="{w * 1.25:g}" height="{(h + above) * 1.25:g}" role="img" aria-label="{escape(caption)}" style="max-width:100%;height:auto">'
-            f'<rect x="0.4" y="{0.4 - above:g}" width="{w - 0.8:g}" height="{h + above - 0.8:g}" rx="6.4" fill="{PAPER}" stroke="{EDGE}" stroke-width="0.8"/>'
+            f'width="{w * 1.25:g}" height="{(h + above) * 1.25:g}" role="img" aria-label="{escape(caption)}" '
+            f'style="max-width:100%;height:auto">'
+            f'<rect x="0.4" y="{0.4 - above:g}" width="{w - 0.8:g}" height="{h + above - 0.8:g}" rx="6.4" '
+            f'fill="{PAPER}" stroke="{EDGE}" stroke-width="0.8"/>'
             + (title.parts[0] if caption else '') + body.strip())
 
 # %% ../../nbs/draw/05_graph.ipynb #78f90ef3

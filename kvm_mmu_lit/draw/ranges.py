@@ -26,7 +26,8 @@ class Range:
     def __post_init__(self):
         ink(self.kind)
         if not 0 <= self.start < self.end:
-            raise ValueError(f"range {self.label!r} goes from {self.start:#x} to {self.end:#x}: the end comes after the start, and neither is negative")
+            raise ValueError(f"range {self.label!r} goes from {self.start:#x} to {self.end:#x}: the end comes after "
+                             f"the start, and neither is negative")
 
     @property
     def size(self) -> int:
@@ -64,7 +65,8 @@ class RangeMap(Picture):
         object.__setattr__(self, 'ranges', tuple(ranges))
         for low, high in zip(ranges, ranges[1:]):
             if high.start < low.end:
-                raise ValueError(f"ranges {low.label!r} and {high.label!r} share {high.start:#x}..{min(low.end, high.end) - 1:#x}")
+                raise ValueError(f"ranges {low.label!r} and {high.label!r} share "
+                                 f"{high.start:#x}..{min(low.end, high.end) - 1:#x}")
 
     def gaps(self) -> tuple:
         "Bytes of nothing before each range but the first."
@@ -77,7 +79,8 @@ class RangeMap(Picture):
     def svg(self):
         canvas = Canvas()
         y = canvas.title(self.caption) + 3
-        x = 14 + max([text_width(str(Hex(n)), _SIZE) for r in self.ranges for n in (r.start, r.end - 1)], default=0) + 10
+        x = (14 + max([text_width(str(Hex(n)), _SIZE) for r in self.ranges for n in (r.start, r.end - 1)], default=0)
+             + 10)
         for r, gap in zip(self.ranges, (*self.gaps(), 0)):
             y = _draw_range(canvas, r, x, y)
             if gap: y = _draw_gap(canvas, gap, x, y)

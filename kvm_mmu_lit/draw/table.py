@@ -12,7 +12,8 @@ __all__ = ['Table', 'Grid']
 
 # %% ../../nbs/draw/03_table.ipynb #a51dfdff
 from dataclasses import dataclass
-from .ink import Canvas, Hex, Picture, ink, columns, escape, plain, text_width, titled, BLACK, EDGE, FAINT, PAPER
+from .ink import (Canvas, Hex, Picture, ink, columns, escape, plain, text_width, titled, BLACK, EDGE,
+                                  FAINT, PAPER)
 
 # %% ../../nbs/draw/03_table.ipynb #d8828f7c
 def _tuples(rows): return tuple(tuple(row) for row in rows)
@@ -35,7 +36,8 @@ class Table(Picture):
         object.__setattr__(self, 'rows', _tuples(self.rows))
         for n, row in enumerate(self.rows):
             if len(row) != len(self.header):
-                raise ValueError(f"row {n} has {len(row)} cells, the header {len(self.header)}: {', '.join(map(plain, self.header))}")
+                raise ValueError(f"row {n} has {len(row)} cells, the header {len(self.header)}: "
+                                 f"{', '.join(map(plain, self.header))}")
 
     @property
     def right(self) -> tuple:
@@ -101,7 +103,8 @@ class Grid(Picture):
 
     def svg(self):
         names = [text_width(plain(name), 11) + 8 for name in self.columns]
-        side = max([24, *(text_width(_count(cell), 11) + 8 for row in self.cells for cell in row), *(names if sum(names) < 400 else [])])
+        side = max([24, *(text_width(_count(cell), 11) + 8 for row in self.cells for cell in row),
+                    *(names if sum(names) < 400 else [])])
         canvas = Canvas()
         left = 14 + max((text_width(plain(name), 12) for name in self.rows), default=0) + 10
         turned = any(name > side for name in names)
@@ -120,10 +123,12 @@ class Grid(Picture):
         "One cell: filled for yes, tinted for a count, a dot for no."
         colours = ink(self.kind)
         strength = 0 if not cell else 1 if isinstance(cell, bool) else 0.1 + 0.6 * cell / biggest
-        canvas.box(x + 1, y + 1, side - 2, 22, _mix(PAPER, colours.fill if cell is True else colours.line, strength), colours.line if cell else EDGE)
+        canvas.box(x + 1, y + 1, side - 2, 22, _mix(PAPER, colours.fill if cell is True else colours.line, strength),
+                   colours.line if cell else EDGE)
         if cell is None: return
         if isinstance(cell, bool):
-            canvas.text(x + side / 2, y + 16, 'x' if cell else '·', colours.text if cell else FAINT, 11, anchor='middle')
+            canvas.text(x + side / 2, y + 16, 'x' if cell else '·', colours.text if cell else FAINT, 11,
+                        anchor='middle')
         else: canvas.text(x + side / 2, y + 16, cell, BLACK, 11, anchor='middle')
 
 # %% ../../nbs/draw/03_table.ipynb #57052282

@@ -63,12 +63,15 @@ class Timeline(Picture):
         for event, marks in zip(self.events, self.changed()):
             states = [('* ' if mark else '  ') + plain(state) for state, mark in zip(event.states, marks)]
             rows.append((plain(event.step), event.lane, event.label, *states))
-        return titled(self.caption, columns([rows[0][:3] + tuple('  ' + plain(c) for c in rows[0][3:]), *rows[1:]], right=(0,)))
+        return titled(self.caption,
+                      columns([rows[0][:3] + tuple('  ' + plain(c) for c in rows[0][3:]), *rows[1:]], right=(0,)))
 
     def svg(self):
         canvas = Canvas()
         top = canvas.title(self.caption) + 2
-        heights = [max(24, 6 + 16 * max(len(fold(cell, width)) for cell, width in ((event.label, _LABEL), *((s, _STATE) for s in event.states))))
+        heights = [max(24, 6 + 16 * max(len(fold(cell, width))
+                                        for cell, width in ((event.label, _LABEL),
+                                                            *((s, _STATE) for s in event.states))))
                    for event in self.events]
         left = _draw_lanes(canvas, self, top, heights)
         left = _draw_labels(canvas, self, left, top, heights)
@@ -103,19 +106,22 @@ def _draw_labels(canvas, timeline, left, top, heights):
     "What happened; return where the states start."
     for y, event in zip(_tops(top, heights), timeline.events):
         for i, line in enumerate(fold(event.label, _LABEL)): canvas.text(left, y + 16 + 16 * i, line, BLACK, _SIZE)
-    return left + 18 + max([text_width(line, _SIZE) for event in timeline.events for line in fold(event.label, _LABEL)], default=0)
+    return left + 18 + max([text_width(line, _SIZE) for event in timeline.events for line in fold(event.label, _LABEL)],
+                           default=0)
 
 def _draw_states(canvas, timeline, left, top, heights):
     "The state after each event, changes filled."
     changed = timeline.changed()
     for n, name in enumerate(timeline.columns):
         cells = [fold(event.states[n], _STATE) for event in timeline.events]
-        width = 16 + max([text_width(line, _SIZE) for cell in cells for line in cell] + [text_width(plain(name), _SIZE)])
+        width = 16 + max([text_width(line, _SIZE) for cell in cells for line in cell]
+                         + [text_width(plain(name), _SIZE)])
         canvas.text(left + 8, top + 10, name, BLACK, _SIZE, bold=True)
         for y, height, cell, marks, event in zip(_tops(top, heights), heights, cells, changed, timeline.events):
             if event.states[n] is None: continue
             colours = ink('changed')
-            canvas.box(left, y + 1, width, height - 2, colours.fill if marks[n] else 'none', colours.line if marks[n] else EDGE)
+            canvas.box(left, y + 1, width, height - 2, colours.fill if marks[n] else 'none',
+                       colours.line if marks[n] else EDGE)
             for i, line in enumerate(cell):
                 canvas.text(left + 8, y + 16 + 16 * i, line, colours.text if marks[n] else BLACK, _SIZE, bold=marks[n])
         left += width + 6

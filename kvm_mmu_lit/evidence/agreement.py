@@ -57,7 +57,8 @@ class Agreement:
 
     def __str__(self):
         if not self.rows: return f"{self.source}: {self.skipped or 'no rows to compare'}"
-        if self.agrees: return f"{self.source}: {'the one row agrees' if self.rows == 1 else f'all {self.rows:,} rows agree'}"
+        if self.agrees:
+            return f"{self.source}: {'the one row agrees' if self.rows == 1 else f'all {self.rows:,} rows agree'}"
         lines = [f"{self.source}: {self.differ:,} of {self.rows:,} rows differ", *(f"  {d}" for d in self.shown)]
         more = self.differ - len(self.shown)
         return '\n'.join(lines + ([f"  and {more:,} more"] if more else []))
@@ -102,7 +103,8 @@ def draw_agreements(
 ) -> Grid:
     "Where the rows are, and where they differ: the more, the darker."
     compared = [a for a in agreements if a.rows]
-    return Grid(tuple(a.source for a in compared), ('rows', 'differ'), tuple((a.rows, a.differ or None) for a in compared), caption, 'frame')
+    return Grid(tuple(a.source for a in compared), ('rows', 'differ'),
+                tuple((a.rows, a.differ or None) for a in compared), caption, 'frame')
 
 # %% ../../nbs/evidence/01_agreement.ipynb #bd440947
 class EvidenceError(ValueError):

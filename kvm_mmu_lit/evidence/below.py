@@ -31,22 +31,30 @@ def host_of(
     scenario: Scenario,
 ) -> Host:
     "The machine a scenario was recorded on."
-    if (0x8000_0008, 0) not in scenario.cpuid: raise EvidenceError(scenario.path / 'scenario.json', 'guest_cpuid', "has no leaf 80000008: MAXPHYADDR is unknown")
+    if (0x8000_0008, 0) not in scenario.cpuid:
+        raise EvidenceError(scenario.path / 'scenario.json', 'guest_cpuid',
+                            "has no leaf 80000008: MAXPHYADDR is unknown")
     maxphyaddr = scenario.cpuid[0x8000_0008, 0][0] & 0xff
-    if not 32 <= maxphyaddr <= 52: raise EvidenceError(scenario.path / 'scenario.json', 'guest_cpuid', f"leaf 80000008: MAXPHYADDR {maxphyaddr}, 32..52")
+    if not 32 <= maxphyaddr <= 52:
+        raise EvidenceError(scenario.path / 'scenario.json', 'guest_cpuid',
+                            f"leaf 80000008: MAXPHYADDR {maxphyaddr}, 32..52")
     reuse = scenario.meta.get('module_params', {}).get('kvm.flush_on_reuse', 'N')
-    return svm_host(scenario.host_levels, scenario.npt, maxphyaddr=maxphyaddr, tdp_mmu=scenario.tdp_mmu, mixes_cr4=True, flush_on_reuse=reuse in ('Y', '1'))
+    return svm_host(scenario.host_levels, scenario.npt, maxphyaddr=maxphyaddr, tdp_mmu=scenario.tdp_mmu, mixes_cr4=True,
+                    flush_on_reuse=reuse in ('Y', '1'))
 
 # %% ../../nbs/evidence/17_below.ipynb #b30cb99b
-CR4_FEATURES = ((Cr4.UMIP, 7, 2, 2), (Cr4.LA57, 7, 2, 16), (Cr4.PKE, 7, 2, 3), (Cr4.FSGSBASE, 7, 1, 0), (Cr4.SMEP, 7, 1, 7), (Cr4.SMAP, 7, 1, 20),
-                (Cr4.OSXSAVE, 1, 2, 26), (Cr4.PCIDE, 1, 2, 17), (Cr4.VMXE, 1, 2, 5))   # (bit of CR4, CPUID leaf, register 0..3, bit)
+CR4_FEATURES = ((Cr4.UMIP, 7, 2, 2), (Cr4.LA57, 7, 2, 16), (Cr4.PKE, 7, 2, 3), (Cr4.FSGSBASE, 7, 1, 0),
+                (Cr4.SMEP, 7, 1, 7), (Cr4.SMAP, 7, 1, 20),
+                # (bit of CR4, CPUID leaf, register 0..3, bit)
+                (Cr4.OSXSAVE, 1, 2, 26), (Cr4.PCIDE, 1, 2, 17), (Cr4.VMXE, 1, 2, 5))
 CR4_ALWAYS = (1 << 11) - 1   # VME to OSXMMEXCPT
 
 def cr4_missing(
     scenario: Scenario,
 ) -> int:          # Mask
     "The CR4 bits this guest's CPUID does not offer. KVM: `__cr4_reserved_bits` (x86.h)."
-    offered = [int(bit) for bit, leaf, register, at in CR4_FEATURES if scenario.cpuid.get((leaf, 0), (0, 0, 0, 0))[register] >> at & 1]
+    offered = [int(bit) for bit, leaf, register, at in CR4_FEATURES
+               if scenario.cpuid.get((leaf, 0), (0, 0, 0, 0))[register] >> at & 1]
     return (1 << 64) - 1 & ~(CR4_ALWAYS | sum(offered))
 
 # %% ../../nbs/evidence/17_below.ipynb #ee0b1283
@@ -60,8 +68,11 @@ def stores_of(
     if step['op'] == 'write_pte': return [(step['gpa'], step['val'], step['size'])]
     if step['op'] != 'vmrun': return []
     vmcb = next((one['gpa'] for one in scenario.vmcbs if one['vmcb'] == step['vmcb']), None)
-    if vmcb is None: raise EvidenceError(scenario.path / 'scenario.json', f"steps[{step['id']}]", f"runs VMCB {step['vmcb']}, which is not among vmcbs")
-    return [(vmcb + VMCB_FIELDS[name], step[said], 8) for said, name in (('ncr3', 'nested_cr3'), ('cr3', 'cr3')) if said in step]
+    if vmcb is None:
+        raise EvidenceError(scenario.path / 'scenario.json', f"steps[{step['id']}]",
+                            f"runs VMCB {step['vmcb']}, which is not among vmcbs")
+    return [(vmcb + VMCB_FIELDS[name], step[said], 8) for said, name in (('ncr3', 'nested_cr3'), ('cr3', 'cr3'))
+            if said in step]
 
 # %% ../../nbs/evidence/17_below.ipynb #fbfc945e
 def draw_stores(
@@ -70,7 +81,8 @@ def draw_stores(
     caption: str = '',
 ) -> Timeline:
     "The first stores into page tables and VMCBs, step by step."
-    rows = [Event(step['id'], step['cpu'], step['op'], (f'{gpa:#x}', f'{value:#x}')) for step in scenario.steps for gpa, value, _ in stores_of(scenario, step)]
+    rows = [Event(step['id'], step['cpu'], step['op'], (f'{gpa:#x}', f'{value:#x}')) for step in scenario.steps
+            for gpa, value, _ in stores_of(scenario, step)]
     return Timeline(('address', 'value'), rows[:count], caption or f'{scenario.name}: stores nobody traced')
 
 # %% ../../nbs/evidence/17_below.ipynb #8368df39
@@ -114,7 +126,9 @@ class Stores:
         if marker in ('FAULT', 'EXC13'): self.waiting = []
         if marker in ('STEP', 'HLT', 'VMEXIT'): self.commit()
         if marker == 'STEP':
-            if event['id'] >= len(self.scenario.steps): raise EvidenceError(self.scenario.trace.file, f'line {event.line}', f"step {event['id']}: scenario.json has {len(self.scenario.steps)}")
+            if event['id'] >= len(self.scenario.steps):
+                raise EvidenceError(self.scenario.trace.file, f'line {event.line}',
+                                    f"step {event['id']}: scenario.json has {len(self.scenario.steps)}")
             self.step = event['id']
             self.waiting = stores_of(self.scenario, self.scenario.steps[self.step])
         if marker == 'action': self.act(event['what'].split())
@@ -125,9 +139,11 @@ class Stores:
         self.waiting = []
 
     def data_at(self, gpa: int, size: int) -> 'bytes | None':
-        "What the step under way stores at an address that KVM saw it store to; a 32-bit guest stores eight bytes in two halves."
+        """What the step under way stores at an address that KVM saw it store to; a 32-bit guest stores eight bytes in
+        two halves."""
         for at, value, whole in self.waiting:
-            if at <= gpa and gpa + size <= at + whole: return (value >> 8 * (gpa - at) & (1 << 8 * size) - 1).to_bytes(size, 'little')
+            if at <= gpa and gpa + size <= at + whole:
+                return (value >> 8 * (gpa - at) & (1 << 8 * size) - 1).to_bytes(size, 'little')
         step = {} if self.step is None else self.scenario.steps[self.step]
         if step.get('op') == 'write' and step['size'] == size: return step['val'].to_bytes(size, 'little')
 
@@ -139,7 +155,8 @@ class Stores:
     def act(self, words: list):
         "What userspace does: writes memory, takes a slot away and gives it back."
         if words[0] == 'write': self.write(int(words[1], 16), bytes.fromhex(words[2]))
-        slot = next((slot for slot in self.scenario.memslots if words[0] in ('delslot', 'addslot') and slot.id == int(words[1])), None)
+        slot = next((slot for slot in self.scenario.memslots if words[0] in ('delslot', 'addslot')
+                     and slot.id == int(words[1])), None)
         if slot is None: return
         here = self.memory.slot(slot.gpa >> PAGE_SHIFT)
         if words[0] == 'delslot' and here is not None:
@@ -153,7 +170,8 @@ class Stores:
 
     def vmcb(self, gpa: int) -> dict:
         "The paging fields of a VMCB."
-        return {name: int.from_bytes(read_gpa(self.memory, gpa + at, 8) or bytes(8), 'little') for name, at in VMCB_FIELDS.items()}
+        return {name: int.from_bytes(read_gpa(self.memory, gpa + at, 8) or bytes(8), 'little')
+                for name, at in VMCB_FIELDS.items()}
 
 # %% ../../nbs/evidence/17_below.ipynb #22c77228
 class HostFrames(Moved):
@@ -163,24 +181,30 @@ class HostFrames(Moved):
         super().__init__()
         self.vm, self.known_only = vm, True    # `known_only`: the host has no page for a frame that was not met
 
-    def __contains__(self, gfn): return self.known_only and self.vm.memory.slot(gfn) is not None or dict.__contains__(self, gfn)
+    def __contains__(self, gfn):
+        return self.known_only and self.vm.memory.slot(gfn) is not None or dict.__contains__(self, gfn)
     def __getitem__(self, gfn): return dict.get(self, gfn)
     def __setitem__(self, gfn, there): dict.__setitem__(self, gfn, there)
 
 # %% ../../nbs/evidence/17_below.ipynb #943fe677
 RULES = {
-    'host frame': "which page of its own the host keeps a guest frame in, and that it may be written, is the host's choice",
+    'host frame': "which page of its own the host keeps a guest frame in, and that it may be written, is the host's "
+                  "choice",
     'host frame exchanged': "the host put another page behind a guest frame",
-    'accessed and dirty bits of hardware': "with NPT the processor walks the guest's tables itself and marks them; KVM's next walk shows it",
+    'accessed and dirty bits of hardware': "with NPT the processor walks the guest's tables itself and marks them; "
+                                           "KVM's next walk shows it",
     'dirty bit of hardware': "the guest wrote through an entry of KVM's, and the processor set its dirty bit",
-    'accessed bit of hardware': "the guest used an entry of KVM's that a sync had renewed, and the processor set its accessed bit",
-    'PDPTEs read for a walk': "with NPT, KVM reads PDPTEs again when it emulates a walk of a PAE guest: when is taken, what it reads is compared",
+    'accessed bit of hardware': "the guest used an entry of KVM's that a sync had renewed, and the processor set its "
+                                "accessed bit",
+    'PDPTEs read for a walk': "with NPT, KVM reads PDPTEs again when it emulates a walk of a PAE guest: when is taken, "
+                              "what it reads is compared",
     'accessed bit in pae_root': "the recording's CPU was emulated, and sets bit 5 in PDPTEs it walks",
     'accessed bit in guest PDPTEs': "the same, in the guest's memory with NPT: KVM then takes bit 5 for a reserved bit",
     'CR3 loaded without an exit': "with NPT the guest loads CR3 by itself; KVM sees it at the next exit",
     'inlined': "the compiler put a probed function into its caller, where no probe sees it",
     'entry given up': "something came up between preparing the guest and running it: KVM prepares again",
-    'event taken late': "an event switched roots after requests were served: KVM builds the root, and serves the requests the next time round",
+    'event taken late': "an event switched roots after requests were served: KVM builds the root, and serves the "
+                        "requests the next time round",
     'VMRUN refused': "checks of the VMCB that have nothing to do with paging",
     'end of the trace': "it stops in the middle of something: what KVM did after that, nobody wrote down"}
 

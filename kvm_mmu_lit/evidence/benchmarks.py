@@ -124,7 +124,8 @@ def measure_map(
     image: Image,
     rounds: int = 5,
 ) -> Figure:
-    "Mappings a second with effective rights, beside volatility3's `mapping`; its tables are cached after the first round, ours are decoded anew each time."
+    """Mappings a second with effective rights, beside volatility3's `mapping`; its tables are cached after the first
+    round, ours are decoded anew each time."""
     walker = Walker(image.memory, image.regs)
     layer = volatility_layer(image) if image.regs.fmt in (PTE32, PAE, LONG4) else None
     count = sum(1 for _ in mappings(walker))
@@ -141,7 +142,8 @@ def figures_table(
 ) -> Table:
     "The figures as a table: rates a second and their ratio."
     def number(value): return 'no such mode' if value is None else f"{value:,.0f}"
-    rows = [(f.what, f.image, f.count, number(f.ours), number(f.theirs), '' if f.ratio is None else f"{f.ratio:.2f}") for f in figures]
+    rows = [(f.what, f.image, f.count, number(f.ours), number(f.theirs), '' if f.ratio is None else f"{f.ratio:.2f}")
+            for f in figures]
     return Table(('what', 'image', 'a round', 'ours /s', 'volatility3 /s', 'ratio'), rows, caption)
 
 def measure_all(
@@ -155,7 +157,8 @@ def largest_map(
     guests: Path,
 ) -> tuple:              # (image, mappings, seconds to load and list it, peak MiB of this process)
     "Load and list the image with the most mappings, once, from cold."
-    path = max((p for p in guests.iterdir() if (p / 'meta.json').exists()), key=lambda p: json.loads((p / 'meta.json').read_text())['mappings'])
+    path = max((p for p in guests.iterdir() if (p / 'meta.json').exists()),
+               key=lambda p: json.loads((p / 'meta.json').read_text())['mappings'])
     start = time.perf_counter()
     image = load(path)
     count = len(list(mappings(Walker(image.memory, image.regs))))
@@ -174,7 +177,9 @@ def main(argv: 'list | None' = None):
     figures = measure_all(args.guests)
     machine = f"Python {platform.python_version()}, {platform.machine()}"
     print(figures_table(figures, machine))
-    if args.record: RECORD.write_text(json.dumps({'machine': machine, 'largest': cold, 'figures': [asdict(f) for f in figures]}, indent=1) + '\n')
+    if args.record:
+        RECORD.write_text(json.dumps({'machine': machine, 'largest': cold, 'figures': [asdict(f) for f in figures]},
+                                     indent=1) + '\n')
 
 # %% ../../nbs/evidence/27_benchmarks.ipynb #329da17c
 def draw_figures(
@@ -182,4 +187,6 @@ def draw_figures(
     caption: str = '',
 ) -> Grid:
     "Thousands a second on both sides, darker where more."
-    return Grid(tuple(f.image for f in figures), ('ours', 'volatility3'), tuple((round(f.ours / 1000), None if f.theirs is None else round(f.theirs / 1000)) for f in figures), caption, 'frame')
+    return Grid(tuple(f.image for f in figures), ('ours', 'volatility3'),
+                tuple((round(f.ours / 1000), None if f.theirs is None else round(f.theirs / 1000)) for f in figures),
+                caption, 'frame')

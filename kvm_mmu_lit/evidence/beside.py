@@ -24,14 +24,19 @@ from .matching import Run
 
 # %% ../../nbs/evidence/24_beside.ipynb #d905abf0
 OUTSIDE = {
-    'tracing_mark_write': "what the guest is about to do, in the recording's own words: steps, faults its handlers saw, deeds of userspace",
+    'tracing_mark_write': "what the guest is about to do, in the recording's own words: steps, faults its handlers "
+                          "saw, deeds of userspace",
     'kvm_exit': "the processor's: why it left the guest", 'kvm_entry': "the processor's: where it goes on",
     'kvm_page_fault': "the processor's: address and error code, once more in page_fault",
-    'kvm_nested_vmexit': "the same exit, told again because L2 ran", 'kvm_nested_vmexit_inject': "what L1 is told; the exit itself is nested_vmexit",
-    'kvm_nested_intercepts': "which exits L1 asked for", 'kvm_nested_vmenter': "L1's VMCB: a cause, whose pointer is compared",
+    'kvm_nested_vmexit': "the same exit, told again because L2 ran",
+    'kvm_nested_vmexit_inject': "what L1 is told; the exit itself is nested_vmexit",
+    'kvm_nested_intercepts': "which exits L1 asked for",
+    'kvm_nested_vmenter': "L1's VMCB: a cause, whose pointer is compared",
     'kvm_emulate_insn': "the emulator's: bytes of an instruction", 'kvm_mmio': "the emulator's: data for a device",
-    'vcpu_match_mmio': "the emulator's: it remembers where the device was", 'kvm_msr': "the emulator's; EFER comes again in set_efer",
-    'kvm_inj_exception': "delivery to the guest; a page fault's code is compared", 'refresh_passthrough': "a cause: the role is read again",
+    'vcpu_match_mmio': "the emulator's: it remembers where the device was",
+    'kvm_msr': "the emulator's; EFER comes again in set_efer",
+    'kvm_inj_exception': "delivery to the guest; a page fault's code is compared",
+    'refresh_passthrough': "a cause: the role is read again",
     'kvm_smm_transition': "compared when it is the model's"}
 
 # %% ../../nbs/evidence/24_beside.ipynb #e3d6dd83
@@ -87,18 +92,22 @@ class SideBySide(Picture):
 
     def _cells(self):
         cut = lambda text: text if len(text) <= self.letters else text[:self.letters - 1] + '…'
-        return [(str(row.line), row.event, cut(row.recorded), cut(row.model), ', '.join(row.rules) if row.equal else 'DIFFERS') for row in self.rows]
+        return [(str(row.line), row.event, cut(row.recorded), cut(row.model),
+                 ', '.join(row.rules) if row.equal else 'DIFFERS') for row in self.rows]
 
     def __str__(self):
-        return titled(self.caption, columns([('line', 'event', 'recorded', 'model', 'rule'), *self._cells()], right=(0,)))
+        return titled(self.caption,
+                      columns([('line', 'event', 'recorded', 'model', 'rule'), *self._cells()], right=(0,)))
 
     def svg(self):
         canvas, cells = Canvas(), self._cells()
         heads, top = ('line', 'event', 'recorded', 'model', 'rule'), canvas.title(self.caption) + 2
-        widths = [14 + max(text_width(text, 11) for text in (head, *(cell[i] for cell in cells))) for i, head in enumerate(heads)]
+        widths = [14 + max(text_width(text, 11) for text in (head, *(cell[i] for cell in cells)))
+                  for i, head in enumerate(heads)]
         lefts = [8 + sum(widths[:i]) for i in range(len(heads))]
         for left, head in zip(lefts, heads): canvas.text(left + 6, top + 12, head, BLACK, 11, bold=True)
-        for n, (row, cell) in enumerate(zip(self.rows, cells)): _draw_row(canvas, row, cell, lefts, widths, top + 20 + 21 * n)
+        for n, (row, cell) in enumerate(zip(self.rows, cells)):
+            _draw_row(canvas, row, cell, lefts, widths, top + 20 + 21 * n)
         return canvas.svg(self.caption)
 
 def _draw_row(canvas, row, cell, lefts, widths, y):
@@ -107,7 +116,8 @@ def _draw_row(canvas, row, cell, lefts, widths, y):
     for i in (0, 1, 4): canvas.text(lefts[i] + 6, y + 14, cell[i], FAINT if i == 0 else BLACK, 11)
     for i, kind in zip((2, 3), kinds):
         colours = ink(kind)
-        canvas.box(lefts[i], y, widths[i] - 4, 19, colours.fill, colours.line if not row.rules or not row.equal else EDGE, dash='4 3' if row.rules else '')
+        canvas.box(lefts[i], y, widths[i] - 4, 19, colours.fill, colours.line if not row.rules or not row.equal
+                   else EDGE, dash='4 3' if row.rules else '')
         canvas.text(lefts[i] + 6, y + 14, cell[i], colours.text, 11)
 
 # %% ../../nbs/evidence/24_beside.ipynb #dd475894
@@ -135,7 +145,9 @@ class Rate(NamedTuple):
         "Equal lines of the compared ones."
         return self.equal / self.compared if self.compared else 1.0
 
-    def __str__(self): return f"{self.name}: {self.equal:,} of {self.compared:,} compared lines equal ({self.rate:.2%}), {self.lines:,} lines, {self.lent:,} times something lent"
+    def __str__(self):
+        return (f"{self.name}: {self.equal:,} of {self.compared:,} compared lines equal ({self.rate:.2%}), "
+                f"{self.lines:,} lines, {self.lent:,} times something lent")
 
 def rate_of(run: Run) -> Rate:
     "Count."
@@ -144,8 +156,10 @@ def rate_of(run: Run) -> Rate:
 
 def draw_rates(rates: list, caption: str = 'recorded runs') -> Table:
     "A row for each run."
-    total = Rate('together', *(sum(getattr(rate, name) for rate in rates) for name in ('lines', 'compared', 'equal', 'lent')))
-    rows = [(rate.name, f'{rate.lines:,}', f'{rate.compared:,}', f'{rate.equal:,}', f'{rate.rate:.2%}', f'{rate.lent:,}') for rate in [*rates, total]]
+    total = Rate('together',
+                 *(sum(getattr(rate, name) for rate in rates) for name in ('lines', 'compared', 'equal', 'lent')))
+    rows = [(rate.name, f'{rate.lines:,}', f'{rate.compared:,}', f'{rate.equal:,}', f'{rate.rate:.2%}',
+             f'{rate.lent:,}') for rate in [*rates, total]]
     return Table(('run', 'lines', 'compared', 'equal', 'rate', 'lent'), rows, caption)
 
 # %% ../../nbs/evidence/24_beside.ipynb #a3af0416
@@ -164,4 +178,5 @@ def replay_text(
 def replay_json(run: Run) -> dict:
     "The same for machines."
     rate = rate_of(run)
-    return dict(rate._asdict(), rate=rate.rate, rules=dict(sorted(run.rules.items())), differ=[row._asdict() for row in beside(run) if not row.equal])
+    return dict(rate._asdict(), rate=rate.rate, rules=dict(sorted(run.rules.items())),
+                differ=[row._asdict() for row in beside(run) if not row.equal])

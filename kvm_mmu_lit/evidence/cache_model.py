@@ -61,12 +61,15 @@ def draw_vcpu(
     "A vCPU as SPIN stores it."
     kinds, fields, low = {'zap': 'status', 'fresh': 'status', 'asks': 'guest', 'l1': 'guest', 'pdptrs': 'guest'}, [], 0
     unknown = set(values) - set(Numbers(pointers).fields())
-    if unknown: raise ValueError(f"no field is called {', '.join(sorted(unknown))}: there are {', '.join(Numbers(pointers).fields())}")
+    if unknown:
+        raise ValueError(f"no field is called {', '.join(sorted(unknown))}: there are "
+                         f"{', '.join(Numbers(pointers).fields())}")
     for name, bits in Numbers(pointers).fields().items():
         value = values.get(name, 0) if values else None
         fields.append((low + bits - 1, low, name, value, kinds.get(name, 'shadow')))
         low += bits
-    return BitStrip(f"a vCPU of the model, {pointers} pointer{'s' * (pointers > 1)}", 32, tuple(reversed(fields)) + ((31, low, 'unused', None, 'ignored'),))
+    return BitStrip(f"a vCPU of the model, {pointers} pointer{'s' * (pointers > 1)}", 32,
+                    tuple(reversed(fields)) + ((31, low, 'unused', None, 'ignored'),))
 
 # %% ../../nbs/evidence/28_cache_model.ipynb #dfaeb06a
 _ENTRY = '''
@@ -176,14 +179,18 @@ def promela(
 ) -> str:
     "The world as a model for SPIN, under the rule of 6.1."
     if world != small_world(world.l2, world.pointers, world.vcpus) or set(world.l2) - {'4-level', 'PAE'}:
-        raise ValueError(f"no Promela for {world.name!r}: the model knows what small_world() makes, with an L2 of 4-level or PAE")
+        raise ValueError(f"no Promela for {world.name!r}: the model knows what small_world() makes, with an L2 of "
+                         f"4-level or PAE")
     numbers = Numbers(world.pointers)
-    fields = '; '.join(f"unsigned {name} : {bits}{' = 1' * (name == 'asks')}" for name, bits in numbers.fields().items())
+    fields = '; '.join(f"unsigned {name} : {bits}{' = 1' * (name == 'asks')}"
+                       for name, bits in numbers.fields().items())
     lines = [f"/* The cache of roots of Linux 6.1: {world.name}.",
              "   Made by kvm_mmu_lit.evidence.cache_model, which says what the numbers mean.",
              "   SPDX-License-Identifier: Apache-2.0 */",
-             f"#define SHARED {numbers.shared}", f"typedef Vcpu {{ {fields} }};", f"Vcpu v[{world.vcpus}];", _ENTRY + _SWITCH + _NESTED * bool(world.l2)]
+             f"#define SHARED {numbers.shared}", f"typedef Vcpu {{ {fields} }};", f"Vcpu v[{world.vcpus}];",
+             _ENTRY + _SWITCH + _NESTED * bool(world.l2)]
     vcpus = [(i, (*_l1_events(world, i), *_l2_events(world, i))) for i in range(world.vcpus)]
     events = [(f'{i}: {name}', does) for i, own in vcpus for name, does in own]
     events.append(('zap', '; '.join(f'v[{i}].zap = 1' for i in range(world.vcpus))))
-    return '\n'.join([*lines, 'init {', '  do', *(f'  :: d_step {{ {does} }}   /* {name} */' for name, does in events), '  od', '}', ''])
+    return '\n'.join([*lines, 'init {', '  do', *(f'  :: d_step {{ {does} }}   /* {name} */' for name, does in events),
+                      '  od', '}', ''])

@@ -27,7 +27,8 @@ def kind_of(
     path: Path,
 ) -> str:        # 'guest', 'scenario', 'vectors', 'folder' or 'nothing'
     "What kind of evidence lies at a path."
-    if path.is_file(): return 'vectors' if path.suffix in ('.npz', '.json') and path.name not in NO_VECTORS else 'nothing'
+    if path.is_file():
+        return 'vectors' if path.suffix in ('.npz', '.json') and path.name not in NO_VECTORS else 'nothing'
     names = {entry.name for entry in path.iterdir()}
     if names & {'image.npz', 'meta.json', 'tlb.txt.xz'}: return 'guest'
     if is_scenario(path): return 'scenario'
@@ -46,7 +47,10 @@ def evidence_in(
     if kind in ('guest', 'scenario', 'vectors'): return [path]
     inside = sorted(p for p in path.iterdir() if p.is_dir()) if kind == 'folder' else []
     found = [p for folder in inside if kind_of(folder) != 'nothing' for p in evidence_in(folder)]
-    if not found: raise EvidenceError(str(path), '', "holds no evidence: a guest folder has image.npz, meta.json and tlb.txt.xz, a recorded run scenario.json, trace.txt.xz and mem.npz, vectors are .npz files")
+    if not found:
+        raise EvidenceError(str(path), '', "holds no evidence: a guest folder has image.npz, meta.json and tlb.txt.xz, "
+                                           "a recorded run scenario.json, trace.txt.xz and mem.npz, vectors are .npz "
+                                           "files")
     return found
 
 # %% ../../nbs/evidence/26_check.ipynb #affad755
@@ -65,4 +69,5 @@ def check_one(path, progress):
         if progress: progress(f"{path.name}: {done:,} rows")
     if kind_of(path) == 'vectors': return check_vectors(path, rows)
     if kind_of(path) == 'scenario': return check_scenario(path, rows)
-    return check_guest(path, rows) + [Agreement(f'{path.name}/{name}', 0, 0, skipped=NOT_THERE) for name in missing_truths(path)]
+    return check_guest(path, rows) + [Agreement(f'{path.name}/{name}', 0, 0, skipped=NOT_THERE)
+                                      for name in missing_truths(path)]

@@ -31,7 +31,8 @@ class Addresses:
     theirs: dict = field(default_factory=dict)     # Ours -> recorded
 
     def pair(self, recorded: int, ours: int) -> str:
-        "A table that is new on both sides. The answer says what is wrong with that, '' if nothing: the kernel cannot reuse a page the model still needs."
+        """A table that is new on both sides. The answer says what is wrong with that, '' if nothing: the kernel cannot
+        reuse a page the model still needs."""
         old, wrong = self.ours.get(recorded), ''
         if old is not None and old != ours:
             if old in self.vm.pages: wrong = f"{recorded:#x} still is {self.vm.pages[old].role}"
@@ -75,12 +76,14 @@ def draw_addresses(
 ) -> Graph:
     "Which table is which, at most twelve of them."
     pairs = sorted(addresses.ours.items())[:12]
-    def what(ours): return str(addresses.vm.pages[ours].role).partition(' ')[0] if ours in addresses.vm.pages else "the vCPU's own"
+    def what(ours):
+        return str(addresses.vm.pages[ours].role).partition(' ')[0] if ours in addresses.vm.pages else "the vCPU's own"
     nodes = [(f'r{a:x}', f'{a:#x}', 'guest') for a, _ in pairs] + [(f'm{b:x}', f'{b:#x}', 'shadow') for _, b in pairs]
     return Graph(nodes, [(f'r{a:x}', f'm{b:x}', what(b)) for a, b in pairs], caption=caption)
 
 # %% ../../nbs/evidence/18_compared.ipynb #2dad3040
-REQUEST_BITS = {'TLB_FLUSH': 0, 'TRIPLE_FAULT': 10, 'MMU_SYNC': 11, 'LOAD_MMU_PGD': 13, 'TLB_FLUSH_CURRENT': 34, 'TLB_FLUSH_GUEST': 35,
+REQUEST_BITS = {'TLB_FLUSH': 0, 'TRIPLE_FAULT': 10, 'MMU_SYNC': 11, 'LOAD_MMU_PGD': 13, 'TLB_FLUSH_CURRENT': 34,
+                'TLB_FLUSH_GUEST': 35,
                 'MMU_FREE_OBSOLETE_ROOTS': 39}   # KVM: `KVM_REQ_*` (asm/kvm_host.h)
 HF_GUEST, HF_SMM = 1 << 5, 1 << 6                # KVM: `HF_GUEST_MASK`, `HF_SMM_MASK` (asm/kvm_host.h)
 
@@ -98,16 +101,22 @@ class Row(NamedTuple):
     recorded: object
     model: object
 
-ASPECTS = {'events': "walks, faults, and what KVM did to tables and entries, event by event", 'calls': "functions, in order, with arguments and results", 'tables': "tables found, made and taken away", 'roles': "cpu_role and root_role of both MMUs, cpu_role of nested_mmu",
-           'roots': "root and prev_roots of both MMUs, and which MMU is in charge", 'entries': "the words of pae_root, and the PDPTE registers",
-           'requests': "what is pending for the MMU", 'registers': "CR0, CR3, CR4, EFER, L2 or not, SMM or not", 'memory': "the guest's page tables and VMCBs at the end"}
+ASPECTS = {'events': "walks, faults, and what KVM did to tables and entries, event by event",
+           'calls': "functions, in order, with arguments and results", 'tables': "tables found, made and taken away",
+           'roles': "cpu_role and root_role of both MMUs, cpu_role of nested_mmu",
+           'roots': "root and prev_roots of both MMUs, and which MMU is in charge",
+           'entries': "the words of pae_root, and the PDPTE registers",
+           'requests': "what is pending for the MMU", 'registers': "CR0, CR3, CR4, EFER, L2 or not, SMM or not",
+           'memory': "the guest's page tables and VMCBs at the end"}
 
 def _roles(recorded, vcpu):
     both = ((recorded.root_mmu, vcpu.root_mmu), (recorded.guest_mmu, vcpu.guest_mmu))
     return ([word for theirs, _ in both for word in (theirs.cpu_role, theirs.root_role)] + [recorded.nested_cpu_role],
-            [word for _, ours in both for word in (ours.cpu_role.word, ours.root_role.word)] + [vcpu.nested_mmu.cpu_role.word])
+            [word for _, ours in both for word in (ours.cpu_role.word, ours.root_role.word)]
+            + [vcpu.nested_mmu.cpu_role.word])
 
-_ROLES = tuple(f'{mmu}.{role}' for mmu in ('root_mmu', 'guest_mmu') for role in ('cpu_role', 'root_role')) + ('nested_mmu.cpu_role',)
+_ROLES = (tuple(f'{mmu}.{role}' for mmu in ('root_mmu', 'guest_mmu') for role in ('cpu_role', 'root_role'))
+          + ('nested_mmu.cpu_role',))
 
 # %% ../../nbs/evidence/18_compared.ipynb #18d3ac4d
 def root_texts(
@@ -128,7 +137,8 @@ def _roots(recorded, vcpu, addresses):
     theirs, ours = dict(mmu=recorded.mmu, walk_mmu=recorded.walk), dict(mmu=vcpu.mmu_is, walk_mmu=vcpu.walk_mmu_is)
     for name in ('root_mmu', 'guest_mmu'):
         a, b = getattr(recorded, name), getattr(vcpu, name)
-        for slot, said, mine in zip(_SLOTS, root_texts(a), root_texts(b, addresses)): theirs[f'{name}.{slot}'], ours[f'{name}.{slot}'] = said, mine
+        for slot, said, mine in zip(_SLOTS, root_texts(a), root_texts(b, addresses)):
+            theirs[f'{name}.{slot}'], ours[f'{name}.{slot}'] = said, mine
         for page in OWN_PAGES:
             theirs[f'{name}.{page}'] = 'none' if getattr(a, page) is None else f'{getattr(a, page):#x}'
             ours[f'{name}.{page}'] = addresses.name(getattr(b, page))
@@ -143,16 +153,20 @@ def _entries(recorded, vcpu, addresses, lend):
         words = getattr(recorded, name).pae_words
         mine = [addresses.word(word) for word in getattr(vcpu, name).pae_words]
         if words is None: continue
-        if not vcpu.host.has_tdp:   # The CPU that walked these was emulated, and sets a bit there that is none in real PDPTEs.
+        # The CPU that walked these was emulated, and sets a bit there that is none in real PDPTEs.
+        if not vcpu.host.has_tdp:
             for i, (said, word) in enumerate(zip(words, mine)):
-                if word and said == word | ACCESSED_BIT and said != word: mine[i] = lend('accessed bit in pae_root', said)
+                if word and said == word | ACCESSED_BIT and said != word:
+                    mine[i] = lend('accessed bit in pae_root', said)
         theirs[f'{name}.pae_root'], ours[f'{name}.pae_root'] = words, tuple(mine)
     return theirs, ours
 
 def _registers(recorded, vcpu):
-    theirs = dict(cr0=recorded.cr0, cr4=recorded.cr4, efer=recorded.efer, guest_mode=bool(recorded.hflags & HF_GUEST), smm=bool(recorded.hflags & HF_SMM))
+    theirs = dict(cr0=recorded.cr0, cr4=recorded.cr4, efer=recorded.efer, guest_mode=bool(recorded.hflags & HF_GUEST),
+                  smm=bool(recorded.hflags & HF_SMM))
     ours = dict(cr0=int(vcpu.cr0), cr4=int(vcpu.cr4), efer=int(vcpu.efer), guest_mode=vcpu.guest_mode, smm=vcpu.smm)
-    if not vcpu.host.has_tdp: theirs['cr3'], ours['cr3'] = recorded.cr3, vcpu.cr3   # With NPT the cached CR3 is as old as the last exit.
+    # With NPT the cached CR3 is as old as the last exit.
+    if not vcpu.host.has_tdp: theirs['cr3'], ours['cr3'] = recorded.cr3, vcpu.cr3
     return theirs, ours
 
 # %% ../../nbs/evidence/18_compared.ipynb #43bbd7ec
@@ -177,5 +191,7 @@ def draw_rows(
 ) -> Table:
     "How many rows of each kind were compared, and how many differ."
     counted = {aspect: [row for row in rows if row.aspect == aspect] for aspect in ASPECTS}
-    lines = [(aspect, says, len(counted[aspect]), sum(row.recorded != row.model for row in counted[aspect])) for aspect, says in ASPECTS.items() if counted[aspect]]
-    return Table(('part', 'what it holds', 'rows', 'differ'), lines + [('together', '', len(rows), sum(row.recorded != row.model for row in rows))], caption)
+    lines = [(aspect, says, len(counted[aspect]), sum(row.recorded != row.model for row in counted[aspect]))
+             for aspect, says in ASPECTS.items() if counted[aspect]]
+    return Table(('part', 'what it holds', 'rows', 'differ'),
+                 lines + [('together', '', len(rows), sum(row.recorded != row.model for row in rows))], caption)

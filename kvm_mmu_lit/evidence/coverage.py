@@ -49,8 +49,11 @@ def read_coverage(
     for section in told['sections']:
         for n, row in enumerate(section['functions']):
             one, where = Listed(section['title'], *row), f"{section['title']}, function {n}"
-            if one.mark not in MARKS: raise EvidenceError(str(path), where, f"{one.name} is marked {one.mark!r}: one of {', '.join(MARKS)}")
-            if bool(one.reason) != (one.mark == 'O'): raise EvidenceError(str(path), where, f"{one.name} is marked {one.mark} and its reason is {one.reason!r}")
+            if one.mark not in MARKS:
+                raise EvidenceError(str(path), where, f"{one.name} is marked {one.mark!r}: one of {', '.join(MARKS)}")
+            if bool(one.reason) != (one.mark == 'O'):
+                raise EvidenceError(str(path), where,
+                                    f"{one.name} is marked {one.mark} and its reason is {one.reason!r}")
             found.append(one)
     return found
 
@@ -71,7 +74,8 @@ def mirrors_named(
     mirrors: list,        # Of `Mirror`; a name may hold a *, for a family made by one macro
 ) -> list:                # Those that mirror this function; comparisons only when it is an event
     "Who mirrors a kernel function."
-    return [m for m in mirrors if fnmatchcase(name, bare(m.kernel)) and (name.startswith('trace_') or not m.module.startswith('evidence.'))]
+    return [m for m in mirrors if fnmatchcase(name, bare(m.kernel))
+            and (name.startswith('trace_') or not m.module.startswith('evidence.'))]
 
 # %% ../../nbs/evidence/31_coverage.ipynb #101c740e
 def vector_groups(
@@ -105,7 +109,8 @@ def recorded_calls(
 # %% ../../nbs/evidence/31_coverage.ipynb #a4309d00
 def _names(tree):
     "Every identifier a piece of source uses."
-    return {getattr(node, 'id', None) or getattr(node, 'attr', None) or getattr(node, 'name', None) for node in ast.walk(tree)}
+    return {getattr(node, 'id', None) or getattr(node, 'attr', None) or getattr(node, 'name', None)
+            for node in ast.walk(tree)}
 
 def _imports(module, tree):
     "The modules whose names a source uses, its own among them."
@@ -113,7 +118,8 @@ def _imports(module, tree):
     for node in ast.walk(tree):
         if isinstance(node, ast.Import): found |= {alias.name.removeprefix('kvm_mmu_lit.') for alias in node.names}
         if not isinstance(node, ast.ImportFrom): continue
-        base = '.'.join(filter(None, (module.split('.')[0] if node.level == 1 else '', node.module))).removeprefix('kvm_mmu_lit.')
+        base = '.'.join(filter(None, (module.split('.')[0] if node.level == 1 else '',
+                                      node.module))).removeprefix('kvm_mmu_lit.')
         found |= {base} | {f'{base}.{alias.name}' for alias in node.names}
     return found
 
@@ -133,12 +139,13 @@ def _by_name(uses):
 
 def users_in_package(
     package: 'Path | str',     # kvm_mmu_lit
-) -> dict:                     # Identifier -> ((module, function, class or table), the modules it imports) of those that use it
+) -> dict:  # Identifier -> ((module, function, class or table), the modules it imports) of those that use it
     "Who uses what inside the package."
     found = []
     for path in sorted(Path(package).glob('*/*.py')):
         module, tree = f'{path.parent.name}.{path.stem}', ast.parse(path.read_text(encoding='utf-8'))
-        named = [(getattr(node, 'name', '') or ast.unparse(node.targets[0]), node) for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Assign))]
+        named = [(getattr(node, 'name', '') or ast.unparse(node.targets[0]), node) for node in tree.body
+                 if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Assign))]
         means = _imports(module, tree)
         found += [((module, name), means, _names(node) - {name}) for name, node in named]
     return _by_name(found)
@@ -154,7 +161,8 @@ def exercised_by(
     now, seen = [(module, ours)], set()
     while now:
         found = [(file, name) for where, name in now for file, means in tests.get(name, ()) if where in means]
-        if found: return tuple(dict.fromkeys(file for file, _ in found)), tuple(dict.fromkeys(name for _, name in found))
+        if found:
+            return tuple(dict.fromkeys(file for file, _ in found)), tuple(dict.fromkeys(name for _, name in found))
         seen.update(now)
         now = sorted({user for where, name in now for user, means in users.get(name, ()) if where in means} - seen)
     return (), ()
@@ -205,7 +213,8 @@ def chapter_files(
 class LinkedTable(Table):
     "A table whose chapters are links."
 
-    def html(self) -> str: return re.sub(r'\b((?:guest|mmu|review|evidence)/\d\d_\w+)', r'<a href="../\1.ipynb">\1</a>', super().html())
+    def html(self) -> str:
+        return re.sub(r'\b((?:guest|mmu|review|evidence)/\d\d_\w+)', r'<a href="../\1.ipynb">\1</a>', super().html())
 
 def coverage_table(
     section: str,
@@ -215,10 +224,13 @@ def coverage_table(
     "One section of the list, with what the book has for it."
     def line(row):
         one = row.listed
-        ours, where = (', '.join(dict.fromkeys(each)) for each in zip(*((m.ours, chapters[m.module]) for m in row.mirrors))) if row.mirrors else ('', '')
+        ours, where = (', '.join(dict.fromkeys(each))
+                       for each in zip(*((m.ours, chapters[m.module])
+                                         for m in row.mirrors))) if row.mirrors else ('', '')
         told = list(row.vectors) + [file.replace('claims/test_', 'claims of ').replace('.py', '') for file in row.tests]
         via = [name for name in row.through if name not in {m.ours for m in row.mirrors}]
-        shown = ', '.join(told[:3]) + (f' and {len(told) - 3} more' if len(told) > 3 else '') + (f"; through {', '.join(via[:2])}" if via else '')
+        shown = (', '.join(told[:3]) + (f' and {len(told) - 3} more' if len(told) > 3 else '')
+                 + (f"; through {', '.join(via[:2])}" if via else ''))
         return one.name, one.file, MARKS[one.mark], where, ours, row.recorded or None, one.reason or shown
     header = ('kernel', 'file', 'mark', 'chapter', 'ours', 'in recorded runs', 'vectors, tests and claims; or why not')
     return LinkedTable(header, [line(row) for row in rows if row.listed.section == section], section)
@@ -231,15 +243,19 @@ def draw_coverage(
     "The sections in numbers; the evidence is counted for what is in scope."
     def counts(these):
         marks, wanted = Counter(row.listed.mark for row in these), [row for row in these if row.listed.mark != 'O']
-        kinds = [row.mirrors for row in wanted], [row.vectors for row in wanted], [row.recorded for row in wanted], [row.tests for row in wanted]
+        kinds = ([row.mirrors for row in wanted], [row.vectors for row in wanted], [row.recorded for row in wanted],
+                 [row.tests for row in wanted])
         return marks['C'], marks['E'], marks['O'], *(sum(map(bool, kind)) for kind in kinds)
     titles = tuple(dict.fromkeys(row.listed.section for row in rows))
-    return Grid(titles, SUMMARY, [counts([row for row in rows if row.listed.section == title]) for title in titles], 'functions of each section', 'right')
+    return Grid(titles, SUMMARY, [counts([row for row in rows if row.listed.section == title]) for title in titles],
+                'functions of each section', 'right')
 
 # %% ../../nbs/evidence/31_coverage.ipynb #ac07974e
 def gaps_table(
     rows: list,      # Of `Covered`
 ) -> Table:
     "What the list wants and the book does not have."
-    gaps = [(row.listed, 'a mirror' if row.is_missing else 'a test') for row in rows if row.is_missing or row.mirrors and not row.is_exercised]
-    return Table(('kernel', 'file', 'mark', 'is missing'), [(one.name, one.file, MARKS[one.mark], what) for one, what in gaps])
+    gaps = [(row.listed, 'a mirror' if row.is_missing else 'a test') for row in rows if row.is_missing
+            or row.mirrors and not row.is_exercised]
+    return Table(('kernel', 'file', 'mark', 'is missing'),
+                 [(one.name, one.file, MARKS[one.mark], what) for one, what in gaps])

@@ -41,9 +41,12 @@ def range_memory(
     slots = []
     for i, (gpa, size, offset) in enumerate(ranges):
         where = f"range {i}, {size:#x} bytes at {gpa:#x} from offset {offset:#x}"
-        if gpa % PAGE_SIZE or size % PAGE_SIZE or size <= 0: raise ImageError(path, where, f"must be whole {PAGE_SIZE}-byte pages, at least one")
-        if gpa < 0 or gpa + size > 1 << 52: raise ImageError(path, where, "must lie in the 52 bits of a physical address")
-        if offset < 0 or offset + size > len(data): raise ImageError(path, where, f"must lie in the file, which has {len(data):#x} bytes")
+        if gpa % PAGE_SIZE or size % PAGE_SIZE or size <= 0:
+            raise ImageError(path, where, f"must be whole {PAGE_SIZE}-byte pages, at least one")
+        if gpa < 0 or gpa + size > 1 << 52:
+            raise ImageError(path, where, "must lie in the 52 bits of a physical address")
+        if offset < 0 or offset + size > len(data):
+            raise ImageError(path, where, f"must lie in the file, which has {len(data):#x} bytes")
         slots.append(MemSlot(gpa >> PAGE_SHIFT, size >> PAGE_SHIFT, data[offset:offset + size], readonly=True))
     if not slots: raise ImageError(path, 'ranges', "no memory at all")
     try: return GuestMemory(slots)
@@ -58,7 +61,8 @@ def load_raw(
     "Load a raw dump of guest RAM, as QEMU's `pmemsave` writes it."
     path = Path(path)
     data = map_file(path)
-    if ranges is None and len(data) % PAGE_SIZE: raise ImageError(path, '', f"has {len(data):,} bytes, which is not whole {PAGE_SIZE}-byte pages")
+    if ranges is None and len(data) % PAGE_SIZE:
+        raise ImageError(path, '', f"has {len(data):,} bytes, which is not whole {PAGE_SIZE}-byte pages")
     image = Image(range_memory(path, data, [(0, len(data), 0)] if ranges is None else ranges), None, path)
     return with_registers(image, accelerator, **registers)
 
@@ -67,13 +71,16 @@ def merge_segments(
     path: Path,
     segments: Iterable,   # Of (gpa, bytes, offset in the file), in any order
 ) -> list:                # The same, without overlaps
-    "Join segments that touch or overlap. Overlap is lawful only where both read the same bytes of the file, as in a dump made with paging on."
+    """Join segments that touch or overlap.
+
+    Overlap is lawful only where both read the same bytes of the file, as in a dump made with paging on."""
     runs = []
     for gpa, size, offset in sorted(segments):
         if runs and gpa <= sum(runs[-1][:2]) and offset - gpa == runs[-1][2] - runs[-1][0]:
             runs[-1] = (runs[-1][0], max(runs[-1][1], gpa + size - runs[-1][0]), runs[-1][2])
         elif runs and gpa < sum(runs[-1][:2]):
-            raise ImageError(path, f"segment at {gpa:#x}", f"overlaps the one at {runs[-1][0]:#x}, and they read different bytes of the file")
+            raise ImageError(path, f"segment at {gpa:#x}",
+                             f"overlaps the one at {runs[-1][0]:#x}, and they read different bytes of the file")
         else: runs.append((gpa, size, offset))
     return runs
 
@@ -90,12 +97,17 @@ def elf_parts(
     try:
         with path.open('rb') as file:
             elf = ELFFile(file)
-            machine, kind, count, start, step = elf['e_machine'], elf['e_type'], elf.num_segments(), elf['e_phoff'], elf['e_phentsize']
-            if kind != 'ET_CORE' or machine not in ('EM_X86_64', 'EM_386') or not elf.little_endian: raise ValueError(f"an ELF file {kind} for {machine}; a core (ET_CORE) of an x86 machine is needed")
-            if not 0 < count <= MAX_SEGMENTS or start + count * step > len(data): raise ValueError(f"{count:,} program headers of {step} bytes from offset {start:#x}: 1..{MAX_SEGMENTS:,}, all in the file")
+            machine, kind, count, start, step = (elf['e_machine'], elf['e_type'], elf.num_segments(), elf['e_phoff'],
+                                                 elf['e_phentsize'])
+            if kind != 'ET_CORE' or machine not in ('EM_X86_64', 'EM_386') or not elf.little_endian:
+                raise ValueError(f"an ELF file {kind} for {machine}; a core (ET_CORE) of an x86 machine is needed")
+            if not 0 < count <= MAX_SEGMENTS or start + count * step > len(data):
+                raise ValueError(f"{count:,} program headers of {step} bytes from offset {start:#x}: "
+                                 f"1..{MAX_SEGMENTS:,}, all in the file")
             headers = [struct_parse(elf.structs.Elf_Phdr, file, stream_pos=start + i * step) for i in range(count)]
     except Exception as why:   # pyelftools raises a dozen types on a hostile file; every one means the same
-        raise ImageError(path, 'ELF header', f"{type(why).__name__}: {why}" if not isinstance(why, ValueError) else str(why)) from None
+        raise ImageError(path, 'ELF header', f"{type(why).__name__}: {why}" if not isinstance(why, ValueError)
+                         else str(why)) from None
     return machine, [(h['p_type'], h['p_paddr'], h['p_offset'], h['p_filesz']) for h in headers]
 
 # %% ../../nbs/evidence/03_dumps.ipynb #bf7022b0
@@ -123,13 +135,19 @@ def note_registers(
 ) -> Registers:
     "The paging state of one vCPU from its note. EFER is derived: LMA from `machine`, NX assumed."
     if len(note) < QEMU_NOTE_SIZE or struct.unpack_from('<I', note)[0] != QEMU_NOTE_VERSION:
-        raise ImageError(path, 'QEMU note', f"{len(note)} bytes of version {struct.unpack_from('<I', bytes(note[:4]).ljust(4))[0]}; version {QEMU_NOTE_VERSION} has at least {QEMU_NOTE_SIZE}")
+        raise ImageError(path, 'QEMU note', f"{len(note)} bytes of version "
+                                            f"{struct.unpack_from('<I', bytes(note[:4]).ljust(4))[0]}; version "
+                                            f"{QEMU_NOTE_VERSION} has at least {QEMU_NOTE_SIZE}")
     cr0, _, _, cr3, cr4 = struct.unpack_from('<5Q', note, _CR_AT)
     rflags, cs = struct.unpack_from('<Q', note, _RFLAGS_AT)[0], struct.unpack_from('<I', note, _CS_AT)[0]
     paging, long_mode = cr0 & Cr0.PG, machine == 'EM_X86_64'
-    if long_mode and not (paging and cr4 & Cr4.PAE): raise ImageError(path, 'QEMU note', f"CR0 {cr0:#x} and CR4 {cr4:#x} are not long mode, which the header says the vCPU is in")
+    if long_mode and not (paging and cr4 & Cr4.PAE):
+        raise ImageError(path, 'QEMU note',
+                         f"CR0 {cr0:#x} and CR4 {cr4:#x} are not long mode, which the header says the vCPU is in")
     efer = Efer.NX | (Efer.LME | Efer.LMA if long_mode else 0)
-    try: return Registers(cr0=cr0, cr3=cr3, cr4=cr4, efer=int(efer), rflags=rflags, cpl=cs & 3 if cr0 & Cr0.PE else 0, maxphyaddr=52)
+    try:
+        return Registers(cr0=cr0, cr3=cr3, cr4=cr4, efer=int(efer), rflags=rflags, cpl=cs & 3 if cr0 & Cr0.PE else 0,
+                         maxphyaddr=52)
     except ValueError as why: raise ImageError(path, 'QEMU note', str(why)) from None
 
 # %% ../../nbs/evidence/03_dumps.ipynb #b82cf7bc
@@ -144,13 +162,19 @@ def load_elf(
     data = map_file(path)
     machine, parts = elf_parts(path, data)
     for kind, gpa, offset, size in parts:
-        if kind in ('PT_LOAD', 'PT_NOTE') and offset + size > len(data): raise ImageError(path, f"{kind} at {gpa:#x}", f"{size:#x} bytes from offset {offset:#x} are not in the file, which has {len(data):#x}")
-        if kind == 'PT_NOTE' and size > MAX_NOTES: raise ImageError(path, kind, f"{size:,} bytes of notes; at most {MAX_NOTES:,} are read")
-    memory = range_memory(path, data, merge_segments(path, [(gpa, size, offset) for kind, gpa, offset, size in parts if kind == 'PT_LOAD' and size]))
-    notes = [content for kind, _, offset, size in parts if kind == 'PT_NOTE' for name, content in elf_notes(data[offset:offset + size]) if name == b'QEMU']
+        if kind in ('PT_LOAD', 'PT_NOTE') and offset + size > len(data):
+            raise ImageError(path, f"{kind} at {gpa:#x}",
+                             f"{size:#x} bytes from offset {offset:#x} are not in the file, which has {len(data):#x}")
+        if kind == 'PT_NOTE' and size > MAX_NOTES:
+            raise ImageError(path, kind, f"{size:,} bytes of notes; at most {MAX_NOTES:,} are read")
+    memory = range_memory(path, data, merge_segments(path, [(gpa, size, offset) for kind, gpa, offset, size in parts
+                                                            if kind == 'PT_LOAD' and size]))
+    notes = [content for kind, _, offset, size in parts if kind == 'PT_NOTE'
+             for name, content in elf_notes(data[offset:offset + size]) if name == b'QEMU']
     if notes and not 0 <= cpu < len(notes): raise ValueError(f"no vCPU {cpu} in {path}: it has {len(notes)}")
     regs = note_registers(notes[cpu], machine, path) if notes else None
-    return with_registers(Image(memory, regs, path, {'machine': machine, 'vcpus': len(notes)}), accelerator, **registers)
+    return with_registers(Image(memory, regs, path, {'machine': machine, 'vcpus': len(notes)}), accelerator,
+                          **registers)
 
 # %% ../../nbs/evidence/03_dumps.ipynb #96d0ae8b
 def load(
@@ -164,7 +188,9 @@ def load(
     if path.is_dir(): return load_image(path, accelerator, **registers)
     file_size(path)
     with path.open('rb') as file: start = file.read(8)
-    if start[:5] == b'KDUMP' or start == b'makedump': raise ImageError(path, '', "is a compressed kdump; write an ELF core with dump-guest-memory without -z, -l or -s")
+    if start[:5] == b'KDUMP' or start == b'makedump':
+        raise ImageError(path, '',
+                         "is a compressed kdump; write an ELF core with dump-guest-memory without -z, -l or -s")
     if start[:4] == b'PK\3\4': return load_image(path, accelerator, **registers)
     if start[:4] == b'\x7fELF': return load_elf(path, accelerator, **registers)
     return load_raw(path, ranges, accelerator, **registers)

@@ -46,7 +46,8 @@ def flags_text(
 def _read_flags(text):
     parts = text.split('|') if text else []
     code = sum(1 << PFERR_NAMES.index(part) if part in PFERR_NAMES else int(part, 16) for part in parts)
-    if flags_text(code) != text: raise ValueError(f"{text!r}: must be names of {'|'.join(PFERR_NAMES)} in this order, then the rest in hex")
+    if flags_text(code) != text:
+        raise ValueError(f"{text!r}: must be names of {'|'.join(PFERR_NAMES)} in this order, then the rest in hex")
     return code
 
 # %% ../../nbs/evidence/13_event_forms.ipynb #6a20557e
@@ -54,7 +55,8 @@ ACCESS_TEXTS = ('---', '--x', 'w--', 'w-x', '-u-', '-ux', 'wu-', 'wux')   # By t
 
 KINDS = {
     'x': Kind('0|[1-9a-f][0-9a-f]{0,15}', _hex, '{:x}'.format, 'hex number'),
-    '#x': Kind('0|0x[1-9a-f][0-9a-f]{0,15}', _hex, lambda value: f'{value:#x}' if value else '0', '0 or 0x and a hex number'),
+    '#x': Kind('0|0x[1-9a-f][0-9a-f]{0,15}', _hex, lambda value: f'{value:#x}' if value else '0',
+               '0 or 0x and a hex number'),
     '04x': Kind('[0-9a-f]{4}|[1-9a-f][0-9a-f]{4,7}', _hex, '{:04x}'.format, 'hex number of at least 4 digits'),
     '08x': Kind('[0-9a-f]{8}', _hex, '{:08x}'.format, 'number of 8 hex digits'),
     '016x': Kind('[0-9a-f]{16}', _hex, '{:016x}'.format, 'number of 16 hex digits'),
@@ -71,13 +73,15 @@ KINDS = {
 }
 
 # %% ../../nbs/evidence/13_event_forms.ipynb #b8575f6d
-_PIECE = re.compile(r'\{(?P<name>\w+)(?:\?(?P<yes>[^/{}]*)/(?P<no>[^/{}]*)|:(?P<kind>[^{}]+))\}|(?P<bracket>[][])|(?P<plain>[^][{}]+)')
+_PIECE = re.compile(r'\{(?P<name>\w+)(?:\?(?P<yes>[^/{}]*)/(?P<no>[^/{}]*)|:(?P<kind>[^{}]+))\}'
+                    r'|(?P<bracket>[][])|(?P<plain>[^][{}]+)')
 
 def _kind(found):
     "The kind of what is in braces: one of KINDS, a yes or no, or a choice."
     if found['kind'] is None:
         yes, no = found['yes'], found['no']
-        return Kind(f"{re.escape(yes)}|{re.escape(no)}", yes.__eq__, lambda value: yes if value else no, f"text {yes!r} or {no!r}")
+        return Kind(f"{re.escape(yes)}|{re.escape(no)}", yes.__eq__, lambda value: yes if value else no,
+                    f"text {yes!r} or {no!r}")
     if found['kind'] in KINDS: return KINDS[found['kind']]
     texts = found['kind'].split('|')
     return Kind('|'.join(map(re.escape, texts)), str, str, f"text {' or '.join(map(repr, texts))}")
@@ -130,7 +134,8 @@ class Template:
         for (name, read), part in zip(self._fields, match.groups()):
             if part is None: continue
             value = read(part)
-            if out.setdefault(name, value) != value: raise ValueError(f"{name} is printed twice, as {out[name]!r} and as {value!r}")
+            if out.setdefault(name, value) != value:
+                raise ValueError(f"{name} is printed twice, as {out[name]!r} and as {value!r}")
         return out
 
     def expected(self,
@@ -141,9 +146,11 @@ class Template:
             match = re.match(_regex(self.pieces[:count]), text, re.ASCII)
             if match: break
         rest = repr(text[match.end():][:40]) if match.end() < len(text) else 'the end'
-        if count == len(self.pieces): return match.end(), f"expected the end after {text[:match.end()][-30:]!r}, found {rest}"
+        if count == len(self.pieces):
+            return match.end(), f"expected the end after {text[:match.end()][-30:]!r}, found {rest}"
         name, kind, _ = self.pieces[count]
-        return match.end(), f"expected {f'{name}, a {kind.said}' if name else repr(kind)} at column {match.end() + 1}, found {rest}"
+        return match.end(), (f"expected {f'{name}, a {kind.said}' if name else repr(kind)} at column "
+                             f"{match.end() + 1}, found {rest}")
 
     def write(self,
         fields: dict,
@@ -156,7 +163,8 @@ class Template:
             if group and group not in given: continue
             if name and name not in fields: raise ValueError(f"{name} is missing: {self.notation}")
             try: out.append(kind.write(fields[name]) if name else kind)
-            except (TypeError, ValueError, LookupError, AttributeError): raise ValueError(f"{name} is {fields[name]!r}: must be a {kind.said}") from None
+            except (TypeError, ValueError, LookupError, AttributeError):
+                raise ValueError(f"{name} is {fields[name]!r}: must be a {kind.said}") from None
         text = ''.join(out)
         try:
             if self.read(text) == fields: return text
@@ -164,7 +172,8 @@ class Template:
         raise ValueError(f"{fields} would be printed as {text!r}, which says something else")
 
 # %% ../../nbs/evidence/13_event_forms.ipynb #2564aab5
-SP = ('sp gen {gen:u} gfn {gfn:x} l{level:u} {has_4_byte_gpte?4/8}-byte q{quadrant:u}{direct? direct/} {access:acc}{invalid? invalid/} '
+SP = ('sp gen {gen:u} gfn {gfn:x} l{level:u} {has_4_byte_gpte?4/8}-byte q{quadrant:u}{direct? direct/} '
+      '{access:acc}{invalid? invalid/} '
       '{efer_nx?/!}nxe {ad_disabled?!/}ad root {root_count:u} {unsync?unsync/sync}')
 
 KVMMMU = {   # KVM: mmu/mmutrace.h
@@ -179,28 +188,35 @@ KVMMMU = {   # KVM: mmu/mmutrace.h
     'kvm_mmu_prepare_zap_page': SP,
     'mark_mmio_spte': 'sptep:{sptep:ptr} gfn {gfn:x} access {access:x} gen {gen:x}',
     'handle_mmio_page_fault': 'addr:{addr:x} gfn {gfn:x} access {access:x}',
-    'fast_page_fault': 'vcpu {vcpu:d} gva {gva:x} error_code {error_code:flags} sptep {sptep:ptr} old {old:#x} new {new:x} spurious {spurious?1/0} fixed {fixed?1/0}',
+    'fast_page_fault': 'vcpu {vcpu:d} gva {gva:x} error_code {error_code:flags} sptep {sptep:ptr} old {old:#x} new '
+                       '{new:x} spurious {spurious?1/0} fixed {fixed?1/0}',
     'kvm_mmu_zap_all_fast': 'kvm-mmu-valid-gen {gen:u} used_pages {used_pages:x}',
     'check_mmio_spte': 'spte {spte:x} kvm_gen {kvm_gen:x} spte-gen {spte_gen:x} valid {valid?1/0}',
     'kvm_mmu_set_spte': 'gfn {gfn:x} spte {spte:x} ({rights:rwxu}) level {level:d} at {at:x}',
     'kvm_mmu_spte_requested': 'gfn {gfn:x} pfn {pfn:x} level {level:d}',
-    'kvm_tdp_mmu_spte_changed': 'as id {as_id:d} gfn {gfn:x} level {level:d} old_spte {old_spte:x} new_spte {new_spte:x}',
+    'kvm_tdp_mmu_spte_changed': 'as id {as_id:d} gfn {gfn:x} level {level:d} old_spte {old_spte:x} new_spte '
+                                '{new_spte:x}',
     'kvm_mmu_split_huge_page': 'gfn {gfn:x} spte {spte:x} level {level:d} errno {errno:d}',
 }
 
 # %% ../../nbs/evidence/13_event_forms.ipynb #f4e8b9a9
-_EXIT = 'vcpu {vcpu:u} reason {reason:words} rip 0x{rip:x} info1 0x{info1:016x} info2 0x{info2:016x} intr_info 0x{intr_info:08x} error_code 0x{error_code:08x}'
+_EXIT = ('vcpu {vcpu:u} reason {reason:words} rip 0x{rip:x} info1 0x{info1:016x} info2 0x{info2:016x} intr_info '
+         '0x{intr_info:08x} error_code 0x{error_code:08x}')
 
 KVM = {   # KVM: arch/x86/kvm/trace.h, and kvm_mmio in include/trace/events/kvm.h
     'kvm_entry': 'vcpu {vcpu:u}, rip 0x{rip:x}{immediate_exit?[immediate exit]/}',
     'kvm_exit': _EXIT,
     'kvm_nested_vmexit': _EXIT,
     'kvm_page_fault': 'vcpu {vcpu:u} rip 0x{rip:x} address 0x{address:016x} error_code 0x{error_code:x}',
-    'kvm_nested_vmenter': 'rip: 0x{rip:016x} {block:vmcs|vmcb}: 0x{vmcb:016x} nested_rip: 0x{nested_rip:016x} int_ctl: 0x{int_ctl:08x} event_inj: 0x{event_inj:08x} '
-                          'nested_{tables:ept|npt}={nested_paging?y/n} {pgd_name:guest_cr3|nested_eptp|nested_cr3}: 0x{pgd:016x}',
-    'kvm_nested_vmexit_inject': 'reason: {reason:words} ext_inf1: 0x{info1:016x} ext_inf2: 0x{info2:016x} ext_int: 0x{intr_info:08x} ext_int_err: 0x{error_code:08x}',
+    'kvm_nested_vmenter': 'rip: 0x{rip:016x} {block:vmcs|vmcb}: 0x{vmcb:016x} nested_rip: 0x{nested_rip:016x} int_ctl: '
+                          '0x{int_ctl:08x} event_inj: 0x{event_inj:08x} '
+                          'nested_{tables:ept|npt}={nested_paging?y/n} {pgd_name:guest_cr3|nested_eptp|nested_cr3}: '
+                          '0x{pgd:016x}',
+    'kvm_nested_vmexit_inject': 'reason: {reason:words} ext_inf1: 0x{info1:016x} ext_inf2: 0x{info2:016x} ext_int: '
+                                '0x{intr_info:08x} ext_int_err: 0x{error_code:08x}',
     'kvm_nested_intr_vmexit': 'rip: 0x{rip:016x}',
-    'kvm_nested_intercepts': 'cr_read: {cr_read:04x} cr_write: {cr_write:04x} excp: {exceptions:08x} intercepts: {word3:08x} {word4:08x} {word5:08x}',
+    'kvm_nested_intercepts': 'cr_read: {cr_read:04x} cr_write: {cr_write:04x} excp: {exceptions:08x} intercepts: '
+                             '{word3:08x} {word4:08x} {word5:08x}',
     'kvm_nested_vmenter_failed': '{message:line}',
     'kvm_invlpga': 'rip: 0x{rip:016x} asid: {asid:u} address: 0x{address:016x}',
     'kvm_cr': 'cr_{write?write/read} {cr:x} = 0x{value:x}',
@@ -216,20 +232,24 @@ KVM = {   # KVM: arch/x86/kvm/trace.h, and kvm_mmio in include/trace/events/kvm.
 # %% ../../nbs/evidence/13_event_forms.ipynb #1a4fe7f1
 def _args(names):
     "Arguments of a probe: hex with 0x, or decimal if the name ends in :d."
-    return ''.join(f" {name[:-2]}={{{name}}}" if name.endswith(':d') else f" {name}=0x{{{name}:x}}" for name in names.split())
+    return ''.join(f" {name[:-2]}={{{name}}}" if name.endswith(':d') else f" {name}=0x{{{name}:x}}"
+                   for name in names.split())
 
 def _mmu_args(letter):
     "One `struct kvm_mmu`; the four words of its pae_root are left out when it has none."
-    return (_args(' '.join(letter + name for name in ('p', 'h', '0p', '0h', '1p', '1h', '2p', '2h', 'c', 'r', 'a', '4', '5')))
+    return (_args(' '.join(letter + name for name in ('p', 'h', '0p', '0h', '1p', '1h', '2p', '2h', 'c', 'r', 'a', '4',
+                                                      '5')))
             + f"[{_args(' '.join(f'{letter}a{i}' for i in range(4)))}]")
 
 STATE = _args('mmu walk cr0 cr3 cr4 efer hf req') + _mmu_args('R') + _mmu_args('G') + _args('Nc Rd0 Rd1 Rd2 Rd3')
 _SHADOW_PAGE = _args('sp spt gfn role rc:d unsync:d uc:d')
 
 PROBES = {   # Name -> arguments
-    **dict.fromkeys(('after_set_cpuid', 'flush_asid', 'flush_current', 'free_guest_mode_roots', 'free_obsolete_roots', 'nested_vmexit', 'nested_vmrun',
+    **dict.fromkeys(('after_set_cpuid', 'flush_asid', 'flush_current', 'free_guest_mode_roots', 'free_obsolete_roots',
+                     'nested_vmexit', 'nested_vmrun',
                      'reset_context', 'sync_prev_roots', 'sync_roots', 'unload'), ''),
-    **dict.fromkeys(('direct_pf_ret', 'load_pdptrs_ret', 'page_fault_ret', 'pf32_ret', 'pf64_ret', 'set_cr0_ret', 'set_cr3_ret', 'set_cr4_ret',
+    **dict.fromkeys(('direct_pf_ret', 'load_pdptrs_ret', 'page_fault_ret', 'pf32_ret', 'pf64_ret', 'set_cr0_ret',
+                     'set_cr3_ret', 'set_cr4_ret',
                      'walk32_ret', 'walk64_ret'), _args('ret:d')),
     **dict.fromkeys(('alloc_root_ret', 'tdp_root_ret'), _args('hpa')),
     **dict.fromkeys(('g2g32', 'g2g64', 'walk32', 'walk64'), _args('wmmu addr access')),
@@ -237,15 +257,20 @@ PROBES = {   # Name -> arguments
     **dict.fromkeys(('get_sp_ret', 'sync_children', 'zap_sp'), _SHADOW_PAGE),
     **dict.fromkeys(('post_set_cr0', 'post_set_cr4'), _args('old new')),
     **dict.fromkeys(('set_cr0', 'set_cr3', 'set_cr4', 'set_efer'), _args('val')),
-    **dict.fromkeys(('free_roots_ret', 'init_mmu', 'init_mmu_ret', 'init_npt_ret', 'load', 'new_pgd_ret', 'sync_prev_roots_ret', 'unload_ret'), STATE),
-    'free_roots': _args('fmmu roots'), 'invalidate_gva': _args('imm gva root'), 'invalidate_pcid': _args('pcid'), 'load_mmu_pgd': _args('hpa level:d'),
-    'load_pdptrs': _args('cr3'), 'page_fault': _args('addr err'), 'pte_write': _args('gpa bytes:d'), 'refresh_passthrough': _args('pmmu'),
-    'init_npt': _args('icr0 icr4 iefer ncr3') + STATE, 'load_ret': _args('ret:d') + STATE, 'new_pgd': _args('pgd') + STATE,
+    **dict.fromkeys(('free_roots_ret', 'init_mmu', 'init_mmu_ret', 'init_npt_ret', 'load', 'new_pgd_ret',
+                     'sync_prev_roots_ret', 'unload_ret'), STATE),
+    'free_roots': _args('fmmu roots'), 'invalidate_gva': _args('imm gva root'), 'invalidate_pcid': _args('pcid'),
+    'load_mmu_pgd': _args('hpa level:d'),
+    'load_pdptrs': _args('cr3'), 'page_fault': _args('addr err'), 'pte_write': _args('gpa bytes:d'),
+    'refresh_passthrough': _args('pmmu'),
+    'init_npt': _args('icr0 icr4 iefer ncr3') + STATE, 'load_ret': _args('ret:d') + STATE,
+    'new_pgd': _args('pgd') + STATE,
     'vmentry': _args('vcr0 vcr3 vcr4 vefer np ncr3 asid:d tlbctl:d') + STATE,
 }
 
 # %% ../../nbs/evidence/13_event_forms.ipynb #2b9b48ce
-_REGS = ''.join(f' {name}={{{name}:x}}' for name in ('rip', 'cr0', 'cr2', 'cr3', 'cr4', 'efer', 'cs', 'rax', 'rbx', 'rcx', 'rsp'))
+_REGS = ''.join(f' {name}={{{name}:x}}'
+                for name in ('rip', 'cr0', 'cr2', 'cr3', 'cr4', 'efer', 'cs', 'rax', 'rbx', 'rcx', 'rsp'))
 
 MARKERS = (
     'RIG {marker:STEP|HLT} {id:u}' + _REGS,
@@ -306,7 +331,8 @@ def write_text(
     raise ValueError(f"{name}: {last}")
 
 # %% ../../nbs/evidence/13_event_forms.ipynb #322bf54e
-NOT_PRINTED = ('cr0_wp', 'smep_andnot_wp', 'smap_andnot_wp', 'guest_mode', 'passthrough', 'smm')   # Fields of a role the page block leaves out
+# Fields of a role the page block leaves out
+NOT_PRINTED = ('cr0_wp', 'smep_andnot_wp', 'smap_andnot_wp', 'guest_mode', 'passthrough', 'smm')
 
 @dataclass(frozen=True)
 class SpBlock:
@@ -328,7 +354,8 @@ class SpBlock:
     def role_bits(self) -> tuple:    # (mask, value)
         "The bits of the role word that are told, and what they are: `role & mask == value`."
         told = [(name, low, width) for name, low, width in ROLE_FIELDS if name not in NOT_PRINTED]
-        return sum((1 << width) - 1 << low for _, low, width in told), sum(int(getattr(self, name)) << low for name, low, width in told)
+        return (sum((1 << width) - 1 << low for _, low, width in told),
+                sum(int(getattr(self, name)) << low for name, low, width in told))
 
     def __str__(self): return _template(SP).write({name: getattr(self, name) for name in _template(SP).names})
 
@@ -346,6 +373,7 @@ def draw_block(
 ) -> BitStrip:
     "The role word behind a page block: what is told, and what is kept."
     value = block.role_bits[1]
-    strip = [(low + width - 1, low, name, None if name in NOT_PRINTED else value >> low & (1 << width) - 1, 'ignored' if name in NOT_PRINTED else 'right',
+    strip = [(low + width - 1, low, name, None if name in NOT_PRINTED else value >> low & (1 << width) - 1,
+              'ignored' if name in NOT_PRINTED else 'right',
               'not printed' if name in NOT_PRINTED else '') for name, low, width in ROLE_FIELDS]
     return BitStrip(f'role of {block}', 32, tuple(strip))

@@ -74,7 +74,8 @@ def search_alone(
 ) -> list:             # Of `Run`, one for each
     "Our search in a process of its own, one world after the other."
     code = 'from kvm_mmu_lit.evidence.exploring_speed import answer; answer()'
-    done = subprocess.run([sys.executable, '-c', code], input=json.dumps([asdict(world) for world in worlds]).encode(), stdout=subprocess.PIPE, check=True)
+    done = subprocess.run([sys.executable, '-c', code], input=json.dumps([asdict(world) for world in worlds]).encode(),
+                          stdout=subprocess.PIPE, check=True)
     return [Run(**{**run, 'steps': tuple(map(tuple, run['steps']))}) for run in json.loads(done.stdout)]
 
 def answer():
@@ -82,12 +83,14 @@ def answer():
     print(json.dumps([asdict(search_here(world_of(data, 'stdin'))) for data in json.load(sys.stdin)]))
 
 # %% ../../nbs/evidence/29_exploring_speed.ipynb #8156cfaa
-FLAGS = ('-O2', '-march=native', '-DBFS', '-DSAFETY', '-DNOREDUCE', '-DNOCOMP', '-DNOBOUNDCHECK', '-DNOFAIR', '-DMEMLIM=8000')
+FLAGS = ('-O2', '-march=native', '-DBFS', '-DSAFETY', '-DNOREDUCE', '-DNOCOMP', '-DNOBOUNDCHECK', '-DNOFAIR',
+         '-DMEMLIM=8000')
 
 def spin_missing() -> str:
     "Why SPIN cannot run here, '' when it can."
     missing = [tool for tool in ('spin', 'gcc') if not shutil.which(tool)]
-    return f"no {' and no '.join(missing)} on this machine: install the Debian packages spin, gcc and libc6-dev" if missing else ''
+    return (f"no {' and no '.join(missing)} on this machine: install the Debian packages spin, gcc and libc6-dev"
+            if missing else '')
 
 def compile_model(
     world: World,
@@ -111,8 +114,10 @@ def read_report(
         told = re.search(pattern, text)
         if not told: raise ValueError(f"SPIN's report has no {pattern!r}: {text[-300:]!r}")
         return float(told[1])
-    if number(r'errors: (\d+)') or 'Search not completed' in text: raise ValueError(f"SPIN found an error or stopped early: {text[:300]!r}")
-    states, transitions, depth = (int(number(what)) for what in (r'(\d+) states, stored', r'(\d+) transitions', r'depth reached (\d+)'))
+    if number(r'errors: (\d+)') or 'Search not completed' in text:
+        raise ValueError(f"SPIN found an error or stopped early: {text[:300]!r}")
+    states, transitions, depth = (int(number(what))
+                                  for what in (r'(\d+) states, stored', r'(\d+) transitions', r'depth reached (\d+)'))
     return Run(states, transitions - 1, depth, seconds, number(r'([\d.]+)\s+(?:total actual )?memory usage'))
 
 def spin_search(
@@ -124,7 +129,8 @@ def spin_search(
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         return used.ru_utime + used.ru_stime
     start = spent()
-    done = subprocess.run([program, '-n', '-m100000', f'-w{max(10, states.bit_length())}'], cwd=program.parent, capture_output=True, text=True)
+    done = subprocess.run([program, '-n', '-m100000', f'-w{max(10, states.bit_length())}'], cwd=program.parent,
+                          capture_output=True, text=True)
     return read_report(done.stdout, spent() - start)
 
 # %% ../../nbs/evidence/29_exploring_speed.ipynb #2ac1c6fd
@@ -220,7 +226,8 @@ def main(argv: 'list | None' = None):
     found = [beside(world, rounds) for world, rounds in COMPARED]
     print(compared_table(found, f"{machine}; {told}"))
     if not args.record: return
-    record = {'machine': machine, 'spin': told, 'compared': [asdict(b) for b in found], 'review': [asdict(run) for run in review],
+    record = {'machine': machine, 'spin': told, 'compared': [asdict(b) for b in found],
+              'review': [asdict(run) for run in review],
               'growth': [(*where, asdict(run)) for *where, run in growth()]}
     RECORD.write_text(json.dumps(record) + '\n')
 

@@ -44,7 +44,8 @@ def frames_ahead(run: Run):
     for event in run.events[run.at + 1:run.at + 200]:
         if event.name in FAULT_ENDS: break
         if event.name == 'kvm_mmu_spte_requested': there = event['pfn'], vm.moved.get(event['gfn'], (0, True))[1]
-        elif event.name == 'kvm_mmu_set_spte': there = (event['spte'] & SPTE_ADDRESS) >> PAGE_SHIFT, bool(event['spte'] & vm.masks.host_writable)
+        elif event.name == 'kvm_mmu_set_spte':
+            there = (event['spte'] & SPTE_ADDRESS) >> PAGE_SHIFT, bool(event['spte'] & vm.masks.host_writable)
         else: continue
         if vm.memory.slot(event['gfn']) is None: continue
         if event.name == 'kvm_mmu_set_spte': _written_by_processor(run, event)
@@ -64,7 +65,8 @@ def after_faultin(run: Run):
     event = upcoming(run)
     if event is None or event.name not in FAULT_ENDS or event.fields.get('ret') != 5: return
     sp, index, spte = last_entry(run.vcpu, run.fault)
-    if is_present(spte) and is_last(spte, sp.role.level) and not spte & PT_ACCESSED: sp.sptes[index] |= run.lend('accessed bit of hardware', PT_ACCESSED)
+    if is_present(spte) and is_last(spte, sp.role.level) and not spte & PT_ACCESSED:
+        sp.sptes[index] |= run.lend('accessed bit of hardware', PT_ACCESSED)
 
 # %% ../../nbs/evidence/22_faults.ipynb #2277e8d0
 def hear_entry(
@@ -121,7 +123,8 @@ NO_FAULT_FOR = {'kvm_arch_vcpu_ioctl_translate'}
 def do_walk(run: Run, event: TraceEvent):
     "Somebody asks where one address leads."
     vcpu = run.vcpu
-    plain = vcpu.is_nested and vcpu.walk_mmu.walker == 'nonpaging'      # An L2 that does not page: its address is walked for at once
+    # An L2 that does not page: its address is walked for at once
+    plain = vcpu.is_nested and vcpu.walk_mmu.walker == 'nonpaging'
     run.walks_for, run.translating = vcpu.walk_mmu_is, plain
     if not plain:
         run.at += 1
@@ -151,7 +154,8 @@ def do_invlpg(run: Run, event: TraceEvent):
     frames_ahead(run)
     invlpg(run.vcpu, event['gva'])
 
-FAULT_CAUSES = {'page_fault': do_fault, 'g2g64': do_walk, 'g2g32': do_walk, 'pte_write': do_store, 'invalidate_gva': do_invlpg}
+FAULT_CAUSES = {'page_fault': do_fault, 'g2g64': do_walk, 'g2g32': do_walk, 'pte_write': do_store,
+                'invalidate_gva': do_invlpg}
 
 # %% ../../nbs/evidence/22_faults.ipynb #baed71ec
 def slots_changed(run: Run, sets: int):
@@ -169,7 +173,8 @@ def slot_gone(run: Run):
 def table_limit(
     vm: Vm,
 ) -> int:              # Tables
-    "KVM: `kvm_arch_commit_memory_region` (x86.c), `KVM_MEMSLOT_PAGES_TO_MMU_PAGES_RATIO`, `KVM_MIN_ALLOC_MMU_PAGES` (asm/kvm_host.h)."
+    """KVM: `kvm_arch_commit_memory_region` (x86.c), `KVM_MEMSLOT_PAGES_TO_MMU_PAGES_RATIO`, `KVM_MIN_ALLOC_MMU_PAGES`
+    (asm/kvm_host.h)."""
     return max(64, sum(slot.npages for slot in vm.memory.slots) // 50)
 
 def equip(
@@ -189,6 +194,9 @@ def draw_fault(
     caption: str = 'recorded, and the model',
 ) -> Timeline:
     "Each compared line of a fault, and what the model said to it."
-    def text(value): return ' '.join(f'{key}={one:#x}' if type(one) is int else f'{key}={one}' for key, one in value.items()) if isinstance(value, dict) else str(value)
-    rows = [Event(n, 'KVM', row.label.partition(', ')[2].removeprefix('kvm_mmu_'), (text(row.recorded)[:70], text(row.model)[:70])) for n, row in enumerate(run.rows, 1)]
+    def text(value):
+        return (' '.join(f'{key}={one:#x}' if type(one) is int else f'{key}={one}' for key, one in value.items())
+                if isinstance(value, dict) else str(value))
+    rows = [Event(n, 'KVM', row.label.partition(', ')[2].removeprefix('kvm_mmu_'),
+                  (text(row.recorded)[:70], text(row.model)[:70])) for n, row in enumerate(run.rows, 1)]
     return Timeline(('recorded', 'model'), rows, caption)

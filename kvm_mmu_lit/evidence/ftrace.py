@@ -22,7 +22,8 @@ from pathlib import Path
 from ..draw.table import Table
 from ..draw.timeline import Timeline
 from .agreement import EvidenceError
-from .event_forms import KVM, KVMMMU, MARK, PROBES, SpBlock, is_known, read_block, read_text, templates, write_text
+from .event_forms import (KVM, KVMMMU, MARK, PROBES, SpBlock, is_known, read_block, read_text,
+                                              templates, write_text)
 from .monitor import unpacked
 
 # %% ../../nbs/evidence/14_ftrace.ipynb #535edd26
@@ -36,7 +37,8 @@ class Task:
     tgid: str = ''
 
     def __str__(self):
-        return f"{self.comm:>16}-{self.pid:<7} {f'({self.tgid:>7}) ' if self.tgid else ''}[{self.cpu:03d}] {self.flags and self.flags + ' '}"
+        return (f"{self.comm:>16}-{self.pid:<7} {f'({self.tgid:>7}) ' if self.tgid else ''}[{self.cpu:03d}] "
+                f"{self.flags and self.flags + ' '}")
 
 @dataclass(frozen=True, slots=True)
 class TraceEvent:
@@ -77,14 +79,16 @@ def _function(place):
 _SPOT = r"(?:[\w.]+\+0x[0-9a-f]+(?:/0x[0-9a-f]+)?(?: \[\w+\])?|\[unknown/kretprobe'd\]|0x[0-9a-f]+)"
 _ENTRY, _RETURN = (re.compile(form, re.ASCII) for form in (rf'\(({_SPOT})\)(.*)', rf'\(({_SPOT} <- [\w.]+)\)(.*)'))
 _CUT = re.compile(r'([0-9]{1,9}\.[0-9]{6}): (\w+): (.*)', re.ASCII)
-_WHOLE = re.compile(r'\s*(\S.*?)-([0-9]{1,9})\s+(?:\(\s*([0-9]+|-+)\)\s+)?\[([0-9]{1,5})\]\s+(?:([^\s:]+)\s+)?([0-9]{1,9}\.[0-9]{6}): (\w+): (.*)', re.ASCII)
+_WHOLE = re.compile(r'\s*(\S.*?)-([0-9]{1,9})\s+(?:\(\s*([0-9]+|-+)\)\s+)?\[([0-9]{1,5})\]\s+'
+                    r'(?:([^\s:]+)\s+)?([0-9]{1,9}\.[0-9]{6}): (\w+): (.*)', re.ASCII)
 
 def _frame(text):
     "(task, seconds, name, text of the event) of a line."
     found = _CUT.fullmatch(text)
     if found: return None, float(found[1]), found[2], found[3]
     found = _WHOLE.fullmatch(text)
-    if not found: raise ValueError(f"{text[:60]!r}: expected '[task-pid [cpu] flags] seconds.microseconds: event: text'")
+    if not found:
+        raise ValueError(f"{text[:60]!r}: expected '[task-pid [cpu] flags] seconds.microseconds: event: text'")
     comm, pid, tgid, cpu, flags, seconds, name, rest = found.groups()
     return Task(comm, int(pid), int(cpu), flags or '', tgid or ''), float(seconds), name, rest
 
@@ -93,11 +97,14 @@ def _split_place(name, text):
     if name not in PROBES: return '', text
     returns = name.endswith('_ret')
     found = (_RETURN if returns else _ENTRY).fullmatch(text)
-    if not found: raise ValueError(f"expected a place like {'(kvm_set_cr3+0xd5/0x190 [kvm] <- kvm_mmu_new_pgd)' if returns else '(kvm_mmu_new_pgd+0x0/0x260 [kvm])'}, found {text[:60]!r}")
+    if not found:
+        like = '(kvm_set_cr3+0xd5/0x190 [kvm] <- kvm_mmu_new_pgd)' if returns else '(kvm_mmu_new_pgd+0x0/0x260 [kvm])'
+        raise ValueError(f"expected a place like {like}, found {text[:60]!r}")
     return found[1], found[2]
 
 # %% ../../nbs/evidence/14_ftrace.ipynb #05e42444
-_ENDS_IN_FLAGS = ('kvm_mmu_pagetable_walk', 'kvm_mmu_walker_error')   # Without flags the line ends in a blank, which editors cut off
+# Without flags the line ends in a blank, which editors cut off
+_ENDS_IN_FLAGS = ('kvm_mmu_pagetable_walk', 'kvm_mmu_walker_error')
 
 def parse_line(
     text: str,            # Without its end
@@ -112,7 +119,8 @@ def parse_line(
         if name in _ENDS_IN_FLAGS and not rest.endswith(' ') and templates(name)[0].fits(rest + ' '): rest += ' '
         place, said = _split_place(name, rest)
         return TraceEvent(line, seconds, name, read_text(name, said), rest, place, task)
-    except ValueError as why: raise EvidenceError(file, f'line {line}', f"{name}: {why}" if name else str(why)) from None
+    except ValueError as why:
+        raise EvidenceError(file, f'line {line}', f"{name}: {why}" if name else str(why)) from None
 
 # %% ../../nbs/evidence/14_ftrace.ipynb #6b74e657
 def format_event(
@@ -135,7 +143,8 @@ def make_event(
     "An event nobody recorded; a ValueError if no line could say it."
     text = (f'({place})' if place else '') + write_text(name, fields)
     event = TraceEvent(line, round(seconds, 6), name, dict(fields), text, place, task)
-    if parse_line(format_event(event), line) != event: raise ValueError(f"{format_event(event)!r} would read as something else")
+    if parse_line(format_event(event), line) != event:
+        raise ValueError(f"{format_event(event)!r} would read as something else")
     return event
 
 # %% ../../nbs/evidence/14_ftrace.ipynb #479a05c4
@@ -155,7 +164,9 @@ def trace_lines(
 def _decoded(path, number, line):
     if len(line) > MAX_TRACE_LINE: raise EvidenceError(path, f'line {number}', f"is longer than {MAX_TRACE_LINE} bytes")
     try: return line.decode()
-    except UnicodeDecodeError as why: raise EvidenceError(path, f'line {number}', f"byte {line[why.start]:#04x} at column {why.start + 1}: expected text") from None
+    except UnicodeDecodeError as why:
+        raise EvidenceError(path, f'line {number}',
+                            f"byte {line[why.start]:#04x} at column {why.start + 1}: expected text") from None
 
 # %% ../../nbs/evidence/14_ftrace.ipynb #6379706b
 _LOST = re.compile(r'CPU:([0-9]+) \[LOST ([0-9]+) EVENTS\]')
@@ -173,7 +184,8 @@ class Trace:
         return Counter(event.name for event in self.events)
 
     def __repr__(self):
-        notes = [f"{sum(self.unknown.values()):,} unknown"] * bool(self.unknown) + [f"{self.lost:,} lost"] * bool(self.lost)
+        notes = ([f"{sum(self.unknown.values()):,} unknown"] * bool(self.unknown) + [f"{self.lost:,} lost"]
+                 * bool(self.lost))
         return f"Trace({self.file}: {', '.join([f'{len(self.events):,} events', *notes])})"
 
 def trace_events(
@@ -215,7 +227,8 @@ def draw_counts(
 ) -> Table:
     "How many events of each name, system by system."
     order = [system for system, _ in _SYSTEMS] + ['unknown']
-    rows = sorted(((system_of(name), name, count) for name, count in trace.counts().items()), key=lambda row: (order.index(row[0]), -row[2], row[1]))
+    rows = sorted(((system_of(name), name, count) for name, count in trace.counts().items()),
+                  key=lambda row: (order.index(row[0]), -row[2], row[1]))
     return Table(('system', 'event', 'events'), rows, caption or repr(trace))
 
 # %% ../../nbs/evidence/14_ftrace.ipynb #98756758
@@ -226,7 +239,8 @@ def draw_events(
 ) -> Timeline:
     "What happened, and in which part of the trace it is said; the step is the line."
     def label(event):
-        text = event.text if not event.place else ' '.join(f'{k}={v:#x}' if type(v) is int and v > 9 else f'{k}={v}' for k, v in event.fields.items())
+        text = event.text if not event.place else ' '.join(f'{k}={v:#x}' if type(v) is int and v > 9 else f'{k}={v}'
+                                                           for k, v in event.fields.items())
         return f"{event.name} {text}"[:letters]
     return Timeline((), [(event.line, system_of(event.name), label(event)) for event in events], caption)
 

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from .agreement import EvidenceError, compare
 from .images import Image, load_image
-from .monitor import NO_LINE, gva2gpa_rows, info_mem_57_rows, info_mem_rows, info_tlb_rows, register_rows, tlb_rows
+from .monitor import (NO_LINE, gva2gpa_rows, info_mem_57_rows, info_mem_rows, info_tlb_rows,
+                                          register_rows, tlb_rows)
 from .probe import access_rows, has_late_fork, maps_rows, pagemap_rows, probe_rows, read_probe
 from ..guest.address_space import Tables, count_mappings, mappings
 from ..guest.addresses import LONG5, PAE, PAGE_SHIFT, GiB, MiB, page_size, size_name
@@ -29,8 +30,10 @@ from ..guest.sharing import table_uses
 
 # %% ../../nbs/evidence/06_guests.ipynb #32935190
 REQUIRED = ('image.npz', 'meta.json', 'tlb.txt.xz')
-OPTIONAL = ('info-tlb.txt.xz', 'info-mem.txt.xz', 'info-mem-57.txt.xz', 'gva2gpa.txt.xz', 'info-registers.txt', 'probe.txt.xz')
-MAX_TABLES, MAX_MAPPINGS = 1 << 13, 1 << 24   # What is compared; the largest guest here has 266 tables and 75,943 mappings
+OPTIONAL = ('info-tlb.txt.xz', 'info-mem.txt.xz', 'info-mem-57.txt.xz', 'gva2gpa.txt.xz', 'info-registers.txt',
+            'probe.txt.xz')
+# What is compared; the largest guest here has 266 tables and 75,943 mappings
+MAX_TABLES, MAX_MAPPINGS = 1 << 13, 1 << 24
 
 def is_guest_folder(path: Path) -> bool:
     "Does this folder look like a recorded guest?"
@@ -50,14 +53,20 @@ def load_guest(
     "A guest that can be compared: all required files there, and a map that ends."
     folder = Path(folder)
     for name in REQUIRED:
-        if not (folder / name).is_file(): raise EvidenceError(folder, name, f"is not there; a recorded guest has {', '.join(REQUIRED)}")
+        if not (folder / name).is_file():
+            raise EvidenceError(folder, name, f"is not there; a recorded guest has {', '.join(REQUIRED)}")
     image = load_image(folder)
     pages = sum(slot.npages for slot in image.memory.slots)
-    if pages > MAX_TABLES: raise EvidenceError(folder, 'image.npz', f"{pages:,} table pages; at most {MAX_TABLES:,} are compared")
+    if pages > MAX_TABLES:
+        raise EvidenceError(folder, 'image.npz', f"{pages:,} table pages; at most {MAX_TABLES:,} are compared")
     tables = Tables(image.walker())
-    if not tables.fmt.root_level: raise EvidenceError(folder / 'meta.json', 'cr0', f"{image.regs.cr0:#x}: paging is off, there is no map to compare")
+    if not tables.fmt.root_level:
+        raise EvidenceError(folder / 'meta.json', 'cr0',
+                            f"{image.regs.cr0:#x}: paging is off, there is no map to compare")
     count = count_mappings(tables)
-    if count > MAX_MAPPINGS: raise EvidenceError(folder, 'image.npz', f"its tables map {count:,} pages; at most {MAX_MAPPINGS:,} are compared")
+    if count > MAX_MAPPINGS:
+        raise EvidenceError(folder, 'image.npz',
+                            f"its tables map {count:,} pages; at most {MAX_MAPPINGS:,} are compared")
     return image, tables
 
 # %% ../../nbs/evidence/06_guests.ipynb #4f27a9bd
@@ -67,12 +76,16 @@ def image_rows(
 ) -> Iterator:
     "Recorded pages against the tables that can be reached, and entries no CPU would accept."
     recorded = {slot.base_gfn + i for slot in image.memory.slots for i in range(slot.npages)}
-    reached = {use.table >> PAGE_SHIFT for use in table_uses(tables)} | ({image.regs.cr3 >> PAGE_SHIFT} if tables.fmt is PAE else set())
+    reached = ({use.table >> PAGE_SHIFT for use in table_uses(tables)}
+               | ({image.regs.cr3 >> PAGE_SHIFT} if tables.fmt is PAE else set()))
     for gfn in sorted(recorded | reached):
-        yield f"frame {gfn:#x}", 'a table' if gfn in recorded else 'not there', 'a table' if gfn in reached else 'not reached'
+        yield (f"frame {gfn:#x}", 'a table' if gfn in recorded else 'not there', 'a table' if gfn in reached
+               else 'not reached')
     check = guest_rsvd_check(image.regs)
     for (gfn, level), entries in sorted(tables.refused.items()):
-        for slot, gpte in entries: yield f"entry {slot} of the level {level} table at {gfn << PAGE_SHIFT:#x}", f"{gpte:#x}", why_reserved(check, gpte, level)
+        for slot, gpte in entries:
+            yield (f"entry {slot} of the level {level} table at {gfn << PAGE_SHIFT:#x}", f"{gpte:#x}",
+                   why_reserved(check, gpte, level))
 
 # %% ../../nbs/evidence/06_guests.ipynb #ec76af16
 def meta_rows(
@@ -82,26 +95,31 @@ def meta_rows(
 ) -> Iterator:
     "What meta.json says against registers, tables and truth files."
     meta, regs, fmt = image.meta, image.regs, tables.fmt
-    levels, sizes = Counter(use.level for use in table_uses(tables)), Counter(size_name(page_size(page.level, fmt)) for page in mappings(tables.walker, tables))
+    levels, sizes = (Counter(use.level for use in table_uses(tables)),
+                     Counter(size_name(page_size(page.level, fmt)) for page in mappings(tables.walker, tables)))
     if fmt is PAE: levels[3] = 1
     yield 'format', meta.get('format'), 1
     yield 'paging_mode', meta.get('paging_mode'), fmt.name
     yield 'hex', meta.get('hex'), {name: hex(meta[name]) for name in ('cr0', 'cr3', 'cr4', 'efer')}
     yield 'stopped_in', str(meta.get('stopped_in'))[:4], 'user' if regs.cpl == 3 else 'kern'
     yield 'table_pages', meta.get('table_pages'), sum(slot.npages for slot in image.memory.slots)
-    yield 'table_pages_by_level', meta.get('table_pages_by_level'), {str(level): count for level, count in levels.items()}
+    yield ('table_pages_by_level', meta.get('table_pages_by_level'),
+           {str(level): count for level, count in levels.items()})
     yield 'mappings', meta.get('mappings'), count_mappings(tables)
     yield 'mappings_by_size', meta.get('mappings_by_size'), dict(sizes)
     if fmt is PAE or 'pdptes' in meta: yield 'pdptes', meta.get('pdptes'), [hex(pdpte) for pdpte in regs.pdptrs or ()]
     yield from ram_rows(image)
     yield from cpu_rows(meta, regs)
     checks = meta.get('checks', {})
-    if not isinstance(checks, dict): raise EvidenceError(image.path / 'meta.json', 'checks', f"a {type(checks).__name__}; an object is needed")
+    if not isinstance(checks, dict):
+        raise EvidenceError(image.path / 'meta.json', 'checks', f"a {type(checks).__name__}; an object is needed")
     for name, recorded in checks.items():
         if name in seen: yield f"checks: {name}", recorded, seen[name]
         elif 'different' in name or name == 'problems': yield f"checks: {name}", recorded or 0, 0
         elif isinstance(recorded, bool): yield f"checks: {name}", recorded, True
-        elif seed := re.search(r'\bseed=(\d+)', str(recorded)): yield f"checks: {name}", f"PROBE_SEED={seed[1]}", (re.findall(r'\bPROBE_SEED=\d+', str(meta.get('kernel_command_line'))) or ['no seed'])[0]
+        elif seed := re.search(r'\bseed=(\d+)', str(recorded)):
+            yield (f"checks: {name}", f"PROBE_SEED={seed[1]}",
+                   (re.findall(r'\bPROBE_SEED=\d+', str(meta.get('kernel_command_line'))) or ['no seed'])[0])
 
 # %% ../../nbs/evidence/06_guests.ipynb #2a65de9a
 def ram_rows(
@@ -110,16 +128,23 @@ def ram_rows(
     "Memory as QEMU was given it, and every recorded frame inside."
     meta = image.meta
     try: segments = [(int(base, 16), int(size, 16)) for base, size in meta['ram_segments']]
-    except (KeyError, TypeError, ValueError) as why: raise EvidenceError(image.path / 'meta.json', 'ram_segments', f"{why!r}; expected a list like [['0x0', '0xc000000']]") from None
-    outside = [hex(slot.base_gfn) for slot in image.memory.slots if not any(base <= slot.base_gfn << PAGE_SHIFT and slot.end_gfn << PAGE_SHIFT <= base + size for base, size in segments)]
+    except (KeyError, TypeError, ValueError) as why:
+        raise EvidenceError(image.path / 'meta.json', 'ram_segments',
+                            f"{why!r}; expected a list like [['0x0', '0xc000000']]") from None
+    outside = [hex(slot.base_gfn) for slot in image.memory.slots
+               if not any(base <= slot.base_gfn << PAGE_SHIFT and slot.end_gfn << PAGE_SHIFT <= base + size
+                          for base, size in segments)]
     yield 'ram_segments: recorded frames outside', 'none', ', '.join(outside[:5]) or 'none'
     size = re.fullmatch(r'(\d{1,9})([MG])', str(meta.get('guest_memory')))
     yield 'guest_memory', size and int(size[1]) * {'M': MiB, 'G': GiB}[size[2]], sum(size for _, size in segments)
     command = meta.get('qemu_command_line')
     if isinstance(command, list):
-        if '-accel' in command[:-1]: yield 'accelerator', meta.get('accelerator'), str(command[command.index('-accel') + 1]).split(',')[0]
-        for option, key in (('-m', 'guest_memory'), ('-cpu', 'cpu_option'), ('-machine', 'machine'), ('-append', 'kernel_command_line')):
-            if option in command[:-1]: yield f"qemu_command_line {option}", command[command.index(option) + 1], meta.get(key)
+        if '-accel' in command[:-1]:
+            yield 'accelerator', meta.get('accelerator'), str(command[command.index('-accel') + 1]).split(',')[0]
+        for option, key in (('-m', 'guest_memory'), ('-cpu', 'cpu_option'), ('-machine', 'machine'),
+                            ('-append', 'kernel_command_line')):
+            if option in command[:-1]:
+                yield f"qemu_command_line {option}", command[command.index(option) + 1], meta.get(key)
 
 def cpu_rows(
     meta: dict,
@@ -127,7 +152,9 @@ def cpu_rows(
 ) -> Iterator:
     "Features that are switched on must be features the CPU has."
     flags = meta['cpu_flags'] if isinstance(meta.get('cpu_flags'), list) else []
-    for name, on in (('nx', regs.efer & Efer.NX), ('lm', regs.efer & Efer.LMA), ('pae', regs.cr4 & Cr4.PAE), ('smep', regs.cr4 & Cr4.SMEP), ('smap', regs.cr4 & Cr4.SMAP), ('pku', regs.cr4 & Cr4.PKE), ('la57', regs.cr4 & Cr4.LA57)):
+    for name, on in (('nx', regs.efer & Efer.NX), ('lm', regs.efer & Efer.LMA), ('pae', regs.cr4 & Cr4.PAE),
+                     ('smep', regs.cr4 & Cr4.SMEP), ('smap', regs.cr4 & Cr4.SMAP), ('pku', regs.cr4 & Cr4.PKE),
+                     ('la57', regs.cr4 & Cr4.LA57)):
         if on: yield f"cpu_flags: {name}", name in flags, True
     yield 'pkru', meta.get('pkru') is not None, bool(regs.cr4 & Cr4.PKE)
 
@@ -156,10 +183,15 @@ def sources(
     seen.update(dict.fromkeys((_TLB_LINES, ranges_name, _ANSWERS, _FRAMES), 'nothing to compare'))
     yield 'image.npz', image_rows(image, tables)
     yield 'tlb.txt.xz', counted(tlb_rows(folder / 'tlb.txt.xz', tables), seen, {'info tlb: leaves of the walk': every})
-    if (path := folder / 'info-tlb.txt.xz').exists(): yield path.name, counted(info_tlb_rows(path, tables), seen, {_TLB_LINES: every, _HIGH_BITS: lambda line: int(line[18:34], 16) >> 52})
-    if (path := folder / 'info-mem.txt.xz').exists() and tables.fmt is not LONG5: yield path.name, counted(info_mem_rows(path, tables), seen, {ranges_name: every})
-    if (path := folder / 'info-mem-57.txt.xz').exists(): yield path.name, counted(info_mem_57_rows(path, tables), seen, {ranges_name: lambda line: line[0] != 'p'})
-    if (path := folder / 'gva2gpa.txt.xz').exists(): yield path.name, counted(gva2gpa_rows(path, walker), seen, {_ANSWERS: every, _UNMAPPED: 'unmapped'.__eq__})
+    if (path := folder / 'info-tlb.txt.xz').exists():
+        yield path.name, counted(info_tlb_rows(path, tables), seen,
+                                 {_TLB_LINES: every, _HIGH_BITS: lambda line: int(line[18:34], 16) >> 52})
+    if (path := folder / 'info-mem.txt.xz').exists() and tables.fmt is not LONG5:
+        yield path.name, counted(info_mem_rows(path, tables), seen, {ranges_name: every})
+    if (path := folder / 'info-mem-57.txt.xz').exists():
+        yield path.name, counted(info_mem_57_rows(path, tables), seen, {ranges_name: lambda line: line[0] != 'p'})
+    if (path := folder / 'gva2gpa.txt.xz').exists():
+        yield path.name, counted(gva2gpa_rows(path, walker), seen, {_ANSWERS: every, _UNMAPPED: 'unmapped'.__eq__})
     if (path := folder / 'info-registers.txt').exists(): yield path.name, register_rows(path, image)
     if (path := folder / 'probe.txt.xz').exists(): yield from probe_sources(read_probe(path), tables, meta, seen)
     yield 'meta.json', meta_rows(image, tables, seen)
@@ -173,8 +205,10 @@ def probe_sources(
     "The comparisons of probe.txt.xz."
     walker, every = tables.walker, lambda answer: True
     yield 'probe.txt.xz PAGEMAP', counted(pagemap_rows(probe, walker), seen, {_FRAMES: every})
-    comparable = walker.regs.cpl == 3 and not has_late_fork(probe, meta)   # otherwise the recording compared fewer than we do
-    yield 'probe.txt.xz ACCESS', counted(access_rows(probe, walker, meta), seen, {_ACCESSES: every} if comparable else {})
+    # otherwise the recording compared fewer than we do
+    comparable = walker.regs.cpl == 3 and not has_late_fork(probe, meta)
+    yield 'probe.txt.xz ACCESS', counted(access_rows(probe, walker, meta), seen,
+                                         {_ACCESSES: every} if comparable else {})
     yield 'probe.txt.xz MAPS, REGION', maps_rows(probe, tables)
     yield 'probe.txt.xz PKRU, PKEY, CPUID, UNAME', probe_rows(probe, walker, meta)
 
@@ -186,7 +220,7 @@ _FRAMES, _ACCESSES = 'pagemap: pages agreeing', 'accesses of the process: agreei
 def check_guest(
     folder,                              # With image.npz, meta.json and truth files
     progress: 'Callable | None' = None,  # Called with the rows done so far, over all files
-) -> list:                               # Of `Agreement`, one for each source; `missing_truths` tells what could not be compared
+) -> list:  # Of `Agreement`, one for each source; `missing_truths` tells what could not be compared
     "Compare everything recorded about a guest with the model."
     folder, out, seen = Path(folder), [], {}
     image, tables = load_guest(folder)

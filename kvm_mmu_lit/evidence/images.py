@@ -78,12 +78,15 @@ def open_archive(
         file.seek(max(0, size - (1 << 16)))
         tail = file.read(1 << 16)
     end = tail.rfind(b'PK\5\6')
-    if end < 0 or end + 22 > len(tail): raise ImageError(path, '', "is no zip file: its end-of-directory record is missing")
+    if end < 0 or end + 22 > len(tail):
+        raise ImageError(path, '', "is no zip file: its end-of-directory record is missing")
     members, directory = struct.unpack_from('<HI', tail, end + 10)
     if members != 2 or directory > PAGE_SIZE or b'PK\6\7' in tail[max(0, end - 20):end]:
-        raise ImageError(path, 'directory', f"{members} members in {directory:,} bytes; an image has 2, gfn.npy and pages.npy, in at most {PAGE_SIZE}")
+        raise ImageError(path, 'directory', f"{members} members in {directory:,} bytes; an image has 2, gfn.npy and "
+                                            f"pages.npy, in at most {PAGE_SIZE}")
     try: archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError, ValueError, struct.error, NotImplementedError) as why: raise ImageError(path, 'directory', str(why)) from None
+    except (zipfile.BadZipFile, OSError, ValueError, struct.error, NotImplementedError) as why:
+        raise ImageError(path, 'directory', str(why)) from None
     names = sorted(archive.namelist())
     if names != ['gfn.npy', 'pages.npy']:
         archive.close()
@@ -96,14 +99,17 @@ def npy_header(
 ) -> tuple:              # (descr, fortran_order, shape, bytes of the header)
     "Read the header of an array; anything that is no plain header is a ValueError."
     start = file.read(12)
-    if start[:6] != b'\x93NUMPY' or len(start) < 12: raise ValueError("no NumPy array: the magic bytes \\x93NUMPY are missing")
+    if start[:6] != b'\x93NUMPY' or len(start) < 12:
+        raise ValueError("no NumPy array: the magic bytes \\x93NUMPY are missing")
     if start[6] not in (1, 2, 3): raise ValueError(f"version {start[6]} of the array format; 1, 2 and 3 are known")
-    length, size = (struct.unpack_from('<H', start, 8)[0], 10) if start[6] == 1 else (struct.unpack_from('<I', start, 8)[0], 12)
+    length, size = ((struct.unpack_from('<H', start, 8)[0], 10) if start[6] == 1
+                    else (struct.unpack_from('<I', start, 8)[0], 12))
     if not 2 <= length <= PAGE_SIZE: raise ValueError(f"a header of {length:,} bytes; at most {PAGE_SIZE} are read")
     text = (start[size:] + file.read(length - (12 - size))).decode('latin-1')
     try: header = ast.literal_eval(text.strip())
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError): header = None
-    if not isinstance(header, dict) or set(header) != {'descr', 'fortran_order', 'shape'}: raise ValueError(f"a header that is no description of an array: {text.strip()[:60]!r}")
+    if not isinstance(header, dict) or set(header) != {'descr', 'fortran_order', 'shape'}:
+        raise ValueError(f"a header that is no description of an array: {text.strip()[:60]!r}")
     return header['descr'], header['fortran_order'], header['shape'], size + length
 
 # %% ../../nbs/evidence/02_images.ipynb #9f0a8895
@@ -117,16 +123,21 @@ def read_array(
     path, info = archive.filename, archive.getinfo(f'{name}.npy')
     row = int(descr[-1]) * (width[0] if width else 1)
     try:
-        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 1: raise ValueError("packed in a way NumPy does not use, or encrypted")
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 1:
+            raise ValueError("packed in a way NumPy does not use, or encrypted")
         with archive.open(info) as file:
             found, fortran, shape, header = npy_header(file)
-            if found != descr or fortran is not False or not isinstance(shape, tuple) or len(shape) != 1 + len(width) or shape[1:] != width:
-                raise ValueError(f"an array {found!r} of shape {shape}; it must be {descr!r} of shape {('n', *width)}, rows first")
+            if (found != descr or fortran is not False or not isinstance(shape, tuple) or len(shape) != 1 + len(width)
+                    or shape[1:] != width):
+                raise ValueError(f"an array {found!r} of shape {shape}; it must be {descr!r} of shape {('n', *width)}, "
+                                 f"rows first")
             size = shape[0] * row if type(shape[0]) is int and shape[0] > 0 else 0
             if not size or header + size != info.file_size or size > MAX_IMAGE_BYTES:
-                raise ValueError(f"shape {shape} in a member of {info.file_size:,} bytes: at least one row, the size the shape asks for, and at most {MAX_IMAGE_BYTES:,} bytes")
+                raise ValueError(f"shape {shape} in a member of {info.file_size:,} bytes: at least one row, the size "
+                                 f"the shape asks for, and at most {MAX_IMAGE_BYTES:,} bytes")
             return _read_exactly(file, size)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError, RuntimeError) as why:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError,
+            RuntimeError) as why:
         raise ImageError(path, info.filename, str(why) or type(why).__name__) from None
 
 def _read_exactly(file, size):
@@ -157,11 +168,14 @@ def load_pages(
     with open_archive(path) as archive:
         gfns = array('Q', bytes(read_array(archive, 'gfn', '<u8', ())))
         pages = memoryview(read_array(archive, 'pages', '|u1', (PAGE_SIZE,)))
-    if len(gfns) * PAGE_SIZE != len(pages): raise ImageError(path, 'pages.npy', f"{len(pages) // PAGE_SIZE} pages for the {len(gfns)} frames of gfn.npy")
+    if len(gfns) * PAGE_SIZE != len(pages):
+        raise ImageError(path, 'pages.npy', f"{len(pages) // PAGE_SIZE} pages for the {len(gfns)} frames of gfn.npy")
     for i, gfn in enumerate(gfns):
         if gfn >> 40 or i and gfn <= gfns[i - 1]:
-            raise ImageError(path, 'gfn.npy', f"frame {gfn:#x} at index {i}: frames must rise and stay below 1 << 40, the last a 52-bit address has")
-    return GuestMemory(MemSlot(gfn, count, pages[at * PAGE_SIZE:(at + count) * PAGE_SIZE]) for gfn, at, count in frame_runs(gfns))
+            raise ImageError(path, 'gfn.npy', f"frame {gfn:#x} at index {i}: frames must rise and stay below 1 << 40, "
+                                              f"the last a 52-bit address has")
+    return GuestMemory(MemSlot(gfn, count, pages[at * PAGE_SIZE:(at + count) * PAGE_SIZE])
+                       for gfn, at, count in frame_runs(gfns))
 
 # %% ../../nbs/evidence/02_images.ipynb #f1dd87f6
 def load_meta(
@@ -175,7 +189,9 @@ def load_meta(
         return dict(pairs)
     try: meta = json.loads(path.read_bytes(), object_pairs_hook=once)
     except (ValueError, RecursionError) as why: raise ImageError(path, '', f"no JSON: {why}") from None
-    if not isinstance(meta, dict): raise ImageError(path, '', f"a JSON {type(meta).__name__}; an object with cr0, cr3, cr4, efer and maxphyaddr is needed")
+    if not isinstance(meta, dict):
+        raise ImageError(path, '',
+                         f"a JSON {type(meta).__name__}; an object with cr0, cr3, cr4, efer and maxphyaddr is needed")
     return meta
 
 def meta_value(
@@ -188,7 +204,8 @@ def meta_value(
     "One value of the right type."
     value = meta.get(key, default)
     if value is None and default is None: raise ImageError(path, key, "is missing")
-    if not isinstance(value, kind) or isinstance(value, bool): raise ImageError(path, key, f"is {str(value)[:40]!r}, a {type(value).__name__}; a {kind.__name__} is needed")
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ImageError(path, key, f"is {str(value)[:40]!r}, a {type(value).__name__}; a {kind.__name__} is needed")
     return value
 
 # %% ../../nbs/evidence/02_images.ipynb #40ff4fd8
@@ -199,10 +216,12 @@ def meta_registers(
 ) -> Registers:           # PAE: PDPTEs not loaded yet
     "The registers of a compact image. The CPU's vendor and its 1 GiB pages come from the guest's /proc/cpuinfo."
     regs = {key: meta_value(meta, key, int, path) for key in ('cr0', 'cr3', 'cr4', 'efer', 'maxphyaddr')}
-    if not 32 <= regs['maxphyaddr'] <= 52: raise ImageError(path, 'maxphyaddr', f"is {regs['maxphyaddr']:#x}; x86 has 32..52 physical address bits")
+    if not 32 <= regs['maxphyaddr'] <= 52:
+        raise ImageError(path, 'maxphyaddr', f"is {regs['maxphyaddr']:#x}; x86 has 32..52 physical address bits")
     regs['cpl'] = meta_value(meta, 'cpl', int, path, 0)
     pkru = meta.get('pkru')
-    if pkru is not None and not (isinstance(pkru, str) and re.fullmatch('0x[0-9a-f]{1,8}', pkru)): raise ImageError(path, 'pkru', f"is {str(pkru)[:40]!r}; null or a text like 0x55554d84 is needed")
+    if pkru is not None and not (isinstance(pkru, str) and re.fullmatch('0x[0-9a-f]{1,8}', pkru)):
+        raise ImageError(path, 'pkru', f"is {str(pkru)[:40]!r}; null or a text like 0x55554d84 is needed")
     vendor = 'amd' if meta_value(meta, 'cpu_vendor', str, path, 'GenuineIntel') == 'AuthenticAMD' else 'intel'
     gbpages = 'pdpe1gb' in meta_value(meta, 'cpu_flags', list, path, ['pdpe1gb'])
     try: return Registers(**regs, pkru=int(pkru or '0', 16), rflags=rflags, vendor=vendor, gbpages=gbpages)
@@ -224,7 +243,9 @@ def pdptes_from_memory(
     memory: GuestMemory,
     regs: Registers,      # PAE paging
 ) -> Registers:
-    "The PDPTEs as QEMU's TCG takes them: from the table CR3 points at, no bit refused. Hardware would use `load_pdptrs`."
+    """The PDPTEs as QEMU's TCG takes them: from the table CR3 points at, no bit refused.
+
+    Hardware would use `load_pdptrs`."""
     data = read_gpa(memory, root_gpa(regs), 32)
     if data is None: raise ValueError(f"CR3 {regs.cr3:#x}: the PDPTEs at {root_gpa(regs):#x} lie in no memory slot")
     return replace(regs, pdptrs=struct.unpack('<4Q', data))
@@ -239,7 +260,8 @@ def ready_registers(
     if regs is None or regs.fmt is not PAE or regs.pdptrs is not None: return regs
     try: loaded = pdptes_from_memory(memory, regs) if accelerator == 'tcg' else load_pdptrs(memory, regs)
     except ValueError as why: raise ImageError(path, 'cr3', str(why)) from None
-    if isinstance(loaded, GeneralProtection): raise ImageError(path, 'cr3', f"{loaded}. If QEMU's TCG ran this guest, say accelerator='tcg'")
+    if isinstance(loaded, GeneralProtection):
+        raise ImageError(path, 'cr3', f"{loaded}. If QEMU's TCG ran this guest, say accelerator='tcg'")
     return loaded
 
 # %% ../../nbs/evidence/02_images.ipynb #6f09f08e
@@ -257,7 +279,8 @@ def with_registers(
     base = {} if image.regs is None else {name: getattr(image.regs, name) for name in names}
     if {'cr0', 'cr3', 'cr4', 'efer'} & set(registers): base['pdptrs'] = None
     regs = Registers(**{**base, **registers}) if base or registers else None
-    return replace(image, regs=ready_registers(image.memory, regs, accelerator or image.meta.get('accelerator'), image.path))
+    return replace(image,
+                   regs=ready_registers(image.memory, regs, accelerator or image.meta.get('accelerator'), image.path))
 
 # %% ../../nbs/evidence/02_images.ipynb #3a7ff745
 def load_image(

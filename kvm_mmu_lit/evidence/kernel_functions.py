@@ -47,7 +47,8 @@ def all_mirrors() -> list:   # Of `Mirror`, by kernel name
     "Every mirrored kernel function of the package."
     package = Path(__file__).parents[1] if '__file__' in globals() else Path('../../kvm_mmu_lit')
     files = sorted(path for path in package.rglob('*.py') if path.name not in ('_modidx.py', '__init__.py'))
-    found = [m for path in files for m in mirrors_of('.'.join(path.relative_to(package).with_suffix('').parts), path.read_text(encoding='utf-8'))]
+    found = [m for path in files for m in mirrors_of('.'.join(path.relative_to(package).with_suffix('').parts),
+                                                     path.read_text(encoding='utf-8'))]
     return sorted(found, key=lambda m: (m.kernel.strip('_').lower(), m.module, m.ours))
 
 # %% ../../nbs/evidence/30_kernel_functions.ipynb #52021863
@@ -58,7 +59,8 @@ def mirrors_table(
     compared = {}
     for m in mirrors:
         if m.module.startswith('evidence.'): compared.setdefault(m.kernel, []).append(m.ours)
-    rows = [(m.kernel, m.where, m.ours, m.module, ', '.join(dict.fromkeys(compared.get(m.kernel, ())))) for m in mirrors if not m.module.startswith('evidence.')]
+    rows = [(m.kernel, m.where, m.ours, m.module, ', '.join(dict.fromkeys(compared.get(m.kernel, ())))) for m in mirrors
+            if not m.module.startswith('evidence.')]
     return Table(('kernel', 'file', 'ours', 'chapter', 'compared by'), rows, 'from the kernel to the book')
 
 # %% ../../nbs/evidence/30_kernel_functions.ipynb #2361b734
@@ -67,5 +69,7 @@ def draw_files(
 ) -> Graph:
     "Which kernel file is mirrored in which chapter; the number is how many functions."
     pairs = Counter((m.where, m.module) for m in mirrors if m.where and m.module.startswith('guest.'))
-    nodes = [(name, '', 'neutral' if '/' in name or name.endswith(('.c', '.h')) else 'guest') for name in sorted({n for pair in pairs for n in pair})]
-    return Graph(nodes, [(file, module, str(count)) for (file, module), count in sorted(pairs.items())], caption='from kernel files to chapters')
+    nodes = [(name, '', 'neutral' if '/' in name or name.endswith(('.c', '.h')) else 'guest')
+             for name in sorted({n for pair in pairs for n in pair})]
+    return Graph(nodes, [(file, module, str(count)) for (file, module), count in sorted(pairs.items())],
+                 caption='from kernel files to chapters')

@@ -22,30 +22,39 @@ from .vector_files import Column, Form
 from ..guest.permissions import permission_bitmask
 from ..guest.registers import Cr0, Cr4, Efer
 from ..guest.reserved import reset_rsvds_bits_mask_ept, rsvd_bits
-from ..mmu.contexts import NullDereference, Vcpu, init_shadow_ept_roles, init_shadow_npt_roles, set_roles, walker_of
+from ..mmu.contexts import (NullDereference, Vcpu, init_shadow_ept_roles, init_shadow_npt_roles, set_roles,
+                                      walker_of)
 from ..mmu.cpu_role import ROLE_FIELDS, CpuRole, ExtendedRole, PageRole, calc_cpu_role
 from ..mmu.reload import load, new_vcpu
 from ..mmu.root_cache import new_pgd
-from ..mmu.root_role import MODES, Host, root_storage, shadow_ept_roles, shadow_npt_roles, shadow_root_role, tdp_root_role
+from ..mmu.root_role import (MODES, Host, root_storage, shadow_ept_roles, shadow_npt_roles, shadow_root_role,
+                                       tdp_root_role)
 from ..mmu.roots import walk_start
 from ..mmu.shadow_page import Vm, child_role, to_shadow_page
 from ..review.designs import design
 from ..review.predicates import Question, predicate
 
 # %% ../../nbs/evidence/11_kernel_roots.ipynb #8f129a43
-_ROLE32, _ROLE64, _BIT = Column('uint32', high=(1 << 32) - 1), Column('uint64', high=(1 << 40) - 1), Column('uint8', high=1)
+_ROLE32, _ROLE64, _BIT = (Column('uint32', high=(1 << 32) - 1), Column('uint64', high=(1 << 40) - 1),
+                          Column('uint8', high=1))
 _CFG = Column('uint8', (48, 4), (0, 3, 32, 0), (5, 5, 52, 1), fixed=True)
 
 ROLES = Form('roles', 'K', {
-    'shadow and TDP': {'regs': Column('uint32', high=0xfff), 'cpu_role': _ROLE64, 'shadow_root_role': _ROLE32, 'shadow_gva_to_gpa': Column('uint8'), 'shadow_page_fault': Column('uint8'),
-                       'tdp_root_role': Column('uint32', (48,)), 'tdp_gva_to_gpa': Column('uint8'), 'tdp_page_fault': Column('uint8'), 'tdp_cfg': _CFG},
-    'nested NPT': {'npt_regs': Column('uint32', high=0xfff), 'npt_cpu_role': _ROLE64, 'npt_root_role': Column('uint32', (48,)), 'npt_gva_to_gpa': Column('uint8'),
+    'shadow and TDP': {'regs': Column('uint32', high=0xfff), 'cpu_role': _ROLE64, 'shadow_root_role': _ROLE32,
+                       'shadow_gva_to_gpa': Column('uint8'), 'shadow_page_fault': Column('uint8'),
+                       'tdp_root_role': Column('uint32', (48,)), 'tdp_gva_to_gpa': Column('uint8'),
+                       'tdp_page_fault': Column('uint8'), 'tdp_cfg': _CFG},
+    'nested NPT': {'npt_regs': Column('uint32', high=0xfff), 'npt_cpu_role': _ROLE64,
+                   'npt_root_role': Column('uint32', (48,)), 'npt_gva_to_gpa': Column('uint8'),
                    'npt_page_fault': Column('uint8'), 'npt_caller_real': _BIT, 'tdp_cfg': _CFG},
-    'nested EPT': {'ept_in': Column('uint8', (4,), (4, 0, 0, 1), (5, 1, 1, 3)), 'ept_cpu_role': _ROLE64, 'ept_root_role': _ROLE32, 'ept_fn': Column('uint8', (2,)),
-                   'ept_permissions': Column('uint8', (16,)), 'ept_guest_rsvd': Column('uint64', (11,)), 'ept_shadow_zero': Column('uint64', (11,))}})
+    'nested EPT': {'ept_in': Column('uint8', (4,), (4, 0, 0, 1), (5, 1, 1, 3)), 'ept_cpu_role': _ROLE64,
+                   'ept_root_role': _ROLE32, 'ept_fn': Column('uint8', (2,)),
+                   'ept_permissions': Column('uint8', (16,)), 'ept_guest_rsvd': Column('uint64', (11,)),
+                   'ept_shadow_zero': Column('uint64', (11,))}})
 
 # %% ../../nbs/evidence/11_kernel_roots.ipynb #30013ad6
-_BITS = ((('cr0', Cr0.PG), ('cr0', Cr0.WP), ('cr4', Cr4.PSE), ('cr4', Cr4.PAE), ('cr4', Cr4.SMEP), ('cr4', Cr4.SMAP), ('cr4', Cr4.PKE), ('cr4', Cr4.LA57),
+_BITS = ((('cr0', Cr0.PG), ('cr0', Cr0.WP), ('cr4', Cr4.PSE), ('cr4', Cr4.PAE), ('cr4', Cr4.SMEP), ('cr4', Cr4.SMAP),
+          ('cr4', Cr4.PKE), ('cr4', Cr4.LA57),
           ('efer', Efer.NX), ('efer', Efer.LMA)))
 
 def registers_of_bits(
@@ -74,7 +83,8 @@ def role_rows(
 ) -> Iterator:         # Of (label, recorded, model)
     "Roles of a guest, shadowed and not, and the callbacks that follow. KVM: `kvm_init_mmu` (mmu/mmu.c)."
     hosts = [host_of(*key) for key in arrays['tdp_cfg'].tolist()]
-    keys = ('cpu_role', 'shadow_root_role', 'shadow_gva_to_gpa', 'shadow_page_fault', 'tdp_root_role', 'tdp_gva_to_gpa', 'tdp_page_fault')
+    keys = ('cpu_role', 'shadow_root_role', 'shadow_gva_to_gpa', 'shadow_page_fault', 'tdp_root_role', 'tdp_gva_to_gpa',
+            'tdp_page_fault')
     for bits, *recorded in zip(arrays['regs'].tolist(), *(arrays[key].tolist() for key in keys)):
         asked = calc_cpu_role(**registers_of_bits(bits))
         walker = WALKERS.index(walker_of(asked))
@@ -99,18 +109,23 @@ def npt_role_rows(
 def ept_role_rows(
     arrays: dict,      # The group 'nested EPT'
 ) -> Iterator:
-    "Roles, permissions and reserved bits of the MMU that shadows EPT; MAXPHYADDR 46. KVM: `kvm_init_shadow_ept_mmu` (mmu/mmu.c)."
+    """Roles, permissions and reserved bits of the MMU that shadows EPT; MAXPHYADDR 46.
+
+    KVM: `kvm_init_shadow_ept_mmu` (mmu/mmu.c)."""
     keys = ('ept_cpu_role', 'ept_root_role', 'ept_fn', 'ept_permissions', 'ept_guest_rsvd', 'ept_shadow_zero')
-    for (level, ad, execonly, huge), *recorded in zip(arrays['ept_in'].tolist(), *(arrays[key].tolist() for key in keys)):
+    for (level, ad, execonly, huge), *recorded in zip(arrays['ept_in'].tolist(),
+                                                      *(arrays[key].tolist() for key in keys)):
         asked, root = shadow_ept_roles(level, bool(ad), bool(execonly))
         checks = [reset_rsvds_bits_mask_ept(rsvd_bits(46, 63), bool(execonly), most) for most in (huge, 3)]
         masks = [[mask or 0 for row in check.mask for mask in row] + [check.bad_mt_xwr] for check in checks]
         model = (asked.word, root.word, [WALKERS.index('ept')] * 2, list(permission_bitmask(None, is_ept=True)), *masks)
-        yield f"(level, A/D, execonly, largest page) = {(level, ad, execonly, huge)}", dict(zip(keys, recorded)), dict(zip(keys, model))
+        yield (f"(level, A/D, execonly, largest page) = {(level, ad, execonly, huge)}", dict(zip(keys, recorded)),
+               dict(zip(keys, model)))
 
 # %% ../../nbs/evidence/11_kernel_roots.ipynb #e54feba3
 CHILD_ROLES = Form('child_roles', 'K', {'children': {
-    'parent_role': _ROLE32, 'child_role': Column('uint32', (8, 2, 8)), 'sptep_index': Column('uint16', (8,), high=511, fixed=True)}})
+    'parent_role': _ROLE32, 'child_role': Column('uint32', (8, 2, 8)),
+    'sptep_index': Column('uint16', (8,), high=511, fixed=True)}})
 
 def unchecked_role(
     word: int,
@@ -133,7 +148,8 @@ def child_role_rows(
 _LOW, _HIGH = (32, 0, 0, 0, 32, 0, 0, 0) + (0,) * 13, (64, 2, 5, 5, 52, 1, 2, 5, 15, 5, 5, 1, 1, 1, 5, 1, 1, 1, 5, 1, 3)
 
 ROOT_STORAGE = Form('root_storage', 'R', {'roots': {
-    'table': Column('uint8', (21,), _LOW, _HIGH), 'root_role': _ROLE32, 'cpu_role': _ROLE64, 'sp_role': Column('uint32', (4,)),
+    'table': Column('uint8', (21,), _LOW, _HIGH), 'root_role': _ROLE32, 'cpu_role': _ROLE64,
+    'sp_role': Column('uint32', (4,)),
     'root_gfn': Column('uint32'), 'special_entry_low12': Column('uint16', (6,))}})
 
 class _AnyMemory(Vm):
@@ -186,16 +202,19 @@ def _root_as_recorded(vcpu):
     sp = to_shadow_page(vm, mmu.root.hpa)
     below = [to_shadow_page(vm, word) if word else None for word in mmu.pae_words]
     level, _ = walk_start(vm, mmu, 0)
-    words = [mmu.pml5_word if ask == 4 else None, mmu.pml4_word if ask >= 3 else None] + (mmu.pae_words if ask >= 2 else [None] * 4)
+    words = ([mmu.pml5_word if ask == 4 else None, mmu.pml4_word if ask >= 3 else None]
+             + (mmu.pae_words if ask >= 2 else [None] * 4))
     tests = says('patch 2'), says('reviewer'), says('6.1')
-    return {'table': (asked.base.level, role.level, role.direct, role.has_4_byte_gpte, role.passthrough, ask, *tests, level, int(ask >= 2)),
+    return {'table': (asked.base.level, role.level, role.direct, role.has_4_byte_gpte, role.passthrough, ask, *tests,
+                      level, int(ask >= 2)),
             'root_role': role.word, 'cpu_role': asked.word, 'root_gfn': sp.gfn if sp else 0,
             'sp_role': [sp.role.word, 0, 0, 0] if sp else [page.role.word if page else 0xffff_ffff for page in below],
             'special_entry_low12': [0xffff if word is None else word & 0xfff for word in words]}
 
 # %% ../../nbs/evidence/11_kernel_roots.ipynb #3e43cbc7
 PGD_SWITCHES = Form('pgd_switches', 'K', {'switches': {
-    'stream': Column('uint8', (4,), high=(3, 1, 1, 5)), 'mode': Column('uint8', (None,)), 'pgd': Column('uint64', (None,)),
+    'stream': Column('uint8', (4,), high=(3, 1, 1, 5)), 'mode': Column('uint8', (None,)),
+    'pgd': Column('uint64', (None,)),
     'roles': Column('uint32', (None, 2)), 'result': Column('int8', (3, None, 8))}})
 
 SWITCH_TESTS = ('6.1', 'patch 2', 'reviewer')   # In the order of `result`
@@ -204,7 +223,8 @@ def switch_rows(
     arrays: dict,      # The group 'switches'
 ) -> Iterator:
     "Every step of every run, for each of three tests, up to a null dereference. KVM: `fast_pgd_switch` (mmu/mmu.c)."
-    for n, (stream, pgds, roles, result) in enumerate(zip(*(arrays[name].tolist() for name in ('stream', 'pgd', 'roles', 'result')))):
+    for n, (stream, pgds, roles,
+            result) in enumerate(zip(*(arrays[name].tolist() for name in ('stream', 'pgd', 'roles', 'result')))):
         for name, recorded in zip(SWITCH_TESTS, result):
             for step, (row, model) in enumerate(zip(recorded, play_switches(stream, pgds, roles, name))):
                 if row[1]: row = [None, 1]
@@ -237,7 +257,8 @@ def play_switches(
             return
         vcpu.cr3 = vcpu.nested_pgd = pgd
         if not hit:
-            mmu.pae_words = [0] * 4   # The recorder simulated allocation: entries that a parked root left behind did not stop it
+            # The recorder simulated allocation: entries that a parked root left behind did not stop it
+            mmu.pae_words = [0] * 4
             load(vcpu)
             sp = to_shadow_page(vcpu.vm, mmu.root.hpa)
             if sp: numbers.setdefault((sp.role.word, mmu.root.pgd), len(numbers))

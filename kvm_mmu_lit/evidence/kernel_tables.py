@@ -22,15 +22,18 @@ from itertools import product
 from .vector_files import Column, Form
 from ..guest.addresses import EPT4, EPT5
 from ..guest.gpte import ACC_ALL, Acc, gpte_access, is_last_gpte, is_present_gpte, protect_clean_gpte
-from ..guest.permissions import FETCH, IMPLICIT, USER, WRITE, Pferr, permission_bitmask, permission_fault, pkey_refuses, pkru_mask, refresh_cr0_wp, refusals
+from ..guest.permissions import (FETCH, IMPLICIT, USER, WRITE, Pferr, permission_bitmask, permission_fault,
+                                           pkey_refuses, pkru_mask, refresh_cr0_wp, refusals)
 from ..guest.registers import Cr0, Cr4, Efer, Registers, Rflags
-from ..guest.reserved import (RsvdBits, can_use_gbpages, guest_rsvd_check, is_rsvd_bits_set, reset_rsvds_bits_mask, reset_rsvds_bits_mask_ept, rsvd_bits,
+from ..guest.reserved import (RsvdBits, can_use_gbpages, guest_rsvd_check, is_rsvd_bits_set,
+                                        reset_rsvds_bits_mask, reset_rsvds_bits_mask_ept, rsvd_bits,
                                         shadow_zero_check, tdp_shadow_zero_check)
 from ..mmu.make_spte import make_mmio_spte, mmio_access, mmio_gen, mmio_gfn
 from ..mmu.spte import GEN_BITS, SpteMasks, base_masks, ept_masks
 
 # %% ../../nbs/evidence/08_kernel_tables.ipynb #16c8e822
-_ROLE_BITS = dict(has_4_byte_gpte=4, direct=7, invalid=11, efer_nx=12, cr0_wp=13, smep_andnot_wp=14, smap_andnot_wp=15, ad_disabled=16, guest_mode=17,
+_ROLE_BITS = dict(has_4_byte_gpte=4, direct=7, invalid=11, efer_nx=12, cr0_wp=13, smep_andnot_wp=14, smap_andnot_wp=15,
+                  ad_disabled=16, guest_mode=17,
                   valid=32, execonly=33, cr4_pse=34, cr4_pke=35, cr4_smap=36, cr4_smep=37, cr4_la57=38, efer_lma=39)
 
 def role_bit(
@@ -49,14 +52,21 @@ def registers_of_role(
     word: int,         # A `cpu_role` of x86 tables, not of EPT
     **more,            # What a role does not say: maxphyaddr, vendor, pkru, ...
 ) -> Registers:
-    "Registers that have this role: `kvm_calc_cpu_role` (mmu/mmu.c) backwards. A word no registers have is a ValueError."
+    """Registers that have this role: `kvm_calc_cpu_role` (mmu/mmu.c) backwards.
+
+    A word no registers have is a ValueError."""
     def bit(name): return role_bit(word, name)
     paging, wp = role_level(word) > 0, bit('cr0_wp')
-    fits = {0: 0, 2: 1, 3: 0, 4: 0, 5: 0}.get(role_level(word)) == bit('has_4_byte_gpte') and bit('efer_lma') == (role_level(word) > 3) \
-        and bit('cr4_la57') == (role_level(word) == 5) and bit('smep_andnot_wp') == bit('cr4_smep') & ~wp & 1 and bit('smap_andnot_wp') == bit('cr4_smap') & ~wp & 1
-    if not fits or not bit('valid') or bit('invalid'): raise ValueError(f"role {word:#x}: level, entry size, LMA, LA57 and the two andnot_wp bits contradict each other, or the role is not valid")
+    level = role_level(word)
+    fits = (level in (0, 2, 3, 4, 5) and bit('has_4_byte_gpte') == (level == 2) and bit('efer_lma') == (level > 3)
+            and bit('cr4_la57') == (level == 5) and bit('smep_andnot_wp') == bit('cr4_smep') & ~wp & 1
+            and bit('smap_andnot_wp') == bit('cr4_smap') & ~wp & 1)
+    if not fits or not bit('valid') or bit('invalid'):
+        raise ValueError(f"role {word:#x}: level, entry size, LMA, LA57 and the two andnot_wp bits contradict each "
+                         f"other, or the role is not valid")
     cr0 = (Cr0.PE | Cr0.PG if paging else 0) | (Cr0.WP if wp else 0)
-    cr4 = sum(int(flag) for name, flag in _CR4_OF_ROLE.items() if bit(name)) | (0 if bit('has_4_byte_gpte') else int(Cr4.PAE))
+    cr4 = (sum(int(flag) for name, flag in _CR4_OF_ROLE.items() if bit(name))
+           | (0 if bit('has_4_byte_gpte') else int(Cr4.PAE)))
     efer = (Efer.LME | Efer.LMA if bit('efer_lma') else 0) | (Efer.NX if bit('efer_nx') else 0)
     return Registers(cr0=int(cr0), cr4=cr4, efer=int(efer), **more)
 
@@ -69,7 +79,8 @@ _BIT, _ACC, _ROLE = Column('uint8', high=1), Column('uint8', high=7), Column('ui
 PERMISSIONS = Form('permissions', 'K', {
     'roles': {'cpu_role': _ROLE, 'is_ept': _BIT, 'permissions': Column('uint8', (16,)), 'pkru_mask': Column('uint32'),
               'errcode': Column('uint8', (8, 4, 4, 32, 2)), 'pkeys': Column('uint8', (4,), high=15, fixed=True),
-              'pkru': Column('uint32', (4, 4), fixed=True), 'access': Column('uint64', (32,), high=_ACCESS, fixed=True)},
+              'pkru': Column('uint32', (4, 4), fixed=True),
+              'access': Column('uint64', (32,), high=_ACCESS, fixed=True)},
     'wp_refresh': {'wp_refresh': Column('uint64', (8,), 0, (_ROLE.high, 1, 1, 1, 7, _ACCESS, None, None))}})
 
 # %% ../../nbs/evidence/08_kernel_tables.ipynb #04936296
@@ -85,10 +96,12 @@ def permission_rows(
     arrays: dict,    # The group 'roles'
 ) -> Iterator:       # Of (label, recorded, model)
     "The bytes and the key mask KVM caches. KVM: `update_permission_bitmask`, `update_pkru_bitmask` (mmu/mmu.c)."
-    for word, is_ept, permissions, mask in zip(*(arrays[key].tolist() for key in ('cpu_role', 'is_ept', 'permissions', 'pkru_mask'))):
+    for word, is_ept, permissions, mask in zip(*(arrays[key].tolist()
+                                                 for key in ('cpu_role', 'is_ept', 'permissions', 'pkru_mask'))):
         regs = role_registers(word, is_ept)
         yield (f"role {word:#x}", {'permissions': bytes(permissions).hex(), 'pkru_mask': mask},
-               {'permissions': permission_bitmask(regs, bool(is_ept)).hex(), 'pkru_mask': pkru_mask(regs, bool(is_ept))})
+               {'permissions': permission_bitmask(regs, bool(is_ept)).hex(),
+                'pkru_mask': pkru_mask(regs, bool(is_ept))})
 
 def pkru_rows(arrays: dict) -> Iterator:
     "The index array: PKRU number [i, j] must hold j (AD | WD << 1) for the i-th key."
@@ -102,8 +115,10 @@ def errcode_rows(arrays: dict) -> Iterator:
     for word, is_ept, cube in zip(arrays['cpu_role'].tolist(), arrays['is_ept'].tolist(), arrays['errcode']):
         def name(*place):
             rights, key, bits, access, ac = place
-            return lambda: f"role {word:#x}, rights {rights}, key {keys[key]}, PKRU {pkrus[key][bits]:#x}, access {accesses[access]:#x}, AC={ac}"
-        for place, recorded, model in zip(product(range(8), range(4), range(4), range(32), range(2)), cube.ravel().tolist(), role_cube(word, is_ept, keys, pkrus, accesses)):
+            return lambda: (f"role {word:#x}, rights {rights}, key {keys[key]}, PKRU {pkrus[key][bits]:#x}, "
+                            f"access {accesses[access]:#x}, AC={ac}")
+        for place, recorded, model in zip(product(range(8), range(4), range(4), range(32), range(2)),
+                                          cube.ravel().tolist(), role_cube(word, is_ept, keys, pkrus, accesses)):
             yield name(*place), recorded, model
 
 def role_cube(
@@ -115,7 +130,8 @@ def role_cube(
 ) -> Iterator:         # In the order rights, key, PKRU, access, AC
     "`permission_fault` of one role for all combinations."
     asked = [role_registers(word, is_ept, rflags=ac * int(Rflags.AC)) for ac in (0, 1)]
-    plain = {(rights, access, ac): int(bool(refusals(asked[ac], rights, access, bool(is_ept)))) for rights in range(8) for access in accesses for ac in (0, 1)}
+    plain = {(rights, access, ac): int(bool(refusals(asked[ac], rights, access, bool(is_ept)))) for rights in range(8)
+             for access in accesses for ac in (0, 1)}
     for rights, (key, values) in product(range(8), zip(keys, pkrus)):
         for pkru in values:
             regs = role_registers(word, is_ept, pkru=pkru)
@@ -129,21 +145,27 @@ def wp_refresh_rows(arrays: dict) -> Iterator:
     for i, (word, wp, tdp, guest_mmu, rights, access, errcode, after) in enumerate(arrays['wp_refresh'].tolist()):
         regs = refresh_cr0_wp(registers_of_role(word), bool(wp), bool(tdp), bool(guest_mmu))
         bit = 1 << _ROLE_BITS['cr0_wp']
-        yield (f"row {i}: role {word:#x}, CR0.WP={wp}, tdp={tdp}, guest_mmu={guest_mmu}, rights {rights}, access {access:#x}", {'errcode': errcode, 'role': after},
-               {'errcode': int(permission_fault(regs, Acc(rights), access)), 'role': word & ~bit | (bit if regs.cr0 & Cr0.WP else 0)})
+        yield (f"row {i}: role {word:#x}, CR0.WP={wp}, tdp={tdp}, guest_mmu={guest_mmu}, rights {rights}, access "
+               f"{access:#x}", {'errcode': errcode, 'role': after},
+               {'errcode': int(permission_fault(regs, Acc(rights), access)),
+                'role': word & ~bit | (bit if regs.cr0 & Cr0.WP else 0)})
 
 # %% ../../nbs/evidence/08_kernel_tables.ipynb #fadf9382
 _MASKS = Column('uint64', (2, 5))
-_RSVD, _EPT = Column('uint8', (6,), (2, 0, 0, 0, 0, 32), (5, 1, 1, 1, 1, 52)), Column('uint8', (3,), (0, 1, 32), (1, 3, 52))
+_RSVD, _EPT = Column('uint8', (6,), (2, 0, 0, 0, 0, 32),
+                     (5, 1, 1, 1, 1, 52)), Column('uint8', (3,), (0, 1, 32), (1, 3, 52))
 _LEVEL, _WORD = Column('uint8', low=1, high=5), Column('uint64')
 
 RESERVED = Form('reserved', 'K', {
     'x86': {'rsvd_in': _RSVD, 'rsvd_mask': _MASKS, 'rsvd_written': Column('uint8', (2, 5))},
     'ept': {'ept_in': _EPT, 'ept_mask': _MASKS, 'ept_bad_mt_xwr': _WORD},
-    'guest': {'guest_in': Column('uint64', (6,), (0, 32, 0, 0, 0, 0), (_ROLE.high, 52, 1, 1, 1, 1)), 'guest_mask': _MASKS},
+    'guest': {'guest_in': Column('uint64', (6,), (0, 32, 0, 0, 0, 0), (_ROLE.high, 52, 1, 1, 1, 1)),
+              'guest_mask': _MASKS},
     'entries': {'sample_in': _RSVD, 'sample_gpte': _WORD, 'sample_level': _LEVEL, 'sample_is_rsvd': Column('uint8')},
-    'ept entries': {'ept_sample_in': _EPT, 'ept_sample_gpte': _WORD, 'ept_sample_level': _LEVEL, 'ept_sample_is_rsvd': Column('uint8')},
-    'zero': {'zero_in': Column('uint64', (8,), (0, 0, 32) + (0,) * 5, (1, 1, 52, (1 << 32) - 1, 1, 1, None, None)), 'zero_mask': _MASKS, 'zero_bad_mt_xwr': _WORD}})
+    'ept entries': {'ept_sample_in': _EPT, 'ept_sample_gpte': _WORD, 'ept_sample_level': _LEVEL,
+                    'ept_sample_is_rsvd': Column('uint8')},
+    'zero': {'zero_in': Column('uint64', (8,), (0, 0, 32) + (0,) * 5, (1, 1, 52, (1 << 32) - 1, 1, 1, None, None)),
+             'zero_mask': _MASKS, 'zero_bad_mt_xwr': _WORD}})
 
 # %% ../../nbs/evidence/08_kernel_tables.ipynb #fa5e40bd
 def mask_rows(check: RsvdBits) -> tuple:
@@ -166,20 +188,25 @@ def x86_mask_rows(arrays: dict) -> Iterator:
     for key, masks, stored in zip(*(arrays[name].tolist() for name in ('rsvd_in', 'rsvd_mask', 'rsvd_written'))):
         check = x86_check(*key)
         written = tuple(tuple(int(mask is not None) for mask in row) for row in check.mask)
-        yield f"(level, nx, gbpages, pse, amd, maxphyaddr) = {key}", {'masks': _tuples(masks), 'written': _tuples(stored)}, {'masks': mask_rows(check), 'written': written}
+        yield (f"(level, nx, gbpages, pse, amd, maxphyaddr) = {key}",
+               {'masks': _tuples(masks), 'written': _tuples(stored)}, {'masks': mask_rows(check), 'written': written})
 
 def ept_mask_rows(arrays: dict) -> Iterator:
     "Masks and forbidden low bits. KVM: `__reset_rsvds_bits_mask_ept` (mmu/mmu.c)."
     for key, masks, bad in zip(*(arrays[name].tolist() for name in ('ept_in', 'ept_mask', 'ept_bad_mt_xwr'))):
         check = ept_check(*key)
-        yield f"(execonly, huge_page_level, maxphyaddr) = {key}", {'masks': _tuples(masks), 'bad_mt_xwr': bad}, {'masks': mask_rows(check), 'bad_mt_xwr': check.bad_mt_xwr}
+        yield (f"(execonly, huge_page_level, maxphyaddr) = {key}", {'masks': _tuples(masks), 'bad_mt_xwr': bad},
+               {'masks': mask_rows(check), 'bad_mt_xwr': check.bad_mt_xwr})
 
 def guest_mask_rows(arrays: dict) -> Iterator:
     "Masks of a guest. KVM: `reset_guest_rsvds_bits_mask`, `guest_can_use_gbpages` (mmu/mmu.c)."
     for key, masks in zip(arrays['guest_in'].tolist(), arrays['guest_mask'].tolist()):
         word, maxphyaddr, tdp, host_1g, guest_1g, amd = key
-        regs = registers_of_role(word, maxphyaddr=maxphyaddr, gbpages=can_use_gbpages(bool(tdp), bool(host_1g), bool(guest_1g)), vendor='amd' if amd else 'intel')
-        yield f"(cpu_role, maxphyaddr, tdp, host 1G, guest 1G, amd) = {key}", _tuples(masks), mask_rows(guest_rsvd_check(regs))
+        regs = registers_of_role(word, maxphyaddr=maxphyaddr,
+                                 gbpages=can_use_gbpages(bool(tdp), bool(host_1g), bool(guest_1g)),
+                                 vendor='amd' if amd else 'intel')
+        yield (f"(cpu_role, maxphyaddr, tdp, host 1G, guest 1G, amd) = {key}", _tuples(masks),
+               mask_rows(guest_rsvd_check(regs)))
 
 # %% ../../nbs/evidence/08_kernel_tables.ipynb #26b46448
 def entry_rows(
@@ -189,10 +216,12 @@ def entry_rows(
 ) -> Iterator:
     "Is this entry refused at this level? KVM: `is_rsvd_bits_set` (mmu/paging_tmpl.h)."
     checks = {}
-    for key, gpte, level, refused in zip(*(arrays[f'{prefix}_{name}'].tolist() for name in ('in', 'gpte', 'level', 'is_rsvd'))):
+    for key, gpte, level, refused in zip(*(arrays[f'{prefix}_{name}'].tolist()
+                                           for name in ('in', 'gpte', 'level', 'is_rsvd'))):
         key = tuple(key)
         if key not in checks: checks[key] = make_check(*key)
-        yield (lambda key=key, gpte=gpte, level=level: f"{key}, entry {gpte:#x} at level {level}"), refused, int(is_rsvd_bits_set(checks[key], gpte, level))
+        yield ((lambda key=key, gpte=gpte, level=level: f"{key}, entry {gpte:#x} at level {level}"), refused,
+               int(is_rsvd_bits_set(checks[key], gpte, level)))
 
 def x86_entry_rows(arrays: dict) -> Iterator:
     "Entries of x86 tables."
@@ -208,15 +237,20 @@ def zero_rows(arrays: dict) -> Iterator:
     for key, masks, bad in zip(*(arrays[name].tolist() for name in ('zero_in', 'zero_mask', 'zero_bad_mt_xwr'))):
         tdp, intel, host_bits, root_role, host_1g, guest_1g, me_value, me_mask = key
         level = role_level(root_role)
-        if tdp and role_bit(root_role, 'direct'): check = tdp_shadow_zero_check(level, host_bits, bool(host_1g), bool(intel), 3 if host_1g else 2, me_mask)
-        else: check = shadow_zero_check(level, bool(role_bit(root_role, 'efer_nx')), host_bits, bool(host_1g if tdp else guest_1g), me_value, me_mask)
-        yield f"(tdp, intel, host bits, root_role, host 1G, guest 1G, me_value, me_mask) = {key}", {'masks': _tuples(masks), 'bad_mt_xwr': bad}, \
-            {'masks': mask_rows(check), 'bad_mt_xwr': check.bad_mt_xwr}
+        if tdp and role_bit(root_role, 'direct'):
+            check = tdp_shadow_zero_check(level, host_bits, bool(host_1g), bool(intel), 3 if host_1g else 2, me_mask)
+        else:
+            check = shadow_zero_check(level, bool(role_bit(root_role, 'efer_nx')), host_bits,
+                                      bool(host_1g if tdp else guest_1g), me_value, me_mask)
+        yield (f"(tdp, intel, host bits, root_role, host 1G, guest 1G, me_value, me_mask) = {key}",
+               {'masks': _tuples(masks), 'bad_mt_xwr': bad},
+               {'masks': mask_rows(check), 'bad_mt_xwr': check.bad_mt_xwr})
 
 # %% ../../nbs/evidence/08_kernel_tables.ipynb #bb018da2
 SPTES = Form('sptes', 'K', {
     'gpte': {'gpte': Column('uint64', (8,), (18, 0, 1) + (0,) * 5, (64, _ROLE.high, 5) + (None,) * 5)},
-    'spte': {'mask_in': Column('uint8', (None, 6), (0, 0, 0, 32, 32, 0), (1, 1, 1, 52, 52, 1), fixed=True), 'mask_val': Column('uint64', (None, 19), fixed=True),
+    'spte': {'mask_in': Column('uint8', (None, 6), (0, 0, 0, 32, 32, 0), (1, 1, 1, 52, 52, 1), fixed=True),
+             'mask_val': Column('uint64', (None, 19), fixed=True),
              'mmio': Column('uint64', (6,), 0, (None, None, (1 << 40) - 1, 7, None, None))}})
 TABLE_FORMS = (PERMISSIONS, RESERVED, SPTES)
 
@@ -227,7 +261,9 @@ def gpte_kind(
     "What the walker needs to know to read an entry."
     if kind == 18: return EPT5 if role_level(word) == 5 else EPT4, True, not role_bit(word, 'ad_disabled')
     regs = registers_of_role(word)
-    if kind not in (32, 64) or regs.fmt.entry_size * 8 != kind: raise ValueError(f"type {kind} with role {word:#x}: must be 18 (EPT), or 32 or 64, the bits of the role's entries")
+    if kind not in (32, 64) or regs.fmt.entry_size * 8 != kind:
+        raise ValueError(f"type {kind} with role {word:#x}: must be 18 (EPT), or 32 or 64, the bits of the role's "
+                         f"entries")
     return regs.fmt, bool(regs.cr4 & Cr4.PSE), True
 
 def gpte_rows(arrays: dict) -> Iterator:
@@ -236,14 +272,18 @@ def gpte_rows(arrays: dict) -> Iterator:
     for kind, word, level, gpte, *recorded in arrays['gpte'].tolist():
         if (kind, word) not in kinds: kinds[kind, word] = gpte_kind(kind, word)
         fmt, pse, have_ad = kinds[kind, word]
-        model = [is_present_gpte(gpte, fmt), gpte_access(gpte, fmt), is_last_gpte(gpte, level, fmt, pse), protect_clean_gpte(ACC_ALL, gpte, fmt, have_ad)]
-        yield (lambda fmt=fmt, gpte=gpte, level=level: f"{fmt.name}, entry {gpte:#x} at level {level}"), dict(zip(_GPTE_ANSWERS, recorded)), dict(zip(_GPTE_ANSWERS, map(int, model)))
+        model = [is_present_gpte(gpte, fmt), gpte_access(gpte, fmt), is_last_gpte(gpte, level, fmt, pse),
+                 protect_clean_gpte(ACC_ALL, gpte, fmt, have_ad)]
+        yield ((lambda fmt=fmt, gpte=gpte, level=level: f"{fmt.name}, entry {gpte:#x} at level {level}"),
+               dict(zip(_GPTE_ANSWERS, recorded)), dict(zip(_GPTE_ANSWERS, map(int, model))))
 
 _GPTE_ANSWERS = ('is_present', 'access', 'is_last', 'protect_clean')
 
 # %% ../../nbs/evidence/08_kernel_tables.ipynb #2fa17db2
-MASK_NAMES = ('host_writable', 'mmu_writable', 'nx', 'x', 'user', 'accessed', 'dirty', 'mmio_value', 'mmio_mask', 'mmio_access_mask', 'present', 'memtype',
-              'me_value', 'me_mask', 'acc_track', 'nonpresent_or_rsvd', 'nonpresent_or_rsvd_lower_gfn', 'phys_bits', 'enable_mmio_caching')
+MASK_NAMES = ('host_writable', 'mmu_writable', 'nx', 'x', 'user', 'accessed', 'dirty', 'mmio_value', 'mmio_mask',
+              'mmio_access_mask', 'present', 'memtype',
+              'me_value', 'me_mask', 'acc_track', 'nonpresent_or_rsvd', 'nonpresent_or_rsvd_lower_gfn', 'phys_bits',
+              'enable_mmio_caching')
 _OUR_NAMES = {'mmio_access_mask': 'mmio_access', 'nonpresent_or_rsvd_lower_gfn': 'lower_gfn'}
 
 def masks_of_machine(ept, has_ad, execonly, phys_bits, cache_bits, l1tf) -> SpteMasks:
@@ -262,15 +302,21 @@ def spte_mask_rows(arrays: dict) -> Iterator:
     for asked, recorded, masks in zip(arrays['mask_in'].tolist(), arrays['mask_val'].tolist(), machines(arrays)):
         model = {name: getattr(masks, _OUR_NAMES.get(name, name)) for name in MASK_NAMES[:-1]}
         model['enable_mmio_caching'] = int(bool(masks.mmio_value))
-        yield f"(ept, A/D, execonly, phys bits, cache bits, L1TF) = {tuple(asked)}", dict(zip(MASK_NAMES, recorded)), model
+        yield (f"(ept, A/D, execonly, phys bits, cache bits, L1TF) = {tuple(asked)}", dict(zip(MASK_NAMES, recorded)),
+               model)
 
 def mmio_rows(arrays: dict) -> Iterator:
-    "MMIO entries, and what is read back from them. KVM: `make_mmio_spte` (mmu/spte.c), `get_mmio_spte_generation` (mmu/spte.h), `get_mmio_spte_gfn` (mmu/mmu.c)."
+    """MMIO entries, and what is read back from them.
+
+    KVM: `make_mmio_spte` (mmu/spte.c), `get_mmio_spte_generation` (mmu/spte.h), `get_mmio_spte_gfn` (mmu/mmu.c)."""
     all_masks = machines(arrays)
     for machine, gen, gfn, access, spte, read_back in arrays['mmio'].tolist():
         if machine >= len(all_masks): raise ValueError(f"machine {machine}: mask_in has rows 0..{len(all_masks) - 1}")
         masks = all_masks[machine]
         made = make_mmio_spte(masks, gen, gfn, access)
-        yield (lambda machine=machine, gen=gen, gfn=gfn, access=access: f"machine {machine}, generation {gen:#x}, frame {gfn:#x}, access {access}"), \
-            {'spte': spte, 'generation': read_back, 'cut': gen & (1 << GEN_BITS) - 1, 'gfn': gfn, 'access': access & masks.mmio_access}, \
-            {'spte': made, 'generation': mmio_gen(spte), 'cut': mmio_gen(made), 'gfn': mmio_gfn(masks, spte), 'access': mmio_access(masks, spte)}
+        yield ((lambda machine=machine, gen=gen, gfn=gfn, access=access:
+                f"machine {machine}, generation {gen:#x}, frame {gfn:#x}, access {access}"),
+               {'spte': spte, 'generation': read_back, 'cut': gen & (1 << GEN_BITS) - 1, 'gfn': gfn,
+                'access': access & masks.mmio_access},
+               {'spte': made, 'generation': mmio_gen(spte), 'cut': mmio_gen(made), 'gfn': mmio_gfn(masks, spte),
+                'access': mmio_access(masks, spte)})

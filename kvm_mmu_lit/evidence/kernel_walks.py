@@ -18,7 +18,8 @@ from dataclasses import replace
 from .kernel_tables import registers_of_role, role_bit, role_level
 from .vector_files import Column, Form
 from ..guest.accessed_dirty import write_back
-from ..guest.addresses import EPT4, EPT5, LONG4, LONG5, PAE, PAGE_SHIFT, PAGE_SIZE, PTE32, GpteFormat, canonical, pt_index
+from ..guest.addresses import (EPT4, EPT5, LONG4, LONG5, PAE, PAGE_SHIFT, PAGE_SIZE, PTE32, GpteFormat,
+                                         canonical, pt_index)
 from ..guest.gpte import accessed_mask, dirty_mask
 from ..guest.memory import GuestMemory, ram
 from ..guest.permissions import FETCH, IMPLICIT, USER, WRITE, Pferr
@@ -43,7 +44,8 @@ class Tables:
 
     def __init__(self, memory: GuestMemory, fmt: GpteFormat, addr: int):
         self.memory, self.fmt, self.addr = memory, fmt, addr
-        words, levels = memory.words(fmt.entry_size), range(1, fmt.root_level + (fmt is not PAE))   # the root of PAE is in registers
+        # the root of PAE is in registers
+        words, levels = memory.words(fmt.entry_size), range(1, fmt.root_level + (fmt is not PAE))
         self.slots = [(level, words[FRAMES + level], pt_index(addr, level, fmt)) for level in levels]
 
     def fill(self, entries: list):
@@ -78,42 +80,53 @@ WALK_ANSWERS = ('ok', 'errcode', 'level', 'pte_access', 'pt_access', 'gfn', 'exi
 WALK_FORMATS = {32: PTE32, 3: PAE, 4: LONG4, 5: LONG5, 18: EPT4, 19: EPT5}
 
 WALKS = Form('walks', 'K', {'walks': {
-    'ty': Column('uint8', low=3, high=32), 'cpu_role': Column('uint64', high=(1 << 40) - 1), 'maxphy': Column('uint8', low=32, high=52), 'gbpages': _BIT, 'amd': _BIT, 'execonly': _BIT,
-    'hpl': Column('uint8', low=1, high=3), 'pkru': Column('uint32'), 'ac': _BIT, 'access': Column('uint64', high=int(WRITE | USER | FETCH | IMPLICIT)),
-    'addr': Column('uint64'), 'entries': Column('uint64', (5,)), **{key: Column('uint8') for key in ('ok', 'level', 'pte_access', 'pt_access', 'a_after', 'd_after')},
+    'ty': Column('uint8', low=3, high=32), 'cpu_role': Column('uint64', high=(1 << 40) - 1),
+    'maxphy': Column('uint8', low=32, high=52), 'gbpages': _BIT, 'amd': _BIT, 'execonly': _BIT,
+    'hpl': Column('uint8', low=1, high=3), 'pkru': Column('uint32'), 'ac': _BIT,
+    'access': Column('uint64', high=int(WRITE | USER | FETCH | IMPLICIT)),
+    'addr': Column('uint64'), 'entries': Column('uint64', (5,)),
+    **{key: Column('uint8') for key in ('ok', 'level', 'pte_access', 'pt_access', 'a_after', 'd_after')},
     'errcode': Column('uint16'), 'exit_qual': Column('uint16'), 'gfn': Column('uint64')}})
 
 # %% ../../nbs/evidence/09_kernel_walks.ipynb #11c5acf3
 def walk_registers(row: dict, tables: Tables) -> Registers:
     "The registers of a row of `walks`."
     fmt, word = tables.fmt, row['cpu_role']
-    more = dict(maxphyaddr=row['maxphy'], gbpages=bool(row['gbpages']), vendor='amd' if row['amd'] else 'intel', pkru=row['pkru'], rflags=row['ac'] * int(Rflags.AC),
+    more = dict(maxphyaddr=row['maxphy'], gbpages=bool(row['gbpages']), vendor='amd' if row['amd'] else 'intel',
+                pkru=row['pkru'], rflags=row['ac'] * int(Rflags.AC),
                 ept_execonly=bool(row['execonly']), ept_huge_level=row['hpl'])
     if fmt.is_ept: regs = ept_registers(fmt, not role_bit(word, 'ad_disabled'), **more)
     else: regs = with_root(registers_of_role(word, **more), tables, row['entries'][2])
-    if role_level(word) != fmt.root_level or not fmt.is_ept and regs.fmt is not fmt: raise ValueError(f"role {word:#x} in a walk of {fmt.name} tables")
+    if role_level(word) != fmt.root_level or not fmt.is_ept and regs.fmt is not fmt:
+        raise ValueError(f"role {word:#x} in a walk of {fmt.name} tables")
     return regs
 
 def walk_tables(row: dict, memory: GuestMemory) -> Tables:
     "The tables of a row of `walks`. The recorder kept addresses without their sign extension: they are made canonical."
     fmt = WALK_FORMATS.get(row['ty'])
     if fmt is None: raise ValueError(f"ty {row['ty']}: must be one of {', '.join(map(str, WALK_FORMATS))}")
-    if row['addr'] >> fmt.address_bits: raise ValueError(f"address {row['addr']:#x} has more than the {fmt.address_bits} bits {fmt.name} translates")
+    if row['addr'] >> fmt.address_bits:
+        raise ValueError(f"address {row['addr']:#x} has more than the {fmt.address_bits} bits {fmt.name} translates")
     if any(entry >> 8 * fmt.entry_size for entry in row['entries']) or any(row['entries'][fmt.root_level:]):
-        raise ValueError(f"entries {[hex(entry) for entry in row['entries']]}: {fmt.name} has {fmt.root_level} of {fmt.entry_size} bytes")
+        raise ValueError(f"entries {[hex(entry) for entry in row['entries']]}: {fmt.name} has {fmt.root_level} of "
+                         f"{fmt.entry_size} bytes")
     tables = Tables(memory, fmt, canonical(row['addr'], fmt))
     tables.fill(row['entries'])
     return tables
 
 # %% ../../nbs/evidence/09_kernel_walks.ipynb #5046b4b8
 def walk_answers(verdict, tables: Tables, pdpte: int) -> dict:
-    "Everything the kernel's walker was asked: rights and frame are 0 unless the walk arrived, A and D are read from the tables after the write-back."
+    """Everything the kernel's walker was asked: rights and frame are 0 unless the walk arrived, A and D are read from
+    the tables after the write-back."""
     ok, fmt = isinstance(verdict, GuestWalk), tables.fmt
     after = {**({3: pdpte} if fmt is PAE else {}), **tables.entries()}
     def marks(mask): return sum(1 << level - 1 for level, entry in after.items() if entry & mask)
-    arrived = dict(pte_access=int(verdict.rights), pt_access=int(verdict.pt_access), gfn=verdict.gfn) if ok else dict(pte_access=0, pt_access=0, gfn=0)
-    refused = dict(errcode=0, exit_qual=0) if ok else dict(errcode=int(verdict.error_code), exit_qual=verdict.exit_qualification)
-    return dict(ok=int(ok), level=verdict.level, **arrived, **refused, a_after=marks(accessed_mask(fmt)), d_after=marks(dirty_mask(fmt)))
+    arrived = (dict(pte_access=int(verdict.rights), pt_access=int(verdict.pt_access), gfn=verdict.gfn) if ok
+               else dict(pte_access=0, pt_access=0, gfn=0))
+    refused = dict(errcode=0, exit_qual=0) if ok else dict(errcode=int(verdict.error_code),
+                                                           exit_qual=verdict.exit_qualification)
+    return dict(ok=int(ok), level=verdict.level, **arrived, **refused, a_after=marks(accessed_mask(fmt)),
+                d_after=marks(dirty_mask(fmt)))
 
 def walk_rows(arrays: dict) -> Iterator:
     "Every recorded walk. KVM: `walk_addr_generic`, `update_accessed_dirty_bits` (mmu/paging_tmpl.h)."
@@ -125,4 +138,6 @@ def walk_rows(arrays: dict) -> Iterator:
         if isinstance(verdict, GuestWalk): write_back(memory, verdict)
         model = walk_answers(verdict, tables, row['entries'][2])
         tables.fill([0] * 5)
-        yield (lambda i=i, row=row, fmt=tables.fmt: f"row {i} ({fmt.name}, {row['addr']:#x}, access {row['access']:#x})"), {key: row[key] for key in WALK_ANSWERS}, model
+        yield ((lambda i=i, row=row, fmt=tables.fmt:
+                f"row {i} ({fmt.name}, {row['addr']:#x}, access {row['access']:#x})"),
+               {key: row[key] for key in WALK_ANSWERS}, model)

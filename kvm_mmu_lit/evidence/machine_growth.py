@@ -153,8 +153,10 @@ def grown_alone(
 ) -> Grown:            # Medians
     "The same, each round in a process of its own."
     code = f'from kvm_mmu_lit.evidence.machine_growth import answer; answer({kind!r}, {pages})'
-    told = [json.loads(subprocess.run([sys.executable, '-c', code], stdout=subprocess.PIPE, check=True).stdout) for _ in range(rounds)]
-    return Grown(**{name: told[0][name] if name == 'kind' else statistics.median(one[name] for one in told) for name in told[0]})
+    told = [json.loads(subprocess.run([sys.executable, '-c', code], stdout=subprocess.PIPE, check=True).stdout)
+            for _ in range(rounds)]
+    return Grown(**{name: told[0][name] if name == 'kind' else statistics.median(one[name] for one in told)
+                    for name in told[0]})
 
 def answer(kind: str, pages: int):
     "The other end of `grown_alone`."
@@ -176,7 +178,8 @@ def root_prices(kind: str, sizes: tuple = (1, 2, 4, 8, 16, 32, 64)) -> list:
     for roots in sizes:
         machine, laps = many_roots(kind, roots), 4096 // roots
         go_round(machine, roots, 2)
-        found.append((roots, statistics.median(1e6 * seconds(lambda: go_round(machine, roots, laps)) / (roots * laps) for _ in range(3))))
+        found.append((roots, statistics.median(1e6 * seconds(lambda: go_round(machine, roots, laps)) / (roots * laps)
+                                               for _ in range(3))))
     return found
 
 def vcpu_prices(kind: str, sizes: tuple = (1, 2, 4, 8, 16)) -> list:
@@ -185,20 +188,23 @@ def vcpu_prices(kind: str, sizes: tuple = (1, 2, 4, 8, 16)) -> list:
     for vcpus in sizes:
         machine = mapped_guest(kind, 16, vcpus)
         for n in range(vcpus): read_pages(machine, range(16), n)
-        found.append((vcpus, statistics.median(1e6 * seconds(lambda: [flush_all(machine, i % 16) for i in range(128)]) / 128 for _ in range(3))))
+        found.append((vcpus, statistics.median(1e6 * seconds(lambda: [flush_all(machine, i % 16) for i in range(128)])
+                                               / 128 for _ in range(3))))
     return found
 
 # %% ../../nbs/evidence/33_machine_growth.ipynb #3467158e
 RECORD = Path('nbs/evidence/machine_growth.json')
 GROWN = ('shadow', 'EPT')      # One guest for each of KVM's two MMUs
-PRICES = {'fault': 'a fault', 'walk': 'a walk', 'take': 'take a frame', 'again': 'use it again', 'log': 'log a page', 'zap': 'zap a page'}
+PRICES = {'fault': 'a fault', 'walk': 'a walk', 'take': 'take a frame', 'again': 'use it again', 'log': 'log a page',
+          'zap': 'zap a page'}
 
 def growth_table(
     grown: list,       # Of `Grown`
     caption: str = '',
 ) -> Table:
     "Prices in microseconds, by size, and the power of the size each grows with."
-    rows = [(g.kind, f"{g.pages:,}", f"{g.tables:,}", *(f"{getattr(g, name):.1f}" for name in PRICES), f"{g.mib:,.0f}") for g in grown]
+    rows = [(g.kind, f"{g.pages:,}", f"{g.tables:,}", *(f"{getattr(g, name):.1f}" for name in PRICES), f"{g.mib:,.0f}")
+            for g in grown]
     for kind in dict.fromkeys(g.kind for g in grown):
         fits = (exponent([(g.pages, getattr(g, name)) for g in grown if g.kind == kind]) for name in PRICES)
         rows.append((kind, 'exponent', '', *(f"{fit:.2f}" for fit in fits), ''))
@@ -209,7 +215,8 @@ def growth_curves(
     caption: str = '',
 ) -> Curves:
     "The same as lines: a level line does not depend on the size."
-    points = {name: tuple((round(math.log10(g.pages)), getattr(g, field)) for g in grown) for field, name in PRICES.items()}
+    points = {name: tuple((round(math.log10(g.pages)), getattr(g, field)) for g in grown)
+              for field, name in PRICES.items()}
     return Curves(tuple(points.items()), 'mapped pages, as a power of ten', 'microseconds', caption)
 
 def main(argv: 'list | None' = None):
@@ -222,7 +229,9 @@ def main(argv: 'list | None' = None):
     roots, vcpus = {kind: root_prices(kind) for kind in GROWN}, {kind: vcpu_prices(kind) for kind in GROWN}
     print(growth_table(grown, machine))
     for name, found in (('roots', roots), ('vCPUs', vcpus)):
-        for kind, points in found.items(): print(f"{kind}, {name}: {', '.join(f'{n}: {price:.0f} us' for n, price in points)}; exponent {exponent(points):.2f}")
+        for kind, points in found.items():
+            print(f"{kind}, {name}: {', '.join(f'{n}: {price:.0f} us' for n, price in points)}; exponent "
+                  f"{exponent(points):.2f}")
     record = {'machine': machine, 'grown': [asdict(g) for g in grown], 'roots': roots, 'vcpus': vcpus}
     if args.record: RECORD.write_text(json.dumps(record, indent=1) + '\n')
 

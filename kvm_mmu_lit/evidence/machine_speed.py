@@ -34,7 +34,8 @@ from ..review.stories import tell
 from ..review.worlds import all_settings
 
 # %% ../../nbs/evidence/32_machine_speed.ipynb #bff4effb
-KINDS = {'shadow': svm_host(4, npt=False), 'NPT': svm_host(4), 'EPT': vmx_host(4, 4), 'nested NPT': svm_host(4), 'nested EPT': vmx_host(4, 4)}
+KINDS = {'shadow': svm_host(4, npt=False), 'NPT': svm_host(4), 'EPT': vmx_host(4, 4), 'nested NPT': svm_host(4),
+         'nested EPT': vmx_host(4, 4)}
 FIRST = 1 << 30        # Address of the first page
 
 def mapped_guest(
@@ -59,10 +60,12 @@ def _enter_l2(machine, tables, frames):
     "L1 maps so many frames for L2, each to itself, and runs it on every vCPU."
     vmx, root = machine.vm.host.vendor == 'vmx', tables.pop(0) << PAGE_SHIFT
     fmt, bits = (EPT4, (0x337, 0x107)) if vmx else (LONG4, (0x67, 0x27))
-    for gpa in range(0, frames << PAGE_SHIFT, 1 << PAGE_SHIFT): map_page(machine.vm.memory, root, fmt, gpa, gpa, tables, *bits)
+    for gpa in range(0, frames << PAGE_SHIFT, 1 << PAGE_SHIFT):
+        map_page(machine.vm.memory, root, fmt, gpa, gpa, tables, *bits)
     cr0, cr4, efer = map(int, MODES['4-level'])
     for vcpu in range(len(machine.vcpus)):
-        machine.happen(dict(do='enter_l2', vcpu=vcpu, cr0=cr0, cr3=0x1000, cr4=cr4, efer=efer, nested_pgd=eptp_of(root) if vmx else root))
+        machine.happen(dict(do='enter_l2', vcpu=vcpu, cr0=cr0, cr3=0x1000, cr4=cr4, efer=efer,
+                            nested_pgd=eptp_of(root) if vmx else root))
 
 def read_pages(
     machine: Machine,
@@ -122,7 +125,8 @@ def hypothesis_speed(
     spec = importlib.util.spec_from_file_location('stories_of_hypothesis', path)
     tests = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tests)
-    asked = settings(max_examples=examples, stateful_step_count=40, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    asked = settings(max_examples=examples, stateful_step_count=40, deadline=None, derandomize=True, database=None,
+                     suppress_health_check=list(HealthCheck))
     spent = seconds(lambda: run_state_machine_as_test(tests.Stories, settings=asked))
     return tests.Stories.steps / spent
 
@@ -156,4 +160,6 @@ def main(argv: 'list | None' = None):
     steps = {'stories': story_speed(), 'Hypothesis': hypothesis_speed()}
     print(speed_table(speeds, machine))
     print(', '.join(f"{name}: {rate:,.0f} steps a second" for name, rate in steps.items()))
-    if args.record: RECORD.write_text(json.dumps({'machine': machine, 'speeds': [asdict(s) for s in speeds], 'steps': steps}, indent=1) + '\n')
+    if args.record:
+        RECORD.write_text(json.dumps({'machine': machine, 'speeds': [asdict(s) for s in speeds], 'steps': steps},
+                                     indent=1) + '\n')

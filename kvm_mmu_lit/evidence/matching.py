@@ -31,13 +31,19 @@ from ..mmu.contexts import INVALID_PAGE, Did, Vcpu
 from ..mmu.register_writes import load_pdptrs
 
 # %% ../../nbs/evidence/20_matching.ipynb #fae5b2bc
-CAUSES = {'after_set_cpuid', 'set_efer', 'set_cr0', 'set_cr3', 'set_cr4', 'nested_vmrun', 'nested_vmexit', 'kvm_smm_transition', 'load_pdptrs',
+CAUSES = {'after_set_cpuid', 'set_efer', 'set_cr0', 'set_cr3', 'set_cr4', 'nested_vmrun', 'nested_vmexit',
+          'kvm_smm_transition', 'load_pdptrs',
           'page_fault', 'g2g64', 'g2g32', 'pte_write', 'invalidate_gva'}
-ENTRIES = {'free_obsolete_roots', 'sync_roots', 'load_mmu_pgd', 'flush_asid', 'flush_current', 'sync_prev_roots', 'load', 'vmentry'}
-EFFECTS = {'new_pgd', 'new_pgd_ret', 'init_mmu', 'init_mmu_ret', 'init_npt', 'init_npt_ret', 'load_ret', 'free_roots', 'free_roots_ret', 'unload',
-           'unload_ret', 'sync_prev_roots_ret', 'reset_context', 'alloc_root_ret', 'tdp_root_ret', 'free_guest_mode_roots', 'invalidate_pcid',
-           'set_cr0_ret', 'set_cr3_ret', 'set_cr4_ret', 'post_set_cr0', 'post_set_cr4', 'load_pdptrs_ret', 'get_sp_ret', 'sync_children', 'zap_sp',
-           'walk64', 'walk32', 'walk64_ret', 'walk32_ret', 'g2g64_ret', 'g2g32_ret', 'pf64_ret', 'pf32_ret', 'direct_pf_ret', 'page_fault_ret'} | TABLE_DEEDS
+ENTRIES = {'free_obsolete_roots', 'sync_roots', 'load_mmu_pgd', 'flush_asid', 'flush_current', 'sync_prev_roots',
+           'load', 'vmentry'}
+EFFECTS = {'new_pgd', 'new_pgd_ret', 'init_mmu', 'init_mmu_ret', 'init_npt', 'init_npt_ret', 'load_ret', 'free_roots',
+           'free_roots_ret', 'unload',
+           'unload_ret', 'sync_prev_roots_ret', 'reset_context', 'alloc_root_ret', 'tdp_root_ret',
+           'free_guest_mode_roots', 'invalidate_pcid',
+           'set_cr0_ret', 'set_cr3_ret', 'set_cr4_ret', 'post_set_cr0', 'post_set_cr4', 'load_pdptrs_ret', 'get_sp_ret',
+           'sync_children', 'zap_sp',
+           'walk64', 'walk32', 'walk64_ret', 'walk32_ret', 'g2g64_ret', 'g2g32_ret', 'pf64_ret', 'pf32_ret',
+           'direct_pf_ret', 'page_fault_ret'} | TABLE_DEEDS
 COMPARED = CAUSES | ENTRIES | EFFECTS
 MAY_BE_INLINED = {'unload', 'unload_ret', 'reset_context'}
 
@@ -91,7 +97,8 @@ class Run:
         "The trace stops before the guest does."
         return not any(event.fields.get('marker') == 'end' for event in self.events[-8:])
 
-    def row(self, aspect: str, event: TraceEvent, recorded, model): self.rows.append(Row(aspect, f'line {event.line}, {event.name}', recorded, model))
+    def row(self, aspect: str, event: TraceEvent, recorded, model):
+        self.rows.append(Row(aspect, f'line {event.line}, {event.name}', recorded, model))
 
     def lend(self, rule: str, value=None):
         "Take something from the record."
@@ -103,14 +110,16 @@ class Run:
     def mmu_of(self, event: TraceEvent, field: str) -> str:
         "The MMU an event points to."
         try: return self.scenario.layout.mmu_name(event[field])
-        except ValueError as why: raise EvidenceError(self.scenario.trace.file, f'line {event.line}', str(why)) from None
+        except ValueError as why:
+            raise EvidenceError(self.scenario.trace.file, f'line {event.line}', str(why)) from None
 
     def table_of(self, event: TraceEvent) -> int:
         "Where the table lies that an event speaks of."
         try:
             if not event['spt']: raise ValueError(f"{event.name}: spt is NULL")
             return self.scenario.layout.physical(event['spt'])
-        except ValueError as why: raise EvidenceError(self.scenario.trace.file, f'line {event.line}', str(why)) from None
+        except ValueError as why:
+            raise EvidenceError(self.scenario.trace.file, f'line {event.line}', str(why)) from None
 
     def peek(self, count: int, stop: tuple = ()) -> list:
         "The next events."
@@ -128,7 +137,9 @@ def draw_kinds(
     kinds = (('cause', CAUSES), ('entry', ENTRIES), ('effect', EFFECTS))
     counts = scenario.trace.counts()
     rows = [(kind, name, counts[name]) for kind, names in kinds for name in sorted(names & set(counts))]
-    return Table(('kind', 'event', 'times'), rows + [('below, or nothing to us', f'{len(set(counts) - COMPARED)} kinds of events', sum(counts.values()) - sum(row[2] for row in rows))], repr(scenario))
+    return Table(('kind', 'event', 'times'),
+                 rows + [('below, or nothing to us', f'{len(set(counts) - COMPARED)} kinds of events',
+                          sum(counts.values()) - sum(row[2] for row in rows))], repr(scenario))
 
 # %% ../../nbs/evidence/20_matching.ipynb #75fbb4e3
 def do_below(
@@ -173,7 +184,8 @@ def expect(
     "Take the event off the trace. What comes before it instead is a difference, as is its absence."
     _flush_of_cr4(run, did)
     event = upcoming(run)
-    if name in MAY_BE_INLINED and _is_inlined(run, name, event is None or event.name != name): return run.lend('inlined')
+    if name in MAY_BE_INLINED and _is_inlined(run, name, event is None or event.name != name):
+        return run.lend('inlined')
     if event is None or event.name != name:
         if event is None or not _comes(run, name): return _missing(run, event, did)
     while event is not None and event.name != name:
@@ -200,11 +212,14 @@ def nobody_said(run: Run, event: TraceEvent):
 
 def _comes(run, name):
     "Does it come before the guest runs again?"
-    return any(event.name == name for event in run.peek(400, ('vmentry', 'kvm_exit', 'tracing_mark_write', 'page_fault')))
+    return any(event.name == name
+               for event in run.peek(400, ('vmentry', 'kvm_exit', 'tracing_mark_write', 'page_fault')))
 
 # %% ../../nbs/evidence/20_matching.ipynb #f4b533c9
-RECORDED_AS = {'flush_current': ('flush_current', 'flush_asid'), 'flush_guest': ('flush_asid',), 'flush_all': ('flush_asid',),
-               'smm_changed': ('kvm_smm_transition',), 'invlpg_root': (), 'flush_gva': (), 'flush_remote': (), 'kvm_set_pfn_dirty': (),
+RECORDED_AS = {'flush_current': ('flush_current', 'flush_asid'), 'flush_guest': ('flush_asid',),
+               'flush_all': ('flush_asid',),
+               'smm_changed': ('kvm_smm_transition',), 'invlpg_root': (), 'flush_gva': (), 'flush_remote': (),
+               'kvm_set_pfn_dirty': (),
                'kvm_set_pfn_accessed': ()}      # Where probes say it otherwise, or not at all
 
 def match_call(
@@ -262,7 +277,8 @@ def _get_sp(run, event, facts):
     "A table: found or made? Held by how many roots, in sync, and the same table as ever?"
     spt, sp = run.table_of(event), run.vcpu.vm.pages.get(facts['sp'])
     if facts['created']: pair(run, event, spt, facts['sp'])
-    said = dict(table=f'{spt:#x}', gfn=event['gfn'], role=event['role'], root_count=event['rc'], unsync=event['unsync'], unsync_children=event['uc'])
+    said = dict(table=f'{spt:#x}', gfn=event['gfn'], role=event['role'], root_count=event['rc'], unsync=event['unsync'],
+                unsync_children=event['uc'])
     ours = dict(table=run.addresses.name(facts['sp']), gfn=facts['gfn'], role=facts['role'], root_count=facts['rc'])
     return said, dict(ours, unsync=int(sp.unsync), unsync_children=sp.unsync_children)
 
@@ -297,7 +313,8 @@ def _invalidate(run, event, facts):
     ours = dict(mmu=facts['mmu'], gva=facts['gva'], root=run.addresses.name(facts['root']))
     return dict(mmu=run.mmu_of(event, 'imm'), gva=event['gva'], root=root), ours
 
-_COMPARISONS = {'get_sp_ret': _get_sp, 'tdp_root_ret': _tdp_root, 'alloc_root_ret': _root, 'load_mmu_pgd': _root, 'sync_children': _sync_children,
+_COMPARISONS = {'get_sp_ret': _get_sp, 'tdp_root_ret': _tdp_root, 'alloc_root_ret': _root, 'load_mmu_pgd': _root,
+                'sync_children': _sync_children,
                 'free_roots': _free_roots, 'invalidate_gva': _invalidate, 'kvm_smm_transition': _smm}
 
 # %% ../../nbs/evidence/20_matching.ipynb #50403f18
@@ -311,7 +328,9 @@ def compare_state(
     recorded, vcpu = run.scenario.snapshot(event), run.vcpu
     meet(run.addresses, recorded, vcpu)
     for aspect, said, ours in state_rows(recorded, vcpu, run.addresses, run.lend): run.row(aspect, event, said, ours)
-    if event.name in REMEMBERED: run.history.append(Moment(event, run.stores.step, recorded.mmu, root_texts(recorded.current), root_texts(vcpu.mmu, run.addresses)))
+    if event.name in REMEMBERED:
+        run.history.append(Moment(event, run.stores.step, recorded.mmu, root_texts(recorded.current),
+                                  root_texts(vcpu.mmu, run.addresses)))
 
 # %% ../../nbs/evidence/20_matching.ipynb #de0ad8a5
 def draw_matched(
@@ -322,7 +341,9 @@ def draw_matched(
     nodes, edges = [], []
     for i, row in reversed(list(enumerate(rows))):   # The layout puts what comes first at the bottom.
         same = row.recorded == row.model
-        said, ours = ('', 'the same') if same else (': ' + answer_text(row.recorded, row.model), answer_text(row.model, row.recorded))
-        nodes += [(f'r{i}', row.label + said, 'guest' if same else 'refused'), (f'm{i}', ours, 'shadow' if same else 'refused')]
+        said, ours = ('', 'the same') if same else (': ' + answer_text(row.recorded, row.model),
+                                                    answer_text(row.model, row.recorded))
+        nodes += [(f'r{i}', row.label + said, 'guest' if same else 'refused'),
+                  (f'm{i}', ours, 'shadow' if same else 'refused')]
         edges.append((f'r{i}', f'm{i}'))
     return Graph(nodes, edges, caption=caption)

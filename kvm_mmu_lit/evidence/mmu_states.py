@@ -102,7 +102,8 @@ class Layout:
     ) -> 'int | None':
         "The physical address behind a pointer into the direct map."
         if not address: return None
-        if not 0 <= address - self.page_offset_base < 1 << 52: raise ValueError(f"{address:#x} is not in the direct map, which starts at {self.page_offset_base:#x}")
+        if not 0 <= address - self.page_offset_base < 1 << 52:
+            raise ValueError(f"{address:#x} is not in the direct map, which starts at {self.page_offset_base:#x}")
         return address - self.page_offset_base
 
 # %% ../../nbs/evidence/15_mmu_states.ipynb #591dc18c
@@ -112,9 +113,12 @@ def has_state(event: TraceEvent) -> bool:
 
 def _mmu_state(fields, letter, layout):
     words = tuple(fields[f'{letter}a{i}'] for i in range(4)) if f'{letter}a0' in fields else None
-    if (words is None) != (not fields[f'{letter}a']): raise ValueError(f"{letter}a is {fields[f'{letter}a']:#x}, but {letter}a0..3 are {'missing' if words is None else 'there'}")
+    if (words is None) != (not fields[f'{letter}a']):
+        raise ValueError(f"{letter}a is {fields[f'{letter}a']:#x}, but {letter}a0..3 are "
+                         f"{'missing' if words is None else 'there'}")
     root, *prev = (RecordedRoot(fields[f'{letter}{i}p'], fields[f'{letter}{i}h']) for i in ('', 0, 1, 2))
-    return MmuState(root, tuple(prev), fields[f'{letter}c'], fields[f'{letter}r'], *(layout.physical(fields[letter + i]) for i in 'a45'), words)
+    return MmuState(root, tuple(prev), fields[f'{letter}c'], fields[f'{letter}r'],
+                    *(layout.physical(fields[letter + i]) for i in 'a45'), words)
 
 def snapshot(
     event: TraceEvent,      # With state arguments
@@ -122,10 +126,15 @@ def snapshot(
     file: str = 'trace',    # For the error
 ) -> Snapshot:
     "The state of the vCPU's MMUs when an event was recorded."
-    if not has_state(event): raise EvidenceError(file, f'line {event.line}', f"{event.name} has no state arguments (mmu= walk= cr0= ... Rd3=)")
+    if not has_state(event):
+        raise EvidenceError(file, f'line {event.line}',
+                            f"{event.name} has no state arguments (mmu= walk= cr0= ... Rd3=)")
     f = event.fields
-    try: return Snapshot(layout.mmu_name(f['mmu']), layout.mmu_name(f['walk']), f['cr0'], f['cr3'], f['cr4'], f['efer'], f['hf'], f['req'],
-                         _mmu_state(f, 'R', layout), _mmu_state(f, 'G', layout), f['Nc'], tuple(f[f'Rd{i}'] for i in range(4)))
+    try:
+        return Snapshot(layout.mmu_name(f['mmu']), layout.mmu_name(f['walk']), f['cr0'], f['cr3'], f['cr4'], f['efer'],
+                        f['hf'], f['req'],
+                         _mmu_state(f, 'R', layout), _mmu_state(f, 'G', layout), f['Nc'],
+                        tuple(f[f'Rd{i}'] for i in range(4)))
     except ValueError as why: raise EvidenceError(file, f'line {event.line}', f"{event.name}: {why}") from None
 
 # %% ../../nbs/evidence/15_mmu_states.ipynb #1e976465
@@ -139,8 +148,11 @@ def draw_snapshot(
             *((f'prev_roots[{i}]', *(mmu.where(mmu.prev_roots[i]) for mmu in both)) for i in range(3)),
             *((name, *(Hex(getattr(mmu, name)) for mmu in both)) for name in ('cpu_role', 'root_role')),
             *((name, *(hexed(getattr(mmu, name)) for mmu in both)) for name in ('pae_root', 'pml4_root', 'pml5_root')),
-            *((f'pae_root[{i}]', *(mmu.pae_words and Hex(mmu.pae_words[i]) for mmu in both)) for i in range(4) if any(mmu.pae_words for mmu in both))]
-    return Table(('', 'root_mmu', 'guest_mmu'), rows, caption or f"mmu is {now.mmu}, walk_mmu is {now.walk}; cr0 {now.cr0:#x} cr3 {now.cr3:#x} cr4 {now.cr4:#x} efer {now.efer:#x}")
+            *((f'pae_root[{i}]', *(mmu.pae_words and Hex(mmu.pae_words[i]) for mmu in both)) for i in range(4)
+              if any(mmu.pae_words for mmu in both))]
+    registers = f"cr0 {now.cr0:#x} cr3 {now.cr3:#x} cr4 {now.cr4:#x} efer {now.efer:#x}"
+    return Table(('', 'root_mmu', 'guest_mmu'), rows,
+                 caption or f"mmu is {now.mmu}, walk_mmu is {now.walk}; {registers}")
 
 # %% ../../nbs/evidence/15_mmu_states.ipynb #0a12011e
 def draw_recorded_roots(
@@ -154,10 +166,12 @@ def draw_recorded_roots(
             if not root.valid: continue
             own = root.hpa in (mmu.pae_root, mmu.pml4_root, mmu.pml5_root)
             nodes[name] = Node(name, f"{name}{', in charge' if name == now.mmu else ''}\nrole {mmu.root_role:#x}")
-            nodes[hex(root.hpa)] = Node(hex(root.hpa), f"{mmu.where(root).split()[1] if own else 'page'} for {root.pgd:#x}\n{root.hpa:#x}", 'neutral' if own else 'shadow')
+            nodes[hex(root.hpa)] = Node(hex(root.hpa), f"{mmu.where(root).split()[1] if own else 'page'} for "
+                                                       f"{root.pgd:#x}\n{root.hpa:#x}", 'neutral' if own else 'shadow')
             edges.append(Edge(name, hex(root.hpa), label, 'taken' if label == 'root' else 'neutral'))
         chain = [(page, getattr(mmu, page)) for page in ('pml5_root', 'pml4_root', 'pae_root')]
-        chain = next((chain[i:] for i, (_, hpa) in enumerate(chain) if hpa == mmu.root.hpa), [])   # entry 0 of each leads to the next
+        # entry 0 of each leads to the next
+        chain = next((chain[i:] for i, (_, hpa) in enumerate(chain) if hpa == mmu.root.hpa), [])
         for (_, above), (page, hpa) in zip(chain, chain[1:]):
             nodes[hex(hpa)] = Node(hex(hpa), f"{page}\n{hpa:#x}")
             edges.append(Edge(hex(above), hex(hpa), '0'))

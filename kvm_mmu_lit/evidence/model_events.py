@@ -29,12 +29,15 @@ def sp_fields(
 ) -> dict:             # As the form of `KVM_MMU_PAGE_PRINTK` has them
     "A table as every event about tables prints it. KVM: `KVM_MMU_PAGE_ASSIGN` (mmu/mmutrace.h)."
     role = sp.role
-    bits = {name: bool(getattr(role, name)) for name in ('has_4_byte_gpte', 'direct', 'invalid', 'efer_nx', 'ad_disabled')}
-    return dict(bits, gen=sp.gen, gfn=sp.gfn, level=role.level, quadrant=role.quadrant, access=int(role.access), root_count=sp.root_count, unsync=sp.unsync)
+    bits = {name: bool(getattr(role, name))
+            for name in ('has_4_byte_gpte', 'direct', 'invalid', 'efer_nx', 'ad_disabled')}
+    return dict(bits, gen=sp.gen, gfn=sp.gfn, level=role.level, quadrant=role.quadrant, access=int(role.access),
+                root_count=sp.root_count, unsync=sp.unsync)
 
 def sp_args(sp: ShadowPage, place: Callable) -> dict:
     "The same as a probe prints it, which sees the whole role; `place` gives the address to print."
-    return dict(spt=place(sp.spt), gfn=sp.gfn, role=sp.role.word, rc=sp.root_count, unsync=int(sp.unsync), uc=sp.unsync_children)
+    return dict(spt=place(sp.spt), gfn=sp.gfn, role=sp.role.word, rc=sp.root_count, unsync=int(sp.unsync),
+                uc=sp.unsync_children)
 
 # %% ../../nbs/evidence/19_model_events.ipynb #c57d616c
 def rights_text(
@@ -43,7 +46,8 @@ def rights_text(
 ) -> str:              # 'rwxu', '-' for what is missing
     "KVM: `kvm_mmu_set_spte` (mmu/mmutrace.h)."
     user = '' if not masks.user else 'u' if spte & masks.user else '-'
-    return ('r' if masks.present or spte & 1 else '-') + ('w' if spte & 2 else '-') + ('x' if is_executable(masks, spte) else '-') + user
+    return (('r' if masks.present or spte & 1 else '-') + ('w' if spte & 2 else '-')
+            + ('x' if is_executable(masks, spte) else '-') + user)
 
 def named_entry(
     spte: int,
@@ -55,9 +59,12 @@ def named_entry(
     return spte & ~SPTE_ADDRESS | place(spte & SPTE_ADDRESS)
 
 # %% ../../nbs/evidence/19_model_events.ipynb #2053f205
-TABLE_DEEDS = {'kvm_mmu_get_page', 'kvm_mmu_sync_page', 'kvm_mmu_unsync_page', 'kvm_mmu_prepare_zap_page', 'kvm_mmu_set_spte', 'kvm_tdp_mmu_spte_changed',
-               'mark_mmio_spte', 'fast_page_fault', 'kvm_mmu_spte_requested', 'kvm_mmu_paging_element', 'kvm_mmu_set_accessed_bit', 'kvm_mmu_set_dirty_bit',
-               'kvm_mmu_walker_error', 'kvm_mmu_pagetable_walk', 'check_mmio_spte', 'handle_mmio_page_fault', 'kvm_mmu_zap_all_fast',
+TABLE_DEEDS = {'kvm_mmu_get_page', 'kvm_mmu_sync_page', 'kvm_mmu_unsync_page', 'kvm_mmu_prepare_zap_page',
+               'kvm_mmu_set_spte', 'kvm_tdp_mmu_spte_changed',
+               'mark_mmio_spte', 'fast_page_fault', 'kvm_mmu_spte_requested', 'kvm_mmu_paging_element',
+               'kvm_mmu_set_accessed_bit', 'kvm_mmu_set_dirty_bit',
+               'kvm_mmu_walker_error', 'kvm_mmu_pagetable_walk', 'check_mmio_spte', 'handle_mmio_page_fault',
+               'kvm_mmu_zap_all_fast',
                'kvm_mmu_split_huge_page'}      # What tables, entries and walks have events for
 
 def table_events(
@@ -88,7 +95,8 @@ _FIELDS = {
     'kvm_mmu_get_page': lambda vm, sp, index, facts, place: dict(sp_fields(sp), created=facts['created']),
     'kvm_mmu_sync_page': lambda vm, sp, index, facts, place: sp_fields(sp),
     'kvm_mmu_unsync_page': lambda vm, sp, index, facts, place: sp_fields(sp),
-    'mark_mmio_spte': lambda vm, sp, index, facts, place: dict(gfn=facts['gfn'], access=facts['spte'] & 7, gen=mmio_gen(facts['spte'])),
+    'mark_mmio_spte': lambda vm, sp, index, facts, place: dict(gfn=facts['gfn'], access=facts['spte'] & 7,
+                                                               gen=mmio_gen(facts['spte'])),
     'kvm_mmu_set_spte': _set, 'kvm_tdp_mmu_spte_changed': _changed, 'kvm_mmu_spte_requested': _requested}
 
 # %% ../../nbs/evidence/19_model_events.ipynb #b466efce

@@ -25,7 +25,8 @@ from .agreement import EvidenceError
 from .images import Image
 from ..guest.address_space import Mapping, Tables, mappings, ranges
 from ..guest.addresses import PAE, GpteFormat, MiB, page_size, size_name
-from ..guest.gpte import PT_ACCESSED, PT_DIRTY, PT_GLOBAL, PT_PAGE_SIZE, PT_PCD, PT_PWT, PT_USER, PT_WRITABLE, PT64_NX, Acc
+from ..guest.gpte import (PT_ACCESSED, PT_DIRTY, PT_GLOBAL, PT_PAGE_SIZE, PT_PCD, PT_PWT, PT_USER,
+                                    PT_WRITABLE, PT64_NX, Acc)
 from ..guest.permissions import FETCH, READ, USER
 from ..guest.registers import Cr4
 from ..guest.verdict import GuestWalk
@@ -45,13 +46,16 @@ def unpacked(
                 piece = unpack.decompress(piece, MiB) if unpack else piece
                 while True:
                     total += len(piece)
-                    if total > MAX_TRUTH_BYTES: raise EvidenceError(path, '', f"unpacks to more than {MAX_TRUTH_BYTES:,} bytes")
+                    if total > MAX_TRUTH_BYTES:
+                        raise EvidenceError(path, '', f"unpacks to more than {MAX_TRUTH_BYTES:,} bytes")
                     yield piece
                     if not unpack or unpack.eof or unpack.needs_input: break
                     piece = unpack.decompress(b'', MiB)
-                if unpack and unpack.eof and (unpack.unused_data or file.read(1)): raise EvidenceError(path, '', "has more bytes after the end of the xz stream")
+                if unpack and unpack.eof and (unpack.unused_data or file.read(1)):
+                    raise EvidenceError(path, '', "has more bytes after the end of the xz stream")
         if unpack and not unpack.eof: raise EvidenceError(path, '', "ends in the middle of the xz stream")
-    except (OSError, lzma.LZMAError, EOFError, MemoryError) as why: raise EvidenceError(path, '', f"cannot be read: {why}") from None
+    except (OSError, lzma.LZMAError, EOFError, MemoryError) as why:
+        raise EvidenceError(path, '', f"cannot be read: {why}") from None
 
 # %% ../../nbs/evidence/04_monitor.ipynb #ac9160df
 def truth_lines(
@@ -61,7 +65,8 @@ def truth_lines(
     rest, number = b'', 0
     for piece in unpacked(path):
         *lines, rest = (rest + piece).split(b'\n')
-        if len(rest) > MAX_LINE or any(len(line) > MAX_LINE for line in lines): raise EvidenceError(path, f"line {number + 1}", f"a line is longer than {MAX_LINE} bytes")
+        if len(rest) > MAX_LINE or any(len(line) > MAX_LINE for line in lines):
+            raise EvidenceError(path, f"line {number + 1}", f"a line is longer than {MAX_LINE} bytes")
         for line in lines:
             number += 1
             yield number, line.decode('latin-1')
@@ -102,7 +107,8 @@ def paired(
         key, text = next(model, (None, None))
 
 # %% ../../nbs/evidence/04_monitor.ipynb #5f314ab4
-_LETTERS = (('X', PT64_NX), ('G', PT_GLOBAL), ('P', PT_PAGE_SIZE), ('D', PT_DIRTY), ('A', PT_ACCESSED), ('C', PT_PCD), ('T', PT_PWT), ('U', PT_USER), ('W', PT_WRITABLE))
+_LETTERS = (('X', PT64_NX), ('G', PT_GLOBAL), ('P', PT_PAGE_SIZE), ('D', PT_DIRTY), ('A', PT_ACCESSED), ('C', PT_PCD),
+            ('T', PT_PWT), ('U', PT_USER), ('W', PT_WRITABLE))
 _SHOWN = sum(bit for _, bit in _LETTERS)
 
 @lru_cache(maxsize=4096)
@@ -120,9 +126,11 @@ def tlb_rows(
 ) -> Iterator:
     "`info tlb` as recorded against every mapping: address, page, size and letters."
     sizes = {level: size_name(page_size(level, tables.fmt)) for level in range(1, tables.fmt.root_level + 1)}
-    lines = records(path, r'([0-9a-f]{16}) [0-9a-f]{16} (?:4K|2M|4M|1G) [X-][G-][P-][D-][A-][C-][T-][U-][W-]', '00007f3b00000000 0000000006b50000 4K X--DA--UW')
+    lines = records(path, r'([0-9a-f]{16}) [0-9a-f]{16} (?:4K|2M|4M|1G) [X-][G-][P-][D-][A-][C-][T-][U-][W-]',
+                    '00007f3b00000000 0000000006b50000 4K X--DA--UW')
     return paired(((number, int(line[1], 16), line[0]) for number, line in lines),
-                  ((page.va, f"{page.va:016x} {page.gpa:016x} {sizes[page.level]} {tlb_letters(page)}") for page in mappings(tables.walker, tables)))
+                  ((page.va, f"{page.va:016x} {page.gpa:016x} {sizes[page.level]} {tlb_letters(page)}")
+                   for page in mappings(tables.walker, tables)))
 
 # %% ../../nbs/evidence/04_monitor.ipynb #e01e93d8
 def monitor_frame(
@@ -137,9 +145,11 @@ def info_tlb_rows(
     tables: Tables,
 ) -> Iterator:
     "`info tlb` verbatim."
-    lines = records(path, r'([0-9a-f]{16}): [0-9a-f]{16} [X-][G-][P-][D-][A-][C-][T-][U-][W-]', '00007f3b00000000: 0000000006b50000 X--DA--UW')
+    lines = records(path, r'([0-9a-f]{16}): [0-9a-f]{16} [X-][G-][P-][D-][A-][C-][T-][U-][W-]',
+                    '00007f3b00000000: 0000000006b50000 X--DA--UW')
     return paired(((number, int(line[1], 16), line[0]) for number, line in lines),
-                  ((page.va, f"{page.va:016x}: {monitor_frame(page, tables.fmt):016x} {tlb_letters(page)}") for page in mappings(tables.walker, tables)))
+                  ((page.va, f"{page.va:016x}: {monitor_frame(page, tables.fmt):016x} {tlb_letters(page)}")
+                   for page in mappings(tables.walker, tables)))
 
 # %% ../../nbs/evidence/04_monitor.ipynb #f6e1c8f4
 def mem_lines(
@@ -147,10 +157,12 @@ def mem_lines(
 ) -> Iterator:            # Of (first address without its sign, text)
     "`info mem` as the model has it."
     fmt, unsigned = tables.fmt, (1 << tables.fmt.address_bits) - 1
-    def shown(addr): return addr | (1 << 64) - (1 << fmt.address_bits) if fmt.signed and addr >> fmt.address_bits - 1 & 1 else addr
+    def shown(addr):
+        return addr | (1 << 64) - (1 << fmt.address_bits) if fmt.signed and addr >> fmt.address_bits - 1 & 1 else addr
     pages = (Mapping(page.va & unsigned, *page[1:]) for page in mappings(tables.walker, tables))
     for r in ranges(pages, fmt, Acc.USER | Acc.WRITE):
-        yield r.start, f"{shown(r.start):016x}-{shown(r.end):016x} {r.size:016x} {'u' if r.rights & Acc.USER else '-'}r{'w' if r.rights & Acc.WRITE else '-'}"
+        yield r.start, (f"{shown(r.start):016x}-{shown(r.end):016x} {r.size:016x} "
+                        f"{'u' if r.rights & Acc.USER else '-'}r{'w' if r.rights & Acc.WRITE else '-'}")
 
 _RANGE = r'([0-9a-f]{16})-[0-9a-f]{16} [0-9a-f]{16} [u-]r[w-]'
 
@@ -159,7 +171,8 @@ def info_mem_rows(
     tables: Tables,
 ) -> Iterator:
     "`info mem` against the model's ranges."
-    lines, unsigned = records(path, _RANGE, '0000000000400000-000000000048d000 000000000008d000 ur-'), (1 << tables.fmt.address_bits) - 1
+    lines, unsigned = (records(path, _RANGE, '0000000000400000-000000000048d000 000000000008d000 ur-'),
+                       (1 << tables.fmt.address_bits) - 1)
     return paired(((number, int(line[1], 16) & unsigned, line[0]) for number, line in lines), mem_lines(tables))
 
 # %% ../../nbs/evidence/04_monitor.ipynb #bf8c0298
@@ -202,8 +215,11 @@ def gva2gpa_rows(
     reader, limit, last = rightless(walker), 64 if walker.fmt.signed else 32, -1
     for number, line in records(path, r'([0-9a-f]{16}) ([0-9a-f]{16}|unmapped)', '00007f3b00000fff 0000000006b50fff'):
         va = int(line[1], 16)
-        if va >> limit: raise EvidenceError(path, f"line {number}", f"address {va:#x} in {walker.fmt.name} paging, which has {limit} bits")
-        if va <= last: raise EvidenceError(path, f"line {number}", f"address {va:#x} after {last:#x}; addresses must rise")
+        if va >> limit:
+            raise EvidenceError(path, f"line {number}",
+                                f"address {va:#x} in {walker.fmt.name} paging, which has {limit} bits")
+        if va <= last:
+            raise EvidenceError(path, f"line {number}", f"address {va:#x} after {last:#x}; addresses must rise")
         found, last = reader.walk(va, READ), va
         yield f"line {number}, {va:#x}", line[2], f"{found.gpa:016x}" if isinstance(found, GuestWalk) else 'unmapped'
 
@@ -218,14 +234,20 @@ def register_rows(
         found = re.search(form, text)
         if not found: raise EvidenceError(path, form, "no such register in the text of `info registers`")
         return found
-    for name in ('cr0', 'cr3', 'cr4', 'efer'): yield name.upper(), int(value(rf"\b{name.upper()}=([0-9a-f]{{8,16}})\b")[1], 16), image.meta[name]
+    for name in ('cr0', 'cr3', 'cr4', 'efer'):
+        yield name.upper(), int(value(rf"\b{name.upper()}=([0-9a-f]{{8,16}})\b")[1], 16), image.meta[name]
     flags = value(r"\b[RE]FL=([0-9a-f]{8}) \[([DOSZAPC-]{7})\] CPL=([0-3])")
     yield 'CPL', int(flags[3]), image.regs.cpl
-    yield 'flags by letter', flags[2], ''.join(letter if int(flags[1], 16) >> bit & 1 else '-' for letter, bit in zip('DOSZAPC', (10, 11, 7, 6, 4, 2, 0)))
+    yield 'flags by letter', flags[2], ''.join(letter if int(flags[1], 16) >> bit & 1 else '-'
+                                               for letter, bit in zip('DOSZAPC', (10, 11, 7, 6, 4, 2, 0)))
     yield 'bits RFLAGS cannot have', int(flags[1], 16) & 0xffc0_802a, 2    # bit 1 is always set
     selector, base = value(r"\bCS =([0-9a-f]{4}) ([0-9a-f]{8,16})").groups()
     yield 'CPL in CS', int(selector, 16) & 3, image.regs.cpl
     ip = int(base, 16) + int(value(r"\b[RE]IP=([0-9a-f]{8,16})")[1], 16)
-    used = [('instruction', ip & ((1 << 64 if walker.fmt.signed else 1 << 32) - 1), FETCH | (USER if image.regs.cpl == 3 else READ))]
-    used += [(name, int(value(rf"\b{name} *=(?:[0-9a-f]{{4}})? +([0-9a-f]{{8,16}}) ")[1], 16), READ) for name in ('GDT', 'IDT', 'TR')]
-    for name, va, access in used: yield f"{name} at {va:#x}", 'in use', 'in use' if isinstance(walker.walk(va, access), GuestWalk) else str(walker.walk(va, access))
+    used = [('instruction', ip & ((1 << 64 if walker.fmt.signed else 1 << 32) - 1),
+             FETCH | (USER if image.regs.cpl == 3 else READ))]
+    used += [(name, int(value(rf"\b{name} *=(?:[0-9a-f]{{4}})? +([0-9a-f]{{8,16}}) ")[1], 16), READ)
+             for name in ('GDT', 'IDT', 'TR')]
+    for name, va, access in used:
+        yield (f"{name} at {va:#x}", 'in use', 'in use' if isinstance(walker.walk(va, access), GuestWalk)
+               else str(walker.walk(va, access)))

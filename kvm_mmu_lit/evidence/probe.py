@@ -39,7 +39,8 @@ _PROBE = {   # First word: (what follows, an example)
     'PKRU': (r'([0-9a-f]{8})', 'PKRU 55554d84'),
     'CPUID': (r'maxphyaddr (\d+) linear (\d+)', 'CPUID maxphyaddr 40 linear 48'),
     'UNAME': (r'(\S+) (\S+)', 'UNAME 6.1.0-56-amd64 x86_64'),
-    'NOTE': (r'(.*)', 'NOTE child 107'), 'MEMINFO': (r'(.*)', 'MEMINFO MemTotal: 208732 kB'), 'MELTDOWN': (r'(.*)', 'MELTDOWN Vulnerable'),
+    'NOTE': (r'(.*)', 'NOTE child 107'), 'MEMINFO': (r'(.*)', 'MEMINFO MemTotal: 208732 kB'),
+    'MELTDOWN': (r'(.*)', 'MELTDOWN Vulnerable'),
 }
 
 MAX_RECORDS = 1 << 18   # The longest probe here has 4,146
@@ -86,21 +87,26 @@ def pagemap_rows(
     reader = rightless(walker)
     for r in probe:
         if r.word != 'PAGEMAP': continue
-        if int(r.fields[0], 16) % PAGE_SIZE: raise EvidenceError('probe.txt.xz', f"line {r.number}", f"address {r.fields[0]} is not the start of a page")
+        if int(r.fields[0], 16) % PAGE_SIZE:
+            raise EvidenceError('probe.txt.xz', f"line {r.number}", f"address {r.fields[0]} is not the start of a page")
         found = reader.walk(_address(r, walker.fmt), READ)
-        gfn = found.gfn if isinstance(found, GuestWalk) else prot_none_gfn(found) if isinstance(found, PageFault) else None
-        yield f"line {r.number}, {r.fields[0]}", f"{r.fields[1]} {r.fields[2]}", 'none 0' if gfn is None else f"present {gfn:x}"
+        gfn = (found.gfn if isinstance(found, GuestWalk) else prot_none_gfn(found) if isinstance(found, PageFault)
+               else None)
+        yield (f"line {r.number}, {r.fields[0]}", f"{r.fields[1]} {r.fields[2]}", 'none 0' if gfn is None
+               else f"present {gfn:x}")
 
 def _address(record, fmt):
     "The address of a probe line; more bits than the mode has are an error."
     va, limit = int(record.fields[0], 16), 64 if fmt.signed else 32
-    if va >> limit: raise EvidenceError('probe.txt.xz', f"line {record.number}", f"address {va:#x} in {fmt.name} paging, which has {limit} bits")
+    if va >> limit:
+        raise EvidenceError('probe.txt.xz', f"line {record.number}",
+                            f"address {va:#x} in {fmt.name} paging, which has {limit} bits")
     return va
 
 # %% ../../nbs/evidence/05_probe.ipynb #c75c423d
 def is_kernel_view(
     fault: PageFault,
-) -> bool:                # The fetch fails only because the top entry has NX, as the kernel's tables have it under page-table isolation
+) -> bool:  # The fetch fails only because the top entry has NX, as the kernel's has it under page-table isolation
     "Would the process's own tables have let it fetch?"
     if fault.regs.cpl == 3 or fault.rule is not Rule.PERMISSION or fault.fmt.root_level < 4: return False
     below = [gpte_access(gpte, fault.fmt) for gpte in fault.ptes[1:]]
@@ -118,7 +124,8 @@ def has_late_fork(
 def lacks_only_leaf_write(fault: PageFault) -> bool:
     "Is it the leaf alone that forbids the write?"
     above = [gpte_access(gpte, fault.fmt) for gpte in fault.ptes[fault.fmt is PAE:-1]]
-    return fault.rule is Rule.PERMISSION and bool(fault.steps[-1].rights & Acc.USER) and all(rights & Acc.WRITE for rights in above)
+    return (fault.rule is Rule.PERMISSION and bool(fault.steps[-1].rights & Acc.USER)
+            and all(rights & Acc.WRITE for rights in above))
 
 # %% ../../nbs/evidence/05_probe.ipynb #1841c3d8
 def access_rows(
@@ -136,7 +143,9 @@ def access_rows(
             found = walker.walk(va, access)
             allowed = isinstance(found, GuestWalk)
             if not allowed and letter == 'x' and isinstance(found, PageFault) and is_kernel_view(found): allowed = True
-            if not allowed and tried == 'w' and forked and isinstance(found, PageFault) and lacks_only_leaf_write(found): continue
+            if (not allowed and tried == 'w' and forked and isinstance(found, PageFault)
+                    and lacks_only_leaf_write(found)):
+                continue
             yield f"line {r.number}, {letter} of {va:#x}", tried, letter if allowed else '!'
 
 # %% ../../nbs/evidence/05_probe.ipynb #ec5211ed
@@ -148,7 +157,9 @@ def maps_of(
     for r in probe:
         if r.word != 'MAPS': continue
         start, end = int(r.fields[0], 16), int(r.fields[1], 16)
-        if start >= end or maps and start < maps[-1][1]: raise EvidenceError('probe.txt.xz', f"line {r.number}", f"range {start:#x}-{end:#x}; ranges of maps rise and do not overlap")
+        if start >= end or maps and start < maps[-1][1]:
+            raise EvidenceError('probe.txt.xz', f"line {r.number}",
+                                f"range {start:#x}-{end:#x}; ranges of maps rise and do not overlap")
         maps.append((start, end, r.fields[2]))
     return maps
 
@@ -168,7 +179,8 @@ def covering(
 
 # %% ../../nbs/evidence/05_probe.ipynb #b7210aaf
 CUT_UP = ('random', 'thp-split')   # Regions whose parts the probe unmapped or protected again
-VSYSCALL = 0xffff_ffff_ff60_0000   # maps calls it executable and the tables do not: the kernel emulates the call when the fetch faults
+# maps calls it executable and the tables do not: the kernel emulates the call when the fetch faults
+VSYSCALL = 0xffff_ffff_ff60_0000
 
 def maps_rows(
     probe: list,          # Of `ProbeRecord`
@@ -181,12 +193,14 @@ def maps_rows(
         if not page.rights & Acc.USER: continue
         lawful = covering(maps, page.va, page.va + page_size(page.level, fmt))
         writes, executes = bool(page.rights & Acc.WRITE), bool(page.rights & Acc.EXEC)
-        wrong = lawful == 'not in maps' or writes and 'w' not in lawful or own_tables and page.va != VSYSCALL and executes != ('x' in lawful)
+        wrong = (lawful == 'not in maps' or writes and 'w' not in lawful or own_tables and page.va != VSYSCALL
+                 and executes != ('x' in lawful))
         yield f"user page {page.va:#x} in maps", lawful, rights_text(page.rights) if wrong else lawful
     for r in probe:
         if r.word == 'REGION' and r.fields[3] not in CUT_UP:
             start = int(r.fields[0], 16)
-            yield f"line {r.number}, region {start:#x}", r.fields[2], covering(maps, start, start + int(r.fields[1], 16))
+            yield (f"line {r.number}, region {start:#x}", r.fields[2],
+                   covering(maps, start, start + int(r.fields[1], 16)))
 
 def probe_rows(
     probe: list,          # Of `ProbeRecord`

@@ -20,7 +20,8 @@ from ..draw.timeline import Timeline
 from .agreement import Agreement, EvidenceError, compare
 from .below import VMCB_FIELDS, HeardMemory, Stores, cr4_missing, host_of
 from .compared import ASPECTS, Addresses, Row
-from .faults import FAULT_CAUSES, after_faultin, do_fault_end, equip, see_fault, see_injection, slot_gone, slots_changed
+from .faults import (FAULT_CAUSES, after_faultin, do_fault_end, equip, see_fault, see_injection,
+                                         slot_gone, slots_changed)
 from .matching import CAUSES, EFFECTS, ENTRIES, Run, compare_state, do_below, nobody_said, upcoming
 from .mmu_states import has_state
 from .scenarios import Scenario, load_scenario
@@ -57,7 +58,8 @@ def _with_accessed_bit(run, words):
     "The emulated CPU sets bit 5 of PDPTEs it walks; a load that fails for no other reason has met one."
     present = [i for i, word in enumerate(words) if word & 1]
     rsvd = (1 << 64) - (1 << run.vcpu.host.maxphyaddr) | 0x1e6
-    if run.pdptes and run.scenario.npt and present and not run.pdptes['ret'] and not any(words[i] & rsvd for i in present):
+    if (run.pdptes and run.scenario.npt and present and not run.pdptes['ret']
+            and not any(words[i] & rsvd for i in present)):
         words[present[0]] |= run.lend('accessed bit in guest PDPTEs', 1 << 5)
     return words
 
@@ -113,7 +115,8 @@ def borrow_cr3(run, value):
 
 # %% ../../nbs/evidence/23_replay.ipynb #cad38c81
 def _vmrun(run, event):
-    at = next((i for i, event in enumerate(run.peek(100), run.at) if event.name in ('kvm_nested_vmenter', 'vmentry')), None)
+    at = next((i for i, event in enumerate(run.peek(100), run.at) if event.name in ('kvm_nested_vmenter', 'vmentry')),
+              None)
     run.at += 1
     if at is None or run.events[at].name == 'vmentry': return run.lend('VMRUN refused')
     enter = run.events[at]
@@ -121,7 +124,8 @@ def _vmrun(run, event):
     run.stores.commit()
     run.vmcb, run.vmrun, vmcb = enter['vmcb'], event, run.stores.vmcb(enter['vmcb'])
     nested_pgd = vmcb['nested_cr3'] if vmcb['nested_ctl'] & 1 else None
-    run.row('calls', enter, (bool(enter['nested_paging']), enter['pgd']), (nested_pgd is not None, vmcb['cr3'] if nested_pgd is None else nested_pgd))
+    run.row('calls', enter, (bool(enter['nested_paging']), enter['pgd']),
+            (nested_pgd is not None, vmcb['cr3'] if nested_pgd is None else nested_pgd))
     svm_vmrun(run.vcpu, L2State(vmcb['cr0'], vmcb['cr3'], vmcb['cr4'], vmcb['efer'], nested_pgd))
 
 def _vmexit(run, event): svm_vmexit(run.vcpu)
@@ -129,9 +133,11 @@ def _vmexit(run, event): svm_vmexit(run.vcpu)
 def _keep_l2(run, did):
     "#VMEXIT begins: KVM writes L2's registers back into its VMCB, whether L1 asked for L2 or KVM could not start it."
     if did.what == 'nested_vmexit':
-        for name in ('cr0', 'cr3', 'cr4', 'efer'): run.stores.write(run.vmcb + VMCB_FIELDS[name], int(getattr(run.vcpu, name)).to_bytes(8, 'little'))
+        for name in ('cr0', 'cr3', 'cr4', 'efer'):
+            run.stores.write(run.vmcb + VMCB_FIELDS[name], int(getattr(run.vcpu, name)).to_bytes(8, 'little'))
 
-_DO = {'after_set_cpuid': _cpuid, 'set_cr0': _cr0, 'set_cr3': _cr3, 'set_cr4': _cr4, 'set_efer': _efer, 'kvm_smm_transition': _smi,
+_DO = {'after_set_cpuid': _cpuid, 'set_cr0': _cr0, 'set_cr3': _cr3, 'set_cr4': _cr4, 'set_efer': _efer,
+       'kvm_smm_transition': _smi,
        'nested_vmrun': _vmrun, 'nested_vmexit': _vmexit, 'load_pdptrs': nobody_said, **FAULT_CAUSES}
 
 # %% ../../nbs/evidence/23_replay.ipynb #bf300716
@@ -148,14 +154,16 @@ def _enter(run, event):
 def _event_comes(run):
     "Between serving requests and building a root, KVM takes events: an SMI, or one that makes L2 exit to L1."
     names = ('load', 'vmentry', 'nested_vmexit', 'kvm_smm_transition')
-    return next((event.name for event in run.peek(400, ('kvm_exit', 'tracing_mark_write')) if event.name in names), '') in names[2:]
+    return next((event.name for event in run.peek(400, ('kvm_exit', 'tracing_mark_write')) if event.name in names),
+                '') in names[2:]
 
 def _run_guest(run, event):
     run.at += 1
     if run.inside: run.row('calls', event, 'vmentry', 'the guest is about to run already')
     run.inside = True
     pointer = event['ncr3'] if event['np'] else event['vcr3']
-    run.row('calls', event, (bool(event['np']), f'{pointer & 0xf_ffff_ffff_f000:#x}'), (run.scenario.npt, run.addresses.name(run.vcpu.mmu.root.hpa)))
+    run.row('calls', event, (bool(event['np']), f'{pointer & 0xf_ffff_ffff_f000:#x}'),
+            (run.scenario.npt, run.addresses.name(run.vcpu.mmu.root.hpa)))
     borrow_cr3(run, event['vcr3'])
     compare_state(run, event)
 
@@ -179,7 +187,8 @@ def _entered(run, event):
 
 def _refresh(run, event): refresh_passthrough(run.vcpu, getattr(run.vcpu, run.mmu_of(event, 'pmmu')))
 
-_BELOW = {'tracing_mark_write': _mark, 'kvm_entry': _entered, 'refresh_passthrough': _refresh, 'kvm_page_fault': see_fault, 'kvm_inj_exception': see_injection}
+_BELOW = {'tracing_mark_write': _mark, 'kvm_entry': _entered, 'refresh_passthrough': _refresh,
+          'kvm_page_fault': see_fault, 'kvm_inj_exception': see_injection}
 
 # %% ../../nbs/evidence/23_replay.ipynb #a1be4293
 def replay(
@@ -221,7 +230,8 @@ def _memory_at_the_end(run):
     pages = {**run.scenario.pages, **run.scenario.final_pages}
     for gpa, size in sorted(run.stores.done.items()):
         at = gpa % (1 << PAGE_SHIFT)
-        said, ours = pages.get(gpa >> PAGE_SHIFT, bytes(1 << PAGE_SHIFT))[at:at + size], read_gpa(run.stores.memory, gpa, size)
+        said, ours = (pages.get(gpa >> PAGE_SHIFT, bytes(1 << PAGE_SHIFT))[at:at + size],
+                      read_gpa(run.stores.memory, gpa, size))
         if ours is None: continue
         said, ours = int.from_bytes(said, 'little'), int.from_bytes(ours, 'little')
         run.rows.append(Row('memory', f'{gpa:#x}', said, ours | said & 0x60))
@@ -238,19 +248,24 @@ def draw_beside(
     "root | prev_roots of the recorded kernel and of the model, while an MMU is in charge."
     moments = [moment for moment in run.history if moment.mmu == mmu][first:first + count]
     names = ('root', 'prev 0', 'prev 1', 'prev 2')[:slots + 1]
-    events = [(moment.step if moment.step is not None else '', 'KVM', moment.event.name[:-4], tuple(pair for both in zip(moment.recorded, moment.model) for pair in both)[:2 * len(names)]) for moment in moments]
-    return Timeline(tuple(f'{name}, {whose}' for name in names for whose in ('recorded', 'model')), events, caption or f'{run.scenario.name}: {mmu}')
+    events = [(moment.step if moment.step is not None else '', 'KVM', moment.event.name[:-4],
+               tuple(pair for both in zip(moment.recorded, moment.model) for pair in both)[:2 * len(names)])
+              for moment in moments]
+    return Timeline(tuple(f'{name}, {whose}' for name in names for whose in ('recorded', 'model')), events,
+                    caption or f'{run.scenario.name}: {mmu}')
 
 # %% ../../nbs/evidence/23_replay.ipynb #633fd863
 def check_scenario(
     path: Path,                            # A scenario's folder
     progress: 'Callable | None' = None,    # Called with the events done so far
-) -> list:                                 # Of `Agreement`, one for each of `ASPECTS` that has rows; the last has none and says what was borrowed
+) -> list:  # Of `Agreement`, one for each of `ASPECTS` that has rows; the last has none and says what was borrowed
     "Replay a scenario and count."
     scenario = load_scenario(path)
     run = replay(scenario, progress)
-    found = [compare(f'{scenario.name}/{aspect}', ((row.label, row.recorded, row.model) for row in run.rows if row.aspect == aspect)) for aspect in ASPECTS]
-    return [agreement for agreement in found if agreement.rows] + [Agreement(f'{scenario.name}/borrowed', 0, 0, skipped=f'not compared, {borrowed(run)}')]
+    found = [compare(f'{scenario.name}/{aspect}', ((row.label, row.recorded, row.model) for row in run.rows
+                                                   if row.aspect == aspect)) for aspect in ASPECTS]
+    return ([agreement for agreement in found if agreement.rows]
+            + [Agreement(f'{scenario.name}/borrowed', 0, 0, skipped=f'not compared, {borrowed(run)}')])
 
 def borrowed(
     run: Run,
@@ -258,7 +273,8 @@ def borrowed(
     "What was taken from the record instead of compared, in one line."
     names = [f'{name} {count:,}' for name, count in sorted(run.rules.items())]
     names += [f'unknown event {name} {count:,}' for name, count in sorted(run.scenario.trace.unknown.items())]
-    return 'but taken from the record: ' + (', '.join(names) or 'nothing') + (f"; {run.scenario.trace.lost:,} events were lost in the recording" if run.scenario.trace.lost else '')
+    return ('but taken from the record: ' + (', '.join(names) or 'nothing')
+            + (f"; {run.scenario.trace.lost:,} events were lost in the recording" if run.scenario.trace.lost else ''))
 
 # %% ../../nbs/evidence/23_replay.ipynb #cab0a44a
 def damaged(
@@ -269,7 +285,9 @@ def damaged(
     "A copy of a scenario with one event changed."
     events = list(scenario.trace.events)
     event = events[which]
-    if set(fields) - set(event.fields): raise ValueError(f"{event.name} at line {event.line} has no {', '.join(sorted(set(fields) - set(event.fields)))}")
+    if set(fields) - set(event.fields):
+        raise ValueError(f"{event.name} at line {event.line} has no "
+                         f"{', '.join(sorted(set(fields) - set(event.fields)))}")
     if fields: events[which] = replace(event, fields={**event.fields, **fields})
     else: del events[which]
     return replace(scenario, trace=replace(scenario.trace, events=tuple(events)))

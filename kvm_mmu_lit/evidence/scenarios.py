@@ -78,7 +78,8 @@ class Scenario:
         for gfn, page in self.pages.items(): memory.slot(gfn).page(gfn)[:] = page
         return memory
 
-    def __repr__(self): return f"Scenario({self.name}: {self.description}; {len(self.steps)} steps, {len(self.trace.events):,} events)"
+    def __repr__(self):
+        return f"Scenario({self.name}: {self.description}; {len(self.steps)} steps, {len(self.trace.events):,} events)"
 
 # %% ../../nbs/evidence/16_scenarios.ipynb #2b0999b0
 FILES = ('scenario.json', 'trace.txt.xz', 'mem.npz')
@@ -96,14 +97,18 @@ def _numbers(value):
 
 def _need(values, keys, file, where=''):
     "Check that an object has values of these kinds."
-    if not isinstance(values, dict): raise EvidenceError(file, where, f"is a {type(values).__name__}; an object is needed")
+    if not isinstance(values, dict):
+        raise EvidenceError(file, where, f"is a {type(values).__name__}; an object is needed")
     for key, kind in keys.items():
         found, at = values.get(key), f'{where}.{key}' if where else key
         if key not in values: raise EvidenceError(file, at, "is missing")
-        if type(found) is not kind: raise EvidenceError(file, at, f"is {str(found)[:40]!r}, a {type(found).__name__}; a {kind.__name__} is needed")
+        if type(found) is not kind:
+            raise EvidenceError(file, at,
+                                f"is {str(found)[:40]!r}, a {type(found).__name__}; a {kind.__name__} is needed")
     return values
 
-_KEYS = dict(scenario=str, description=str, npt=int, tdp_mmu=int, host_paging=str, memslots=list, initial_msrs=dict, initial_sregs=dict, page_tables=list,
+_KEYS = dict(scenario=str, description=str, npt=int, tdp_mmu=int, host_paging=str, memslots=list, initial_msrs=dict,
+             initial_sregs=dict, page_tables=list,
              vmcbs=list, steps=list, guest_cpuid=list, addresses=dict, struct_offsets=dict, trace_lines=int)
 MAX_GUEST = 256 * MiB   # Memory of a recorded guest; those recorded have 8 MiB
 
@@ -114,25 +119,34 @@ def _read_slots(meta, file):
     for i, one in enumerate(meta['memslots']):
         _need(one, dict(id=int, gpa=int, size=int, flags=int), file, f'memslots[{i}]')
         slot = Slot(one['id'], one['gpa'], one['size'], one['flags'])
-        if slot.gpa % PAGE_SIZE or slot.size % PAGE_SIZE or not 0 < slot.size <= MAX_GUEST or not 0 <= slot.gpa < 1 << 52:
-            raise EvidenceError(file, f'memslots[{i}]', f"{slot}: whole pages, 1..{MAX_GUEST >> PAGE_SHIFT} of them, below 1 << 52")
-        if any(slot.gpa < other.gpa + other.size and other.gpa < slot.gpa + slot.size for other in slots): raise EvidenceError(file, f'memslots[{i}]', f"{slot} overlaps another")
+        if (slot.gpa % PAGE_SIZE or slot.size % PAGE_SIZE or not 0 < slot.size <= MAX_GUEST
+                or not 0 <= slot.gpa < 1 << 52):
+            raise EvidenceError(file, f'memslots[{i}]',
+                                f"{slot}: whole pages, 1..{MAX_GUEST >> PAGE_SHIFT} of them, below 1 << 52")
+        if any(slot.gpa < other.gpa + other.size and other.gpa < slot.gpa + slot.size for other in slots):
+            raise EvidenceError(file, f'memslots[{i}]', f"{slot} overlaps another")
         slots.append(slot)
-    if not 0 < sum(slot.size for slot in slots) <= MAX_GUEST: raise EvidenceError(file, 'memslots', f"no memory, or more than {MAX_GUEST:,} bytes")
+    if not 0 < sum(slot.size for slot in slots) <= MAX_GUEST:
+        raise EvidenceError(file, 'memslots', f"no memory, or more than {MAX_GUEST:,} bytes")
     return tuple(slots)
 
 def _read_steps(meta, file):
     "The steps, each in its place."
     for i, step in enumerate(meta['steps']):
         _need(step, dict(id=int, op=str, cpu=str, bits=int), file, f'steps[{i}]')
-        if step['id'] != i or step['bits'] not in (16, 32, 64): raise EvidenceError(file, f'steps[{i}]', f"id {step['id']}, {step['bits']} bits: must be id {i}, and 16, 32 or 64 bits")
-        odd = [key for key, value in step.items() if not (value is None or type(value) in (int, str) or type(value) is list and all(type(one) is str for one in value))]
+        if step['id'] != i or step['bits'] not in (16, 32, 64):
+            raise EvidenceError(file, f'steps[{i}]',
+                                f"id {step['id']}, {step['bits']} bits: must be id {i}, and 16, 32 or 64 bits")
+        odd = [key for key, value in step.items()
+               if not (value is None or type(value) in (int, str) or type(value) is list
+                       and all(type(one) is str for one in value))]
         if odd: raise EvidenceError(file, f'steps[{i}].{odd[0]}', "must be a number, a text, null or a list of texts")
     return tuple(meta['steps'])
 
 def _read_vmcbs(meta, file):
     "What the guest's VMCBs say."
-    keys = dict.fromkeys(('vmcb', 'gpa', 'nested_paging', 'nCR3', 'L2_cr0', 'L2_cr3', 'L2_cr4', 'L2_efer', 'L2_bits'), int)
+    keys = dict.fromkeys(('vmcb', 'gpa', 'nested_paging', 'nCR3', 'L2_cr0', 'L2_cr3', 'L2_cr4', 'L2_efer', 'L2_bits'),
+                         int)
     return tuple(_need(vmcb, keys, file, f'vmcbs[{i}]') for i, vmcb in enumerate(meta['vmcbs']))
 
 def _read_tables(meta, file):
@@ -141,7 +155,8 @@ def _read_tables(meta, file):
     for i, one in enumerate(meta['page_tables']):
         _need(one, dict(name=str, format=str, root=int, tables=list), file, f'page_tables[{i}]')
         tables = [_need(table, dict(level=int, gpa=int), file, f'page_tables[{i}].tables') for table in one['tables']]
-        out.append(GuestTables(one['name'], one['format'], one['root'], tuple((table['level'], table['gpa']) for table in tables)))
+        out.append(GuestTables(one['name'], one['format'], one['root'],
+                               tuple((table['level'], table['gpa']) for table in tables)))
     return tuple(out)
 
 def _read_cpuid(meta, file):
@@ -149,7 +164,9 @@ def _read_cpuid(meta, file):
     out = {}
     for i, line in enumerate(meta['guest_cpuid']):
         found = re.fullmatch('([0-9a-f]{8}) ([0-9a-f]{1,8}): ' + ' '.join(['([0-9a-f]{8})'] * 4), str(line))
-        if not found: raise EvidenceError(file, f'guest_cpuid[{i}]', f"{str(line)[:60]!r}; expected a line like '00000001 0: 00060fb1 00000800 76f83203 0f8bfbfd'")
+        if not found:
+            raise EvidenceError(file, f'guest_cpuid[{i}]', f"{str(line)[:60]!r}; expected a line like '00000001 0: "
+                                                           f"00060fb1 00000800 76f83203 0f8bfbfd'")
         out[int(found[1], 16), int(found[2], 16)] = tuple(int(found[n], 16) for n in range(3, 7))
     return out
 
@@ -160,7 +177,8 @@ def _read_layout(meta, file):
     return Layout(addresses['vcpu'], addresses['page_offset_base'], {name: offsets[name] for name in MMUS})
 
 # %% ../../nbs/evidence/16_scenarios.ipynb #ca2a8636
-_PAGES = {name: Column('uint64', high=(1 << 40) - 1) if name.endswith('gfn') else Column('uint8', (PAGE_SIZE,)) for name in ('gfn', 'page', 'final_gfn', 'final_page')}
+_PAGES = {name: Column('uint64', high=(1 << 40) - 1) if name.endswith('gfn') else Column('uint8', (PAGE_SIZE,))
+          for name in ('gfn', 'page', 'final_gfn', 'final_page')}
 
 def _read_pages(path, slots):
     "The recorded pages before and after."
@@ -168,18 +186,25 @@ def _read_pages(path, slots):
     try:
         with open_npz(path) as archive:
             found = {name[:-len('.npy')] for name in archive.namelist()}
-            if found != set(_PAGES): raise EvidenceError(path, ', '.join(sorted(found ^ set(_PAGES))), f"must have exactly the arrays {', '.join(_PAGES)}")
+            if found != set(_PAGES):
+                raise EvidenceError(path, ', '.join(sorted(found ^ set(_PAGES))),
+                                    f"must have exactly the arrays {', '.join(_PAGES)}")
             arrays = {}
             for key, column in _PAGES.items(): arrays[key] = read_array(archive, key, column)
     except EvidenceError: raise
     except UNREADABLE as why: raise EvidenceError(path, key, str(why) or type(why).__name__) from None
-    return tuple(_page_dict(path, prefix, arrays[f'{prefix}gfn'].tolist(), arrays[f'{prefix}page'], slots) for prefix in ('', 'final_'))
+    return tuple(_page_dict(path, prefix, arrays[f'{prefix}gfn'].tolist(), arrays[f'{prefix}page'], slots)
+                 for prefix in ('', 'final_'))
 
 def _page_dict(path, prefix, gfns, pages, slots):
-    if len(gfns) != len(pages): raise EvidenceError(path, f'{prefix}page', f"{len(pages)} pages for {len(gfns)} frames of {prefix}gfn")
+    if len(gfns) != len(pages):
+        raise EvidenceError(path, f'{prefix}page', f"{len(pages)} pages for {len(gfns)} frames of {prefix}gfn")
     for i, gfn in enumerate(gfns):
-        if i and gfn <= gfns[i - 1]: raise EvidenceError(path, f'{prefix}gfn', f"frame {gfn:#x} at index {i} after {gfns[i - 1]:#x}: frames must rise")
-        if not any(slot.gpa <= gfn << PAGE_SHIFT < slot.gpa + slot.size for slot in slots): raise EvidenceError(path, f'{prefix}gfn', f"frame {gfn:#x} lies in no memory slot")
+        if i and gfn <= gfns[i - 1]:
+            raise EvidenceError(path, f'{prefix}gfn',
+                                f"frame {gfn:#x} at index {i} after {gfns[i - 1]:#x}: frames must rise")
+        if not any(slot.gpa <= gfn << PAGE_SHIFT < slot.gpa + slot.size for slot in slots):
+            raise EvidenceError(path, f'{prefix}gfn', f"frame {gfn:#x} lies in no memory slot")
     return {gfn: page.tobytes() for gfn, page in zip(gfns, pages)}
 
 # %% ../../nbs/evidence/16_scenarios.ipynb #8856cb8c
@@ -189,22 +214,29 @@ def load_scenario(
     "Read a recorded run; whatever does not fit is an `EvidenceError` with the file and where in it."
     path = Path(path)
     for name in FILES:
-        if not (path / name).is_file(): raise EvidenceError(path, name, f"is missing: a scenario is a folder with {', '.join(FILES)}")
+        if not (path / name).is_file():
+            raise EvidenceError(path, name, f"is missing: a scenario is a folder with {', '.join(FILES)}")
     file = path / 'scenario.json'
     raw = load_meta(file)
     meta = _need(_numbers(raw), _KEYS, file)
-    if meta['host_paging'] not in ('4-level', '5-level'): raise EvidenceError(file, 'host_paging', f"is {meta['host_paging'][:40]!r}; 4-level or 5-level")
+    if meta['host_paging'] not in ('4-level', '5-level'):
+        raise EvidenceError(file, 'host_paging', f"is {meta['host_paging'][:40]!r}; 4-level or 5-level")
     for key in ('npt', 'tdp_mmu'):
         if meta[key] not in (0, 1): raise EvidenceError(file, key, f"is {meta[key]}; 0 or 1")
     sregs = _need(meta['initial_sregs'], dict.fromkeys(('cr0', 'cr3', 'cr4', 'efer'), int), file, 'initial_sregs')
     slots = _read_slots(meta, file)
     pages, final = _read_pages(path / 'mem.npz', slots)
     trace = parse_trace(path / 'trace.txt.xz')
-    if len(trace.events) != meta['trace_lines']: raise EvidenceError(path / 'trace.txt.xz', '', f"has {len(trace.events):,} events; scenario.json announces {meta['trace_lines']:,}")
+    if len(trace.events) != meta['trace_lines']:
+        raise EvidenceError(path / 'trace.txt.xz', '',
+                            f"has {len(trace.events):,} events; scenario.json announces {meta['trace_lines']:,}")
     try: msrs = {int(number, 16): int(value) for number, value in meta['initial_msrs'].items()}
-    except (TypeError, ValueError): raise EvidenceError(file, 'initial_msrs', "must be numbers like '0xc0010117': '0x77000'") from None
-    return Scenario(path, meta['scenario'], meta['description'], bool(meta['npt']), bool(meta['tdp_mmu']), int(meta['host_paging'][0]), slots, _read_steps(meta, file),
-                    _read_tables(meta, file), _read_vmcbs(meta, file), sregs, msrs, _read_cpuid(meta, file), _read_layout(meta, file), pages, final, trace, raw)
+    except (TypeError, ValueError):
+        raise EvidenceError(file, 'initial_msrs', "must be numbers like '0xc0010117': '0x77000'") from None
+    return Scenario(path, meta['scenario'], meta['description'], bool(meta['npt']), bool(meta['tdp_mmu']),
+                    int(meta['host_paging'][0]), slots, _read_steps(meta, file),
+                    _read_tables(meta, file), _read_vmcbs(meta, file), sregs, msrs, _read_cpuid(meta, file),
+                    _read_layout(meta, file), pages, final, trace, raw)
 
 # %% ../../nbs/evidence/16_scenarios.ipynb #6e981c92
 class StepEvents(NamedTuple):
@@ -220,7 +252,9 @@ def steps_of(
     for event in scenario.trace.events:
         if event.fields.get('marker') == 'STEP':
             if step is not None or events: yield StepEvents(step, tuple(events))
-            if event['id'] >= len(scenario.steps): raise EvidenceError(scenario.trace.file, f'line {event.line}', f"step {event['id']}: scenario.json has {len(scenario.steps)}")
+            if event['id'] >= len(scenario.steps):
+                raise EvidenceError(scenario.trace.file, f'line {event.line}',
+                                    f"step {event['id']}: scenario.json has {len(scenario.steps)}")
             step, events = scenario.steps[event['id']], []
         events.append(event)
     yield StepEvents(step, tuple(events))
@@ -231,7 +265,8 @@ def step_text(
 ) -> str:
     "A step in one line."
     if step is None: return 'before the first step'
-    said = [f"{key}={value:#x}" if type(value) is int and value > 9 else f"{key}={value}" for key, value in step.items() if key not in ('id', 'op', 'cpu', 'bits', 'size') and value is not None]
+    said = [f"{key}={value:#x}" if type(value) is int and value > 9 else f"{key}={value}" for key, value in step.items()
+            if key not in ('id', 'op', 'cpu', 'bits', 'size') and value is not None]
     return ' '.join([step['op'], *said, '' if step['cpu'] == 'text' else f"({step['cpu']})"]).strip()
 
 # %% ../../nbs/evidence/16_scenarios.ipynb #d65bdcfa
@@ -277,9 +312,11 @@ def draw_root_history(
     "root | prev_roots[0..2] of one MMU, after each function that may have changed them."
     changes = [change for change in root_history(scenario) if change.mmu == mmu]
     events = [(change.step if change.step is not None else '', change.caller, change.event.name[:-4].replace('_', ' '),
-               tuple(change.state.where(root) for root in (change.state.root, *change.state.prev_roots))) for change in changes[first:first + count]]
+               tuple(change.state.where(root) for root in (change.state.root, *change.state.prev_roots)))
+              for change in changes[first:first + count]]
     left = len(changes) - first - len(events)
-    return Timeline(('root', 'prev 0', 'prev 1', 'prev 2'), events, caption or f"{scenario.name}: {mmu}{f', {left} more changes' if left > 0 else ''}")
+    return Timeline(('root', 'prev 0', 'prev 1', 'prev 2'), events,
+                    caption or f"{scenario.name}: {mmu}{f', {left} more changes' if left > 0 else ''}")
 
 # %% ../../nbs/evidence/16_scenarios.ipynb #f5c63bb9
 def role_words(
@@ -301,6 +338,8 @@ def draw_scenario(
     taken = Counter(step['op'] for step, _ in steps_of(scenario) if step)
     rows = [('host', f"{'NPT' if scenario.npt else 'no NPT'}, {scenario.host_levels}-level paging", None),
             *(('step', op, count) for op, count in sorted(taken.items())),
-            *(('role', f"{mmu}: cpu_role {cpu:#x}, root_role {root:#x}", count) for (mmu, cpu, root), count in sorted(role_words(scenario).items())),
-            *(('roots', name[:-4], count) for name, count in sorted(scenario.trace.counts().items()) if name in CHANGERS)]
+            *(('role', f"{mmu}: cpu_role {cpu:#x}, root_role {root:#x}", count)
+              for (mmu, cpu, root), count in sorted(role_words(scenario).items())),
+            *(('roots', name[:-4], count) for name, count in sorted(scenario.trace.counts().items())
+              if name in CHANGERS)]
     return Table(('', scenario.name, 'times'), rows, scenario.description)

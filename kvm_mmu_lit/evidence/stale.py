@@ -60,7 +60,9 @@ def draw_switch(
     first = next((i for i in range(at, max(at - 20, 0), -1) if events[i].name == 'init_mmu'), at)
     last = next(i for i in range(at, len(events)) if events[i].name == 'new_pgd_ret')
     shown = [(event, scenario.snapshot(event).current) for event in events[first:last + 1] if has_state(event)]
-    rows = [(event.line, pair.cause, event.name.replace('_ret', ' returns'), (root_texts(mmu)[0], f"{mmu.root_role:#x}, {mmu.root_role & 15} levels", root_texts(mmu)[1])) for event, mmu in shown]
+    rows = [(event.line, pair.cause, event.name.replace('_ret', ' returns'),
+             (root_texts(mmu)[0], f"{mmu.root_role:#x}, {mmu.root_role & 15} levels", root_texts(mmu)[1]))
+            for event, mmu in shown]
     return Timeline(('root', 'root_role', 'prev_roots[0]'), rows, f"{scenario.name}, line {pair.line}")
 
 # %% ../../nbs/evidence/25_stale.ipynb #a42445b9
@@ -71,5 +73,7 @@ def draw_pairs(
     "Which old roots were loaded under which new roles, and how often."
     def kind(pair): return pair.root.rpartition(' ')[2] if pair.root.endswith('_root') else 'table'
     keys = [(pair.cause, kind(pair), pair.root_role, pair.new_role, pair.hit) for pair in pairs]
-    rows = [(cause, where, Hex(old), old & 15, Hex(new), new & 15, 'hit' if hit else 'miss', keys.count(key)) for key in sorted(set(keys)) for cause, where, old, new, hit in [key]]
-    return Table(('cause', 'the root lives in', 'built as', 'levels', 'under role', 'levels', 'switch', 'times'), rows, caption)
+    rows = [(cause, where, Hex(old), old & 15, Hex(new), new & 15, 'hit' if hit else 'miss', keys.count(key))
+            for key in sorted(set(keys)) for cause, where, old, new, hit in [key]]
+    return Table(('cause', 'the root lives in', 'built as', 'levels', 'under role', 'levels', 'switch', 'times'), rows,
+                 caption)

@@ -21,20 +21,25 @@ from .kernel_walks import Tables, ept_registers, five_tables, table_gpa, with_ro
 from .vector_files import Column, Form
 from ..guest.accessed_dirty import write_back
 from ..guest.addresses import EPT4, LONG4, LONG5, PAE, GpteFormat
-from ..guest.gpte import PT64_NX, PT_ACCESSED, PT_DIRTY, PT_PAGE_SIZE, PT_PKEY_SHIFT, PT_PRESENT, PT_USER, PT_WRITABLE
+from ..guest.gpte import (PT64_NX, PT_ACCESSED, PT_DIRTY, PT_PAGE_SIZE, PT_PKEY_SHIFT, PT_PRESENT, PT_USER,
+                                    PT_WRITABLE)
 from ..guest.permissions import FETCH, READ, USER, WRITE, Pferr
 from ..guest.registers import Cr0, Cr4, Efer, Registers
 from ..guest.verdict import GuestWalk
 from ..guest.walk import Walker
 
 # %% ../../nbs/evidence/10_unit_tests.ipynb #28486fd0
-ACCESS_FLAGS = ('PTE_WRITABLE PTE_USER PTE_ACCESSED PTE_DIRTY PTE_NX PTE_PRESENT PTE_BIT51 PTE_BIT36 PDE_WRITABLE PDE_USER PDE_ACCESSED PDE_DIRTY PDE_PSE PDE_NX PDE_PRESENT PDE_BIT51 '
-                'PDE_BIT36 PDE_BIT13 PDPTE_NO_WRITABLE PKU_AD PKU_WD PKU_PKEY ACCESS_USER ACCESS_WRITE ACCESS_FETCH ACCESS_TWICE CPU_EFER_NX CPU_CR0_WP CPU_CR4_SMEP CPU_CR4_PKE FEP').split()
+ACCESS_FLAGS = ('PTE_WRITABLE PTE_USER PTE_ACCESSED PTE_DIRTY PTE_NX PTE_PRESENT PTE_BIT51 PTE_BIT36 PDE_WRITABLE '
+                'PDE_USER PDE_ACCESSED PDE_DIRTY PDE_PSE PDE_NX PDE_PRESENT PDE_BIT51 '
+                'PDE_BIT36 PDE_BIT13 PDPTE_NO_WRITABLE PKU_AD PKU_WD PKU_PKEY ACCESS_USER ACCESS_WRITE ACCESS_FETCH '
+                'ACCESS_TWICE CPU_EFER_NX CPU_CR0_WP CPU_CR4_SMEP CPU_CR4_PKE FEP').split()
 FLAG = {name: 1 << i for i, name in enumerate(ACCESS_FLAGS)}
-ENTRY_BITS = dict(WRITABLE=PT_WRITABLE, USER=PT_USER, ACCESSED=PT_ACCESSED, DIRTY=PT_DIRTY, PSE=PT_PAGE_SIZE, NX=PT64_NX, PRESENT=PT_PRESENT, BIT51=1 << 51, BIT36=1 << 36, BIT13=1 << 13)
+ENTRY_BITS = dict(WRITABLE=PT_WRITABLE, USER=PT_USER, ACCESSED=PT_ACCESSED, DIRTY=PT_DIRTY, PSE=PT_PAGE_SIZE,
+                  NX=PT64_NX, PRESENT=PT_PRESENT, BIT51=1 << 51, BIT36=1 << 36, BIT13=1 << 13)
 FAMILIES = ('strided', 'core', 'smep_ext')
 
-ACCESSES = Form('accesses', 'U', {family: {f'{family}_flags': Column('uint32', high=(1 << len(ACCESS_FLAGS)) - 1), f'{family}_result': Column('uint16')} for family in FAMILIES})
+ACCESSES = Form('accesses', 'U', {family: {f'{family}_flags': Column('uint32', high=(1 << len(ACCESS_FLAGS)) - 1),
+                                           f'{family}_result': Column('uint16')} for family in FAMILIES})
 
 def flag_bits(flags: int, prefix: str) -> int:
     "The bits of an entry that the flags of one prefix, 'PTE' or 'PDE', set."
@@ -47,17 +52,21 @@ def access_entries(flags: int) -> list:
     "The entries the flags ask for, level 1 first. Key 1 is on the leaf; key 2 on a PDE above a leaf must not matter."
     large, keys = flags & FLAG['PDE_PSE'], flags & FLAG['PKU_PKEY']
     pte = ACCESS_GPA | flag_bits(flags, 'PTE') | (1 << PT_PKEY_SHIFT if keys else 0)
-    pde = (ACCESS_GPA if large else table_gpa(1)) | flag_bits(flags, 'PDE') | ((1 if large else 2) << PT_PKEY_SHIFT if keys else 0)
+    pde = ((ACCESS_GPA if large else table_gpa(1)) | flag_bits(flags, 'PDE')
+           | ((1 if large else 2) << PT_PKEY_SHIFT if keys else 0))
     above = PT_PRESENT | PT_WRITABLE | PT_USER
-    return [pte, pde, table_gpa(2) | above & ~(PT_WRITABLE if flags & FLAG['PDPTE_NO_WRITABLE'] else 0), table_gpa(3) | above, table_gpa(4) | above]
+    return [pte, pde, table_gpa(2) | above & ~(PT_WRITABLE if flags & FLAG['PDPTE_NO_WRITABLE'] else 0),
+            table_gpa(3) | above, table_gpa(4) | above]
 
 def access_registers(flags: int, tables: Tables) -> Registers:
     "The CPU the flags ask for. MAXPHYADDR is 36, so bits 36 and 51 of an entry are reserved."
     fmt, on = tables.fmt, lambda name, bit: int(bit) if flags & FLAG[name] else 0
-    cr4 = int(Cr4.PAE) | on('CPU_CR4_SMEP', Cr4.SMEP) | on('CPU_CR4_PKE', Cr4.PKE) | (int(Cr4.LA57) if fmt is LONG5 else 0)
+    cr4 = (int(Cr4.PAE) | on('CPU_CR4_SMEP', Cr4.SMEP) | on('CPU_CR4_PKE', Cr4.PKE)
+           | (int(Cr4.LA57) if fmt is LONG5 else 0))
     efer = on('CPU_EFER_NX', Efer.NX) | (0 if fmt is PAE else int(Efer.LME | Efer.LMA))
     pkru = 0x30 | on('PKU_WD', 8) | on('PKU_AD', 4) if flags & FLAG['CPU_CR4_PKE'] else 0
-    return with_root(Registers(cr0=int(Cr0.PG | Cr0.PE) | on('CPU_CR0_WP', Cr0.WP), cr4=cr4, efer=efer, pkru=pkru, maxphyaddr=36), tables, table_gpa(2) | PT_PRESENT)
+    return with_root(Registers(cr0=int(Cr0.PG | Cr0.PE) | on('CPU_CR0_WP', Cr0.WP), cr4=cr4, efer=efer, pkru=pkru,
+                               maxphyaddr=36), tables, table_gpa(2) | PT_PRESENT)
 
 # %% ../../nbs/evidence/10_unit_tests.ipynb #be2837bb
 _RESULT = ('fault', 'error_code', 'pte_a', 'pte_d', 'pde_a', 'pde_d', 'pde_a_any', 'has_pte', 'unused')
@@ -74,12 +83,14 @@ def access_result(flags: int, verdict, tables: Tables) -> int:
     has_pte, fault = not flags & FLAG['PDE_PSE'], not isinstance(verdict, GuestWalk)
     marked = pde & PT_ACCESSED or fault and verdict.level == 1             # a CPU marks the PDE on its way to the PTE
     any_mark = fault and not flags & FLAG['PDE_ACCESSED']                  # KVM does not, and both are right
-    return (1 | int(verdict.error_code) << 1 if fault else 0) | ((pte >> 5 & 3) << 7 | 1 << 12 if has_pte else 0) | (1 << 9 if marked else 0) \
+    return (1 | int(verdict.error_code) << 1 if fault
+            else 0) | ((pte >> 5 & 3) << 7 | 1 << 12 if has_pte else 0) | (1 << 9 if marked else 0) \
         | (1 << 10 if pde & PT_DIRTY else 0) | (1 << 11 if any_mark else 0)
 
 # %% ../../nbs/evidence/10_unit_tests.ipynb #471e2b9a
 CPU_FLAGS = sum(FLAG[name] for name in ('CPU_EFER_NX', 'CPU_CR0_WP', 'CPU_CR4_SMEP', 'CPU_CR4_PKE', 'PKU_AD', 'PKU_WD'))
-NOT_IN_PAE = FLAG['PDPTE_NO_WRITABLE'] | FLAG['CPU_CR4_PKE'] | FLAG['PKU_PKEY']   # PAE has no rights in a PDPTE, and no keys
+# PAE has no rights in a PDPTE, and no keys
+NOT_IN_PAE = FLAG['PDPTE_NO_WRITABLE'] | FLAG['CPU_CR4_PKE'] | FLAG['PKU_PKEY']
 
 def access_rows(arrays: dict, family: str, fmt: GpteFormat, result: Callable = access_result) -> Iterator:
     "Every expectation of a family that holds in this mode."
@@ -90,12 +101,15 @@ def access_rows(arrays: dict, family: str, fmt: GpteFormat, result: Callable = a
         if cpu not in walkers: walkers[cpu] = Walker(tables.memory, access_registers(cpu, tables))
         model = result(flags, make_accesses(walkers[cpu], tables, flags), tables)
         same = recorded == model
-        yield (lambda i=i, flags=flags: f"row {i} ({flag_names(flags)})"), recorded if same else result_fields(recorded), model if same else result_fields(model)
+        yield ((lambda i=i, flags=flags: f"row {i} ({flag_names(flags)})"), recorded if same
+               else result_fields(recorded), model if same else result_fields(model))
 
 def make_accesses(walker: Walker, tables: Tables, flags: int):
-    "Prepare the tables, make the access, and the supervisor's read before it where ACCESS_TWICE asks for one; marks are made. FEP changes nothing: emulated or not, the answer is one."
+    """Prepare the tables, make the access, and the supervisor's read before it where ACCESS_TWICE asks for one; marks
+    are made. FEP changes nothing: emulated or not, the answer is one."""
     tables.fill(access_entries(flags))
-    asked = Pferr(sum(int(bit) for name, bit in (('USER', USER), ('WRITE', WRITE), ('FETCH', FETCH)) if flags & FLAG[f'ACCESS_{name}']))
+    asked = Pferr(sum(int(bit) for name, bit in (('USER', USER), ('WRITE', WRITE), ('FETCH', FETCH))
+                      if flags & FLAG[f'ACCESS_{name}']))
     for access in [READ] * bool(flags & FLAG['ACCESS_TWICE']) + [asked]:
         verdict = walker.walk(tables.addr, access)
         if isinstance(verdict, GuestWalk): write_back(tables.memory, verdict)
@@ -108,14 +122,18 @@ def flag_names(flags: int) -> str:
 # %% ../../nbs/evidence/10_unit_tests.ipynb #24c14259
 _BIT = Column('uint8', high=1)
 EPT_ACCESSES = Form('ept_accesses', 'U', {'accesses': {
-    'test': Column('uint8'), 'test_names': Column('str', (None,), fixed=True), 'execonly': _BIT, 'maxphyaddr': Column('uint8', low=32, high=52), 'ad_enabled': _BIT, 'kind': Column('uint8', high=4),
-    'huge': _BIT, 'level': Column('uint8', low=1, high=4), 'clear': Column('uint64'), 'set': Column('uint64'), 'op': Column('uint8', high=2), 'exit_qual': Column('uint16'),
+    'test': Column('uint8'), 'test_names': Column('str', (None,), fixed=True), 'execonly': _BIT,
+    'maxphyaddr': Column('uint8', low=32, high=52), 'ad_enabled': _BIT, 'kind': Column('uint8', high=4),
+    'huge': _BIT, 'level': Column('uint8', low=1, high=4), 'clear': Column('uint64'), 'set': Column('uint64'),
+    'op': Column('uint8', high=2), 'exit_qual': Column('uint16'),
     'entries': Column('uint64', (4,))}})
 
 EPT_PAGE, EPT_ALL, EPT_VLT_LADDR_VLD, EPT_VLT_PADDR = 0x8000_0000, 7, 1 << 7, 1 << 8
 
 def ept_entries(row: dict) -> list:
-    "The entries the test has made: full rights everywhere, then `clear` and `set` on one of them. In kinds 3 and 4 these say something else, and the page itself keeps its rights."
+    """The entries the test has made: full rights everywhere, then `clear` and `set` on one of them.
+
+    In kinds 3 and 4 these say something else, and the page itself keeps its rights."""
     entries = [EPT_PAGE | EPT_ALL, *(table_gpa(level) | EPT_ALL for level in (1, 2, 3))]
     if row['huge']: entries[row['level'] - 1] = EPT_PAGE | PT_PAGE_SIZE | EPT_ALL
     if row['kind'] < 3: entries[row['level'] - 1] = entries[row['level'] - 1] & ~row['clear'] | row['set']
@@ -132,7 +150,8 @@ def guest_table_access(
     return USER | WRITE if ad_enabled or needs_mark else USER
 
 def ept_access_rows(arrays: dict) -> Iterator:
-    "Every expectation about EPT: the kind of exit and its qualification, and that the entries are those the test describes."
+    """Every expectation about EPT: the kind of exit and its qualification, and that the entries are those the test
+    describes."""
     names, memory = arrays['test_names'].tolist(), five_tables()
     columns = {key: column.tolist() for key, column in arrays.items() if key != 'test_names'}
     for i, values in enumerate(zip(*columns.values())):
@@ -141,14 +160,19 @@ def ept_access_rows(arrays: dict) -> Iterator:
         nested, entries = row['kind'] > 2, ept_entries(row)
         tables = Tables(memory, EPT4, 0)
         tables.fill([entries[0] & ~EPT_ALL | row['set'], *row['entries'][1:]] if nested else row['entries'])
-        regs = ept_registers(EPT4, bool(row['ad_enabled']), maxphyaddr=row['maxphyaddr'], ept_execonly=bool(row['execonly']))
-        access = guest_table_access(row['op'], row['clear'], bool(row['ad_enabled'])) if nested else (USER, WRITE, FETCH)[row['op']]
+        regs = ept_registers(EPT4, bool(row['ad_enabled']), maxphyaddr=row['maxphyaddr'],
+                             ept_execonly=bool(row['execonly']))
+        access = (guest_table_access(row['op'], row['clear'], bool(row['ad_enabled'])) if nested
+                  else (USER, WRITE, FETCH)[row['op']])
         kind, qualification = ept_outcome(Walker(memory, regs, EPT4).walk(0, access), nested)
-        yield ((lambda i=i, row=row, name=names[row['test']]: f"row {i} ({name}, level {row['level']}, op {row['op']})"),
-               {key: tuple(row[key]) if key == 'entries' else row[key] for key in ('kind', 'exit_qual', 'entries')}, {'kind': kind, 'exit_qual': qualification, 'entries': tuple(entries)})
+        yield ((lambda i=i, row=row, name=names[row['test']]:
+                f"row {i} ({name}, level {row['level']}, op {row['op']})"),
+               {key: tuple(row[key]) if key == 'entries' else row[key] for key in ('kind', 'exit_qual', 'entries')},
+               {'kind': kind, 'exit_qual': qualification, 'entries': tuple(entries)})
 
 def ept_outcome(verdict, nested: bool) -> tuple:
-    "(kind, exit qualification). Bit 7: the linear address is valid; bit 8: the access was to the page, not to a guest table on the way."
+    """(kind, exit qualification). Bit 7: the linear address is valid; bit 8: the access was to the page, not to a guest
+    table on the way."""
     if isinstance(verdict, GuestWalk): return (3 if nested else 0), 0
     if verdict.exit_reason == 49: return 2, 0
     return (4 if nested else 1), verdict.exit_qualification | EPT_VLT_LADDR_VLD | (0 if nested else EPT_VLT_PADDR)

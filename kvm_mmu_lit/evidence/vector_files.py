@@ -50,7 +50,8 @@ def check_values(
         low, high = int(low or 0), np.iinfo(values.dtype).max if high is None else high
         if part.size and not low <= int(part.min()) <= int(part.max()) <= high:
             row = int(np.argmax((part < low) | (part > high)))
-            raise ValueError(f"value {int(part.flat[row]):#x} at {row}{f', column {i}' if last > 1 else ''}: must be {low:#x}..{high:#x}")
+            raise ValueError(f"value {int(part.flat[row]):#x} at {row}{f', column {i}' if last > 1 else ''}: must be "
+                             f"{low:#x}..{high:#x}")
 
 # %% ../../nbs/evidence/07_vector_files.ipynb #4a4deddd
 @dataclass(frozen=True)
@@ -68,12 +69,17 @@ class Form:
 
     def key_groups(self, keys: set) -> dict:
         "The groups that `keys` make up. A group is there as a whole or not at all."
-        def own(name): return set(self.groups[name]) - {key for other, group in self.groups.items() if other != name for key in group}
+        def own(name):
+            return set(self.groups[name]) - {key for other, group in self.groups.items() if other != name
+                                             for key in group}
         found = {name: group for name, group in self.groups.items() if keys & own(name)}
-        if not found: found = {name: group for name, group in self.groups.items() if keys & set(group)}   # Only what groups share
+        # Only what groups share
+        if not found: found = {name: group for name, group in self.groups.items() if keys & set(group)}
         for name, group in found.items():
             missing = set(group) - keys
-            if missing: raise ValueError(f"{', '.join(sorted(missing))} missing, which {', '.join(sorted(keys & set(group)))} needs")
+            if missing:
+                raise ValueError(f"{', '.join(sorted(missing))} missing, which {', '.join(sorted(keys & set(group)))} "
+                                 f"needs")
         return found
 
 # %% ../../nbs/evidence/07_vector_files.ipynb #42240e10
@@ -88,9 +94,15 @@ def recognise(
     if len(fits) == 1: return fits[0]
     both = [form for form in fits if form in named]
     if both: return both[0]
-    if fits: raise EvidenceError(path, ', '.join(sorted(keys)), f"may be of {' or '.join(form.kind for form in fits)}: name the file after its kind")
-    if named: raise EvidenceError(path, ', '.join(sorted(keys - named[0].keys)) or 'archive', f"{'unknown arrays' if keys else 'no arrays'}: {named[0].kind} has {', '.join(sorted(named[0].keys))}")
-    raise EvidenceError(path, ', '.join(sorted(keys)[:5]), f"no known kind of vectors has these arrays: {', '.join(form.kind for form in forms)}")
+    if fits:
+        raise EvidenceError(path, ', '.join(sorted(keys)),
+                            f"may be of {' or '.join(form.kind for form in fits)}: name the file after its kind")
+    if named:
+        raise EvidenceError(path, ', '.join(sorted(keys - named[0].keys)) or 'archive',
+                            f"{'unknown arrays' if keys else 'no arrays'}: {named[0].kind} has "
+                            f"{', '.join(sorted(named[0].keys))}")
+    raise EvidenceError(path, ', '.join(sorted(keys)[:5]),
+                        f"no known kind of vectors has these arrays: {', '.join(form.kind for form in forms)}")
 
 # %% ../../nbs/evidence/07_vector_files.ipynb #5b5d4fbc
 def draw_form(
@@ -105,7 +117,8 @@ def draw_form(
             nodes.append((key, f"{key}\n{column.dtype}{list(column.shape) if column.shape else ''}", 'frame'))
             edges.append((f'group {group}', key))
     later = [(key, key, 'ignored') for key in form.later]
-    return Graph(nodes + later, edges + [(form.kind, key, 'later') for key, *_ in later], caption=f'a file of kind {form.kind}')
+    return Graph(nodes + later, edges + [(form.kind, key, 'later') for key, *_ in later],
+                 caption=f'a file of kind {form.kind}')
 
 # %% ../../nbs/evidence/07_vector_files.ipynb #5828260d
 MAX_FILE, MAX_ARRAY, MAX_ARRAYS, MAX_DIRECTORY = 64 * MiB, 128 * MiB, 64, 64 * KiB
@@ -115,14 +128,18 @@ def open_npz(
 ) -> zipfile.ZipFile:
     "Open an archive whose directory is small, every name there once."
     size = path.stat().st_size
-    if not path.is_file() or not 0 < size <= MAX_FILE: raise ValueError(f"{size:,} bytes: must be a regular file of 1..{MAX_FILE:,}")
+    if not path.is_file() or not 0 < size <= MAX_FILE:
+        raise ValueError(f"{size:,} bytes: must be a regular file of 1..{MAX_FILE:,}")
     with path.open('rb') as file:
         file.seek(max(0, size - (1 << 16)))
         tail = file.read(1 << 16)
     end = tail.rfind(b'PK\5\6')
-    if end < 0 or end + 22 > len(tail): raise ValueError("no zip archive, or a truncated one: its end-of-directory record is missing")
+    if end < 0 or end + 22 > len(tail):
+        raise ValueError("no zip archive, or a truncated one: its end-of-directory record is missing")
     members, directory = struct.unpack_from('<HI', tail, end + 10)
-    if members > MAX_ARRAYS or directory > MAX_DIRECTORY: raise ValueError(f"{members} members in a directory of {directory:,} bytes: at most {MAX_ARRAYS} in {MAX_DIRECTORY:,}")
+    if members > MAX_ARRAYS or directory > MAX_DIRECTORY:
+        raise ValueError(f"{members} members in a directory of {directory:,} bytes: at most {MAX_ARRAYS} in "
+                         f"{MAX_DIRECTORY:,}")
     archive = zipfile.ZipFile(path)
     names = archive.namelist()
     if len(set(names)) == len(names) and all(name.endswith('.npy') for name in names): return archive
@@ -144,9 +161,12 @@ def read_array(
             raise ValueError(f"shape {shape}: must be whole numbers, rows first")
         places = shape if column.fixed else shape[1:]
         fits = len(places) == len(column.shape) and all(n in (found, None) for n, found in zip(column.shape, places))
-        if not fits or not shape: raise ValueError(f"shape {shape}, must be {column.shape if column.fixed else ('rows', *column.shape)}")
+        if not fits or not shape:
+            raise ValueError(f"shape {shape}, must be {column.shape if column.fixed else ('rows', *column.shape)}")
         size = prod(shape) * dtype.itemsize
-        if size > MAX_ARRAY or header + size != info.file_size: raise ValueError(f"shape {shape} asks for {size:,} bytes, the archive has {info.file_size - header:,} and at most {MAX_ARRAY:,} are read")
+        if size > MAX_ARRAY or header + size != info.file_size:
+            raise ValueError(f"shape {shape} asks for {size:,} bytes, the archive has {info.file_size - header:,} and "
+                             f"at most {MAX_ARRAY:,} are read")
         data = _read_all(file, size)
     values = np.frombuffer(data, dtype).reshape(shape)
     if dtype.kind == 'u': check_values(values, column)
@@ -157,7 +177,8 @@ def _plain_dtype(descr, column):
     "The type of an array, if it is the one its form wants; never objects."
     texts = isinstance(descr, str) and descr[:2] == '<U' and descr[2:].isdigit() and 0 < int(descr[2:]) <= 64
     if column.dtype == 'str' and texts: return np.dtype(descr)
-    if column.dtype == 'str' or descr != np.dtype(column.dtype).str: raise ValueError(f"type {descr!r}, must be {column.dtype}")
+    if column.dtype == 'str' or descr != np.dtype(column.dtype).str:
+        raise ValueError(f"type {descr!r}, must be {column.dtype}")
     return np.dtype(column.dtype)
 
 def _read_all(file, size):
@@ -178,9 +199,11 @@ class Vectors:
 
     def rows(self, group: str) -> int:
         "Rows of a group."
-        return next((len(self.groups[group][key]) for key, column in self.form.groups[group].items() if not column.fixed), 0)
+        return next((len(self.groups[group][key]) for key, column in self.form.groups[group].items()
+                     if not column.fixed), 0)
 
-UNREADABLE = (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError, RuntimeError, OverflowError, MemoryError)
+UNREADABLE = (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError,
+              RuntimeError, OverflowError, MemoryError)
 
 def load_vectors(
     path: 'Path | str',   # An .npz file
@@ -200,5 +223,8 @@ def load_vectors(
     except UNREADABLE as why: raise EvidenceError(path, key, str(why) or type(why).__name__) from None
     for name, group in wanted.items():
         counts = {key: len(arrays[key]) for key, column in group.items() if not column.fixed}
-        if len(set(counts.values())) > 1: raise EvidenceError(path, ', '.join(counts), f"{', '.join(map(str, counts.values()))} rows: must be as many in each")
-    return Vectors(path, form, {name: {key: arrays[key] for key in group} for name, group in wanted.items()}, tuple(sorted(keys & set(form.later))))
+        if len(set(counts.values())) > 1:
+            raise EvidenceError(path, ', '.join(counts),
+                                f"{', '.join(map(str, counts.values()))} rows: must be as many in each")
+    return Vectors(path, form, {name: {key: arrays[key] for key in group} for name, group in wanted.items()},
+                   tuple(sorted(keys & set(form.later))))

@@ -18,15 +18,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .agreement import EvidenceError, compare
-from .kernel_tables import (MASK_NAMES, PERMISSIONS, RESERVED, SPTES, ept_entry_rows, ept_mask_rows, errcode_rows, gpte_rows, guest_mask_rows, mmio_rows,
-                                                permission_rows, pkru_rows, spte_mask_rows, wp_refresh_rows, x86_entry_rows, x86_mask_rows, zero_rows)
-from .kernel_roots import (CHILD_ROLES, PGD_SWITCHES, ROLES, ROOT_STORAGE, child_role_rows, ept_role_rows, npt_role_rows, role_rows,
+from .kernel_tables import (MASK_NAMES, PERMISSIONS, RESERVED, SPTES, ept_entry_rows, ept_mask_rows,
+                                                errcode_rows, gpte_rows, guest_mask_rows, mmio_rows,
+                                                permission_rows, pkru_rows, spte_mask_rows, wp_refresh_rows,
+                                                x86_entry_rows, x86_mask_rows, zero_rows)
+from .kernel_roots import (CHILD_ROLES, PGD_SWITCHES, ROLES, ROOT_STORAGE, child_role_rows,
+                                               ept_role_rows, npt_role_rows, role_rows,
                                                storage_rows, switch_rows)
 from .kernel_walks import WALKS, walk_rows
 from .unit_tests import ACCESSES, EPT_ACCESSES, FAMILIES, access_rows, ept_access_rows
 from .vector_files import load_vectors
 from ..guest.addresses import FORMATS, LONG4, LONG5, PAE, PTE32, page_size
-from ..guest.gpte import (ACC_ALL, PT64_NX, PT_ACCESSED, PT_DIR_PAT, PT_DIRTY, PT_GLOBAL, PT_PAGE_SIZE, PT_PAT, PT_PCD, PT_PRESENT, PT_PWT, PT_USER,
+from ..guest.gpte import (ACC_ALL, PT64_NX, PT_ACCESSED, PT_DIR_PAT, PT_DIRTY, PT_GLOBAL, PT_PAGE_SIZE,
+                                    PT_PAT, PT_PCD, PT_PRESENT, PT_PWT, PT_USER,
                                     PT_WRITABLE, Acc)
 from ..guest.permissions import Pferr
 from ..guest.reserved import bit_runs
@@ -42,17 +46,28 @@ from ..mmu.spte import (GEN_BITS, L1TF_LENGTH, REMOVED_SPTE, SPTE_AD_DISABLED, S
 
 # %% ../../nbs/evidence/12_vectors.ipynb #4ffffb5c
 CHECKS = {   # (kind of file, group) -> ((what, function that gives rows), ...)
-    ('permissions', 'roles'): (('bytes and masks', permission_rows), ('PKRU values', pkru_rows), ('answers', errcode_rows)),
+    ('permissions', 'roles'): (('bytes and masks', permission_rows), ('PKRU values', pkru_rows),
+                               ('answers', errcode_rows)),
     ('permissions', 'wp_refresh'): (('CR0.WP again', wp_refresh_rows),),
-    ('reserved', 'x86'): (('x86 masks', x86_mask_rows),), ('reserved', 'ept'): (('EPT masks', ept_mask_rows),), ('reserved', 'guest'): (('guests', guest_mask_rows),),
-    ('reserved', 'entries'): (('x86 entries', x86_entry_rows),), ('reserved', 'ept entries'): (('EPT entries', ept_entry_rows),), ('reserved', 'zero'): (("KVM's own entries", zero_rows),),
-    ('sptes', 'gpte'): (('guest entries', gpte_rows),), ('sptes', 'spte'): (('masks', spte_mask_rows), ('MMIO entries', mmio_rows)),
+    ('reserved', 'x86'): (('x86 masks', x86_mask_rows),), ('reserved', 'ept'): (('EPT masks', ept_mask_rows),),
+    ('reserved', 'guest'): (('guests', guest_mask_rows),),
+    ('reserved', 'entries'): (('x86 entries', x86_entry_rows),),
+    ('reserved', 'ept entries'): (('EPT entries', ept_entry_rows),),
+    ('reserved', 'zero'): (("KVM's own entries", zero_rows),),
+    ('sptes', 'gpte'): (('guest entries', gpte_rows),),
+    ('sptes', 'spte'): (('masks', spte_mask_rows), ('MMIO entries', mmio_rows)),
     ('walks', 'walks'): (('walks', walk_rows),),
-    ('roles', 'shadow and TDP'): (('roles of guests', role_rows),), ('roles', 'nested NPT'): (('roles of nested NPT', npt_role_rows),), ('roles', 'nested EPT'): (('roles of nested EPT', ept_role_rows),),
-    ('child_roles', 'children'): (('roles of children', child_role_rows),), ('root_storage', 'roots'): (('where roots live', storage_rows),),
+    ('roles', 'shadow and TDP'): (('roles of guests', role_rows),),
+    ('roles', 'nested NPT'): (('roles of nested NPT', npt_role_rows),),
+    ('roles', 'nested EPT'): (('roles of nested EPT', ept_role_rows),),
+    ('child_roles', 'children'): (('roles of children', child_role_rows),),
+    ('root_storage', 'roots'): (('where roots live', storage_rows),),
     ('pgd_switches', 'switches'): (('root switches', switch_rows),),
     ('ept_accesses', 'accesses'): (('EPT accesses', ept_access_rows),),
-    **{('accesses', family): tuple((f'{family} in {fmt.name}', lambda arrays, family=family, fmt=fmt: access_rows(arrays, family, fmt)) for fmt in (LONG4, LONG5, PAE)) for family in FAMILIES}}
+    **{('accesses',
+        family): tuple((f'{family} in {fmt.name}',
+                        lambda arrays, family=family, fmt=fmt: access_rows(arrays, family, fmt))
+                       for fmt in (LONG4, LONG5, PAE)) for family in FAMILIES}}
 
 FORMS = (PERMISSIONS, RESERVED, SPTES, WALKS, ACCESSES, EPT_ACCESSES, ROLES, CHILD_ROLES, ROOT_STORAGE, PGD_SWITCHES)
 
@@ -71,29 +86,44 @@ def spte_constants() -> dict:
     low_bits = low_end - low + 1
     def gen_mask(bits): return mmio_gen_bits(sum(1 << bit for bit in bits))
     return {
-        'SPTE_MMU_PRESENT_MASK': SPTE_PRESENT, 'SPTE_TDP_AD_SHIFT': bit_runs(SPTE_AD_MASK)[0][1], 'SPTE_TDP_AD_MASK': SPTE_AD_MASK, 'SPTE_BASE_ADDR_MASK': SPTE_ADDRESS,
-        'SPTE_TDP_AD_ENABLED_MASK': make_nonleaf_spte(ept_masks(), 0) & SPTE_AD_MASK, 'SPTE_TDP_AD_DISABLED_MASK': SPTE_AD_DISABLED, 'SPTE_TDP_AD_WRPROT_ONLY_MASK': SPTE_AD_WRPROT_ONLY,
-        'SPTE_EPT_READABLE_MASK': ept.user, 'SPTE_EPT_EXECUTABLE_MASK': ept.x, 'SPTE_LEVEL_BITS': LONG4.index_bits, 'SPTE_ENT_PER_PAGE': 1 << LONG4.index_bits,
+        'SPTE_MMU_PRESENT_MASK': SPTE_PRESENT, 'SPTE_TDP_AD_SHIFT': bit_runs(SPTE_AD_MASK)[0][1],
+        'SPTE_TDP_AD_MASK': SPTE_AD_MASK, 'SPTE_BASE_ADDR_MASK': SPTE_ADDRESS,
+        'SPTE_TDP_AD_ENABLED_MASK': make_nonleaf_spte(ept_masks(), 0) & SPTE_AD_MASK,
+        'SPTE_TDP_AD_DISABLED_MASK': SPTE_AD_DISABLED, 'SPTE_TDP_AD_WRPROT_ONLY_MASK': SPTE_AD_WRPROT_ONLY,
+        'SPTE_EPT_READABLE_MASK': ept.user, 'SPTE_EPT_EXECUTABLE_MASK': ept.x, 'SPTE_LEVEL_BITS': LONG4.index_bits,
+        'SPTE_ENT_PER_PAGE': 1 << LONG4.index_bits,
         **{f'SPTE_LEVEL_SHIFT({level})': page_size(level, LONG5).bit_length() - 1 for level in range(1, 6)},
-        'SHADOW_ACC_TRACK_SAVED_BITS_MASK': tracked >> SPTE_SAVED_SHIFT & 7, 'SHADOW_ACC_TRACK_SAVED_BITS_SHIFT': SPTE_SAVED_SHIFT,
-        'DEFAULT_SPTE_HOST_WRITABLE': host.host_writable, 'DEFAULT_SPTE_MMU_WRITABLE': host.mmu_writable, 'EPT_SPTE_HOST_WRITABLE': ept.host_writable, 'EPT_SPTE_MMU_WRITABLE': ept.mmu_writable,
-        'MMIO_SPTE_GEN_LOW_START': low, 'MMIO_SPTE_GEN_LOW_END': low_end, 'MMIO_SPTE_GEN_LOW_BITS': low_bits, 'MMIO_SPTE_GEN_LOW_MASK': gen_mask(range(low_bits)),
-        'MMIO_SPTE_GEN_HIGH_START': high, 'MMIO_SPTE_GEN_HIGH_END': high_end, 'MMIO_SPTE_GEN_HIGH_BITS': high_end - high + 1, 'MMIO_SPTE_GEN_HIGH_MASK': gen_mask(range(low_bits, GEN_BITS)),
-        'MMIO_SPTE_GEN_LOW_SHIFT': low, 'MMIO_SPTE_GEN_HIGH_SHIFT': high - low_bits, 'MMIO_SPTE_GEN_MASK': (1 << GEN_BITS) - 1,
-        'SPTE_MMIO_ALLOWED_MASK': sum(1 << bit for bit in range(64) if _takes(bit)), 'SHADOW_NONPRESENT_OR_RSVD_MASK_LEN': L1TF_LENGTH, 'REMOVED_SPTE': REMOVED_SPTE}
+        'SHADOW_ACC_TRACK_SAVED_BITS_MASK': tracked >> SPTE_SAVED_SHIFT & 7,
+        'SHADOW_ACC_TRACK_SAVED_BITS_SHIFT': SPTE_SAVED_SHIFT,
+        'DEFAULT_SPTE_HOST_WRITABLE': host.host_writable, 'DEFAULT_SPTE_MMU_WRITABLE': host.mmu_writable,
+        'EPT_SPTE_HOST_WRITABLE': ept.host_writable, 'EPT_SPTE_MMU_WRITABLE': ept.mmu_writable,
+        'MMIO_SPTE_GEN_LOW_START': low, 'MMIO_SPTE_GEN_LOW_END': low_end, 'MMIO_SPTE_GEN_LOW_BITS': low_bits,
+        'MMIO_SPTE_GEN_LOW_MASK': gen_mask(range(low_bits)),
+        'MMIO_SPTE_GEN_HIGH_START': high, 'MMIO_SPTE_GEN_HIGH_END': high_end,
+        'MMIO_SPTE_GEN_HIGH_BITS': high_end - high + 1, 'MMIO_SPTE_GEN_HIGH_MASK': gen_mask(range(low_bits, GEN_BITS)),
+        'MMIO_SPTE_GEN_LOW_SHIFT': low, 'MMIO_SPTE_GEN_HIGH_SHIFT': high - low_bits,
+        'MMIO_SPTE_GEN_MASK': (1 << GEN_BITS) - 1,
+        'SPTE_MMIO_ALLOWED_MASK': sum(1 << bit for bit in range(64) if _takes(bit)),
+        'SHADOW_NONPRESENT_OR_RSVD_MASK_LEN': L1TF_LENGTH, 'REMOVED_SPTE': REMOVED_SPTE}
 
 # %% ../../nbs/evidence/12_vectors.ipynb #589cd8c4
 def paging_constants() -> dict:
     "The constants of guests' entries, error codes, levels and roles."
-    bits = {'PRESENT': PT_PRESENT, 'WRITABLE': PT_WRITABLE, 'USER': PT_USER, 'PWT': PT_PWT, 'PCD': PT_PCD, 'ACCESSED': PT_ACCESSED, 'DIRTY': PT_DIRTY, 'PAGE_SIZE': PT_PAGE_SIZE,
+    bits = {'PRESENT': PT_PRESENT, 'WRITABLE': PT_WRITABLE, 'USER': PT_USER, 'PWT': PT_PWT, 'PCD': PT_PCD,
+            'ACCESSED': PT_ACCESSED, 'DIRTY': PT_DIRTY, 'PAGE_SIZE': PT_PAGE_SIZE,
             'PAT': PT_PAT, 'GLOBAL': PT_GLOBAL, 'DIR_PAT': PT_DIR_PAT}
-    shifts = {f'PT_{name}_SHIFT': bits[name].bit_length() - 1 for name in ('WRITABLE', 'USER', 'ACCESSED', 'DIRTY', 'PAGE_SIZE')}
+    shifts = {f'PT_{name}_SHIFT': bits[name].bit_length() - 1
+              for name in ('WRITABLE', 'USER', 'ACCESSED', 'DIRTY', 'PAGE_SIZE')}
     faults = {f'PFERR_{code.name}_MASK': int(code) for code in Pferr if code != Pferr.IMPLICIT}
     rights = {f'ACC_{right.name}_MASK': int(right) for right in Acc}
-    return {**{f'PT_{name}_MASK': bit for name, bit in bits.items()}, **shifts, 'PT64_NX_MASK': PT64_NX, 'PT64_NX_SHIFT': PT64_NX.bit_length() - 1,
-            'PT64_ROOT_5LEVEL': PT64_ROOT_5LEVEL, 'PT64_ROOT_4LEVEL': PT64_ROOT_4LEVEL, 'PT32E_ROOT_LEVEL': PT32E_ROOT_LEVEL, 'PT32_ROOT_LEVEL': PTE32.root_level,
-            'PT64_ROOT_MAX_LEVEL': max(fmt.root_level for fmt in FORMATS.values()), 'KVM_MMU_NUM_PREV_ROOTS': NUM_PREV_ROOTS, 'INVALID_PAE_ROOT': Mmu('root_mmu').pae_words[0],
-            'KVM_MMU_CR0_ROLE_BITS': CR0_ROLE_BITS, 'KVM_MMU_CR4_ROLE_BITS': CR4_ROLE_BITS, 'KVM_MMU_EFER_ROLE_BITS': EFER_ROLE_BITS,
+    return {**{f'PT_{name}_MASK': bit for name, bit in bits.items()}, **shifts, 'PT64_NX_MASK': PT64_NX,
+            'PT64_NX_SHIFT': PT64_NX.bit_length() - 1,
+            'PT64_ROOT_5LEVEL': PT64_ROOT_5LEVEL, 'PT64_ROOT_4LEVEL': PT64_ROOT_4LEVEL,
+            'PT32E_ROOT_LEVEL': PT32E_ROOT_LEVEL, 'PT32_ROOT_LEVEL': PTE32.root_level,
+            'PT64_ROOT_MAX_LEVEL': max(fmt.root_level for fmt in FORMATS.values()),
+            'KVM_MMU_NUM_PREV_ROOTS': NUM_PREV_ROOTS, 'INVALID_PAE_ROOT': Mmu('root_mmu').pae_words[0],
+            'KVM_MMU_CR0_ROLE_BITS': CR0_ROLE_BITS, 'KVM_MMU_CR4_ROLE_BITS': CR4_ROLE_BITS,
+            'KVM_MMU_EFER_ROLE_BITS': EFER_ROLE_BITS,
             **faults, 'PFERR_IMPLICIT_ACCESS': int(Pferr.IMPLICIT), **rights, 'ACC_ALL': int(ACC_ALL)}
 
 def layout() -> dict:
@@ -101,7 +131,8 @@ def layout() -> dict:
     def masks(fields): return {name: ((1 << width) - 1) << low for name, low, width in fields}
     half = CpuRole(PageRole(), ExtendedRole(valid=1)).word.bit_length() // 8     # Where the second half begins
     full = PageRole(**{name: (1 << width) - 1 for name, low, width in ROLE_FIELDS}).word.bit_length() // 8
-    return {'role_field_masks': masks(ROLE_FIELDS), 'ext_role_field_masks': masks(EXT_FIELDS), 'sizeof': {'page_role': full, 'cpu_role': 2 * half},
+    return {'role_field_masks': masks(ROLE_FIELDS), 'ext_role_field_masks': masks(EXT_FIELDS),
+            'sizeof': {'page_role': full, 'cpu_role': 2 * half},
             'constants': {**paging_constants(), **spte_constants()}, 'mask_names': dict(enumerate(MASK_NAMES)),
             'anonymous_enums': {f'RET_PF_{name}': i for i, name in enumerate(RET_PF)}}
 
@@ -113,25 +144,31 @@ def read_layout(
 ) -> dict:           # Section -> name -> number or, in 'mask_names', text
     "Read recorded constants: the sections and names of `layout`, each there and each once."
     def once(pairs):
-        if len({name for name, _ in pairs}) < len(pairs): raise ValueError(f"a name stands twice among {', '.join(name for name, _ in pairs[:3])} ...")
+        if len({name for name, _ in pairs}) < len(pairs):
+            raise ValueError(f"a name stands twice among {', '.join(name for name, _ in pairs[:3])} ...")
         return dict(pairs)
     key = ''
     try:
-        if not path.is_file() or path.stat().st_size > MAX_JSON: raise ValueError(f"must be a regular file of at most {MAX_JSON:,} bytes")
+        if not path.is_file() or path.stat().st_size > MAX_JSON:
+            raise ValueError(f"must be a regular file of at most {MAX_JSON:,} bytes")
         data = json.loads(path.read_text(encoding='utf-8'), object_pairs_hook=once)
-        if not isinstance(data, dict) or set(data) - {'note'} != set(layout()): raise ValueError(f"no table of constants, whose sections are {', '.join(layout())}")
+        if not isinstance(data, dict) or set(data) - {'note'} != set(layout()):
+            raise ValueError(f"no table of constants, whose sections are {', '.join(layout())}")
         found = {}
         for key, known in layout().items():
             section = dict(enumerate(data[key])) if key == 'mask_names' and isinstance(data[key], list) else data[key]
             if not isinstance(section, dict) or set(section) != set(known): raise ValueError(_strange(section, known))
-            found[key] = {name: value if key == 'mask_names' else _number(name, value) for name, value in section.items()}
+            found[key] = {name: value if key == 'mask_names' else _number(name, value)
+                          for name, value in section.items()}
         return found
     except EvidenceError: raise
-    except (ValueError, OSError, RecursionError) as why: raise EvidenceError(path, key, str(why) or type(why).__name__) from None
+    except (ValueError, OSError, RecursionError) as why:
+        raise EvidenceError(path, key, str(why) or type(why).__name__) from None
 
 def _strange(section, known):
     if not isinstance(section, dict): return f"{type(section).__name__}, must be names and numbers"
-    return f"unknown: {', '.join(map(str, set(section) - set(known))) or 'nothing'}; missing: {', '.join(map(str, set(known) - set(section))) or 'nothing'}"
+    return (f"unknown: {', '.join(map(str, set(section) - set(known))) or 'nothing'}; missing: "
+            f"{', '.join(map(str, set(known) - set(section))) or 'nothing'}")
 
 def _number(name, value):
     "Hex text, or a number as it is."
@@ -158,12 +195,17 @@ def check_file(
     for group, arrays in vectors.groups.items():
         for what, rows in CHECKS[vectors.form.kind, group]:
             done = sum(agreement.rows for agreement in found)
-            found.append(compare(f'{path.name}, {what}', _blamed(rows(arrays), path, group), progress and (lambda more: progress(done + more))))
-    if vectors.groups and not any(agreement.rows for agreement in found): raise EvidenceError(path, ', '.join(vectors.groups), "no rows: nothing to compare")
+            found.append(compare(f'{path.name}, {what}', _blamed(rows(arrays), path, group),
+                                 progress and (lambda more: progress(done + more))))
+    if vectors.groups and not any(agreement.rows for agreement in found):
+        raise EvidenceError(path, ', '.join(vectors.groups), "no rows: nothing to compare")
     return found
 
 def _blamed(rows, path, group):
-    "Pass rows on. Inputs the model refuses, registers no CPU has or a state KVM never reaches, are the file's fault and named by row."
+    """Pass rows on.
+
+    Inputs the model refuses, registers no CPU has or a state KVM never reaches, are the file's fault and named by
+    row."""
     done = 0
     try:
         for row in rows:

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 from ..draw.timeline import Event, Timeline
 from .ftrace import TraceEvent
-from .matching import Run, expect, is_read_for_a_walk, match_call, pair, pass_below, read_for_a_walk, upcoming
+from .matching import (Run, expect, is_read_for_a_walk, match_call, pair, pass_below,
+                                           read_for_a_walk, upcoming)
 from .model_events import TABLE_DEEDS, table_events
 from ..mmu.contexts import Did
 from ..mmu.page_fault import RET_PF
@@ -57,7 +58,9 @@ class Walking:
 
 # %% ../../nbs/evidence/21_walks.ipynb #203420ef
 def begin_walk(run: Run, did: Did):
-    "KVM walks for itself, or for another walk. KVM: `FNAME(walk_addr_generic)`, `FNAME(gva_to_gpa)` (mmu/paging_tmpl.h)."
+    """KVM walks for itself, or for another walk.
+
+    KVM: `FNAME(walk_addr_generic)`, `FNAME(gva_to_gpa)` (mmu/paging_tmpl.h)."""
     inner = bool(run.walks) or run.translating
     mmu = 'guest_mmu' if inner else run.walks_for
     bits = '32' if getattr(run.vcpu, mmu).walker == 'paging32' else '64'
@@ -102,8 +105,10 @@ def watch(
     run.marking = did.what in _MARKS
     if not run.marking: finish_walks(run)
     if did.what in TABLE_DEEDS: return _tell_tables(run, did)
-    if did.what == 'pf_ret': return tell(run, did, _HANDLERS.get(did['handler'], 'direct_pf_ret'), dict(ret=RET_PF.index(did['ret'])))
-    if did.what == 'page_fault_ret': return did['action'] == 'RETRY' and tell(run, did, 'page_fault_ret', dict(ret=1))     # Else the emulator ends it
+    if did.what == 'pf_ret':
+        return tell(run, did, _HANDLERS.get(did['handler'], 'direct_pf_ret'), dict(ret=RET_PF.index(did['ret'])))
+    # Else the emulator ends it
+    if did.what == 'page_fault_ret': return did['action'] == 'RETRY' and tell(run, did, 'page_fault_ret', dict(ret=1))
     if did.what == 'inject': return run.injected and run.injected(did)
     match_call(run, did)
 
@@ -112,14 +117,16 @@ def _tell_tables(run, did):
     if did.what == 'kvm_mmu_paging_element' and run.walks: run.walks[-1].leaf = did['pte'], did['level']
     if did.what == 'kvm_tdp_mmu_spte_changed': _meet_child(run, did)
     for name, fields in table_events(did, run.vcpu.vm, run.addresses.number): tell(run, did, name, fields)
-    if did.what == 'kvm_mmu_pagetable_walk' and run.at < len(run.events) and is_read_for_a_walk(run): read_for_a_walk(run)
+    if did.what == 'kvm_mmu_pagetable_walk' and run.at < len(run.events) and is_read_for_a_walk(run):
+        read_for_a_walk(run)
     if did.what == 'kvm_mmu_walker_error': fail_walks(run)
 
 def _meet_child(run, did):
     "A new table of the TDP MMU is named by the entry that leads to it first."
     new, event = did['new_spte'], upcoming(run)
     if event is None or event.name != did.what or not is_present(new) or is_last(new, did['level']): return
-    if new & SPTE_ADDRESS not in run.addresses.theirs: pair(run, event, event['new_spte'] & SPTE_ADDRESS, new & SPTE_ADDRESS)
+    if new & SPTE_ADDRESS not in run.addresses.theirs:
+        pair(run, event, event['new_spte'] & SPTE_ADDRESS, new & SPTE_ADDRESS)
 
 # %% ../../nbs/evidence/21_walks.ipynb #bab48991
 def draw_walks(
@@ -132,6 +139,7 @@ def draw_walks(
         ends = event.name.startswith(('walk', 'g2g')) and event.name.endswith('_ret')
         if event.name in ('walk64', 'walk32'): depth += 1
         what = event.text.rpartition(') ')[2]
-        rows.append(Event(event.line, 'KVM', event.name.removeprefix('kvm_mmu_'), tuple(what if level == depth else '' for level in (1, 2))))
+        rows.append(Event(event.line, 'KVM', event.name.removeprefix('kvm_mmu_'),
+                          tuple(what if level == depth else '' for level in (1, 2))))
         if ends and event.name.startswith('walk'): depth -= 1
     return Timeline(("L2's tables", "L1's nested tables"), rows, caption)

@@ -46,7 +46,8 @@ def pending_updates(
         if step.table is None: continue         # a PDPTE register has neither bit
         marks = accessed | (dirty if step.level == walk.level and walk.access & WRITE else 0)
         if step.gpte & marks != marks:
-            updates.append(Update(step.level, step.pte_gpa(walk.fmt), walk.fmt.entry_size, step.gpte, step.gpte | marks))
+            updates.append(Update(step.level, step.pte_gpa(walk.fmt), walk.fmt.entry_size, step.gpte,
+                                  step.gpte | marks))
     return tuple(updates)
 
 # %% ../../nbs/guest/09_accessed_dirty.ipynb #422bb9d3
@@ -93,7 +94,8 @@ def draw_marks(
             boxes.append(Box('lost', kind='refused', lane=1, note=f'entry {step.index} changed meanwhile: walk again'))
             break
         note = 'read-only memory: not marked' if step.level in readonly else ''
-        boxes.append(_mark_box(walk, step, written.get(step.level, step.gpte), 'changed' if step.level in written else '', 1, note))
+        boxes.append(_mark_box(walk, step, written.get(step.level, step.gpte),
+                               'changed' if step.level in written else '', 1, note))
     caption = f"marks of a {'write' if walk.access & WRITE else 'read'} at {walk.gva:#_x}, {walk.fmt.name}"
     return Chain(tuple(boxes), caption, ('as the walk read them', 'as it left them'))
 
@@ -126,7 +128,8 @@ def edit_entry(
     "What another CPU of the guest may do at any time: change an entry that a walk has just read."
     gpas = {step.level: step.pte_gpa(walk.fmt) for step in walk.steps if step.table is not None}
     if level not in gpas:
-        raise ValueError(f"no entry of level {level} in memory was read; this walk read levels {', '.join(map(str, gpas))}")
+        raise ValueError(f"no entry of level {level} in memory was read; this walk read levels "
+                         f"{', '.join(map(str, gpas))}")
     size = walk.fmt.entry_size
     write_entry(memory, gpas[level], size, read_entry(memory, gpas[level], size) ^ flip)
 
@@ -135,10 +138,13 @@ def walk_and_mark(
     walker: Walker,
     addr: int,
     access: Pferr = READ,
-    between: 'Callable | None' = None,   # Called with each walk before its marks are made: where another CPU may edit the tables
+    # Called with each walk before its marks are made: where another CPU may edit the tables
+    between: 'Callable | None' = None,
     tries: int = 16,                     # Lost races to endure
 ) -> tuple:                              # (verdict, tuple of `WriteBack`, one for each try)
-    "Walk, mark, and start over when an entry changed in between. KVM: `retry_walk` in `walk_addr_generic` (mmu/paging_tmpl.h)."
+    """Walk, mark, and start over when an entry changed in between.
+
+    KVM: `retry_walk` in `walk_addr_generic` (mmu/paging_tmpl.h)."""
     history = []
     for _ in range(tries):
         verdict = walker.walk(addr, access)

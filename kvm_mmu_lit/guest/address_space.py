@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..draw.ranges import Range as DrawnRange, RangeMap
-from .addresses import LONG4, PAE, PAGE_SHIFT, PTE32, Gfn, Gpa, GpteFormat, canonical, page_size, pt_shift
+from .addresses import (LONG4, PAE, PAGE_SHIFT, PTE32, Gfn, Gpa, GpteFormat, canonical, page_size,
+                                         pt_shift)
 from .gpte import ACC_ALL, PT64_NX, PT_BASE_ADDR_MASK, PT_PRESENT, PT_USER, PT_WRITABLE, Acc, map_page
 from .memory import ram
 from .registers import Registers
@@ -144,7 +145,8 @@ class Range:
         "Bytes."
         return self.end - self.start
 
-    def __str__(self): return f"{self.start:#018x}-{self.end:#018x} {size_text(self.size):>8} {rights_text(self.rights)}"
+    def __str__(self):
+        return f"{self.start:#018x}-{self.end:#018x} {size_text(self.size):>8} {rights_text(self.rights)}"
 
 def size_text(size: int) -> str:
     "Bytes in the largest unit that divides them, e.g. `12K`, `3M`."

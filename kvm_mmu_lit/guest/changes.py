@@ -17,7 +17,8 @@ __all__ = ['what_if_guest', 'EntryChange', 'name_bits', 'RegisterChange', 'Popul
 from dataclasses import dataclass, field, replace
 
 from .addresses import LONG4, PAE, PAGE_SHIFT, PAGE_SIZE, PTE32, GpteFormat, pt_index
-from .gpte import (EPT_EXEC, EPT_READ, EPT_WRITE, PT64_NX, PT_PRESENT, PT_USER, PT_WRITABLE, gpte_fields,
+from .gpte import (EPT_EXEC, EPT_READ, EPT_WRITE, PT64_NX, PT_PRESENT, PT_USER, PT_WRITABLE,
+                                    gpte_fields,
     is_last_gpte, make_gpte, map_page)
 from .memory import add_ram, copy_memory, ram, write_entry
 from .permissions import USER, WRITE, Pferr
@@ -75,7 +76,8 @@ def name_bits(
     "Bits of an entry by name and number."
     large = change.fmt and is_last_gpte(change.old, change.level, change.fmt)
     fields = gpte_fields(change.fmt, change.level, large, change.maxphyaddr) if change.fmt else ()
-    parts = [(f.name, f.kind, mask & (1 << f.high + 1) - (1 << f.low)) for f in reversed(fields)] or [('word', '', mask)]
+    parts = ([(f.name, f.kind, mask & (1 << f.high + 1) - (1 << f.low)) for f in reversed(fields)]
+             or [('word', '', mask)])
     return ', '.join(_bits_text(*part) for part in parts if part[2])
 
 def _bits_text(name, kind, mask):

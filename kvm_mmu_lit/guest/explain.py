@@ -18,8 +18,10 @@ import heapq
 from dataclasses import dataclass
 
 from .addresses import LONG4, GpteFormat
-from .changes import (EntryChange, Populate, RegisterChange, merge_changes, rights_of_access, walk_changed, what_if_guest)
-from .gpte import (EPT_EXEC, EPT_READ, PT64_NX, PT_BASE_ADDR_MASK, PT_PAGE_SIZE, PT_PRESENT, PT_USER, Acc, flags_text,
+from .changes import (EntryChange, Populate, RegisterChange, merge_changes, rights_of_access,
+                                       walk_changed, what_if_guest)
+from .gpte import (EPT_EXEC, EPT_READ, PT64_NX, PT_BASE_ADDR_MASK, PT_PAGE_SIZE, PT_PRESENT, PT_USER,
+                                    Acc, flags_text,
     gpte_access, gpte_pkey)
 from .memory import write_entry
 from .permissions import FETCH, IMPLICIT, READ, USER, WRITE, Pferr, pkey_refuses, refusals
@@ -41,7 +43,8 @@ def repairs(
 def _entry(fault, step, new):
     "The change of one step's entry."
     gpa = step.pte_gpa(fault.fmt)
-    return EntryChange(step.level, step.index, -1 if gpa is None else gpa, step.gpte, new, fault.fmt, fault.regs.maxphyaddr)
+    return EntryChange(step.level, step.index, -1 if gpa is None else gpa, step.gpte, new, fault.fmt,
+                       fault.regs.maxphyaddr)
 
 # %% ../../nbs/guest/11_explain.ipynb #0194ad70
 def _make_present(fault):
@@ -86,7 +89,7 @@ def _open_key(fault):
     names = ' and '.join(name for bit, name in ((1, f"PKRU.AD{key}"), (2, f"PKRU.WD{key}")) if bits & bit)
     found = [(RegisterChange('pkru', names, bits << 2 * key, False),),
              (RegisterChange('cr4', 'CR4.PKE', Cr4.PKE, False),)]
-    if not fault.access & USER: found.append((_entry(fault, last, last.gpte & ~PT_USER),))        # keys guard user pages
+    if not fault.access & USER: found.append((_entry(fault, last, last.gpte & ~PT_USER),))  # keys guard user pages
     if bits == 2 and not fault.access & USER: found.append((RegisterChange('cr0', 'CR0.WP', Cr0.WP, False),))
     return found
 

@@ -38,7 +38,9 @@ EPT_ACCESSED, EPT_DIRTY, EPT_SUPPRESS_VE = 1 << 8, 1 << 9, 1 << 63
 
 # %% ../../nbs/guest/04_gpte.ipynb #d91fd345
 class Acc(IntFlag):
-    "Rights of a page. In EPT there is no user right and USER says readable. KVM: `ACC_EXEC_MASK`, `ACC_WRITE_MASK`, `ACC_USER_MASK` (mmu/spte.h)."
+    """Rights of a page. In EPT there is no user right and USER says readable.
+
+    KVM: `ACC_EXEC_MASK`, `ACC_WRITE_MASK`, `ACC_USER_MASK` (mmu/spte.h)."""
     EXEC = 1
     WRITE = 2
     USER = 4
@@ -111,7 +113,9 @@ def gpte_pkey(
     gpte: int,         # A leaf
     fmt: GpteFormat,
 ) -> int:              # 0..15
-    "The protection key of a leaf: bits 62:59, and 0 where a format has no such bits. KVM: `gpte_pkeys` (mmu/paging_tmpl.h)."
+    """The protection key of a leaf: bits 62:59, and 0 where a format has no such bits.
+
+    KVM: `gpte_pkeys` (mmu/paging_tmpl.h)."""
     return gpte >> PT_PKEY_SHIFT & 15 if fmt.entry_size == 8 and not fmt.is_ept else 0
 
 # %% ../../nbs/guest/04_gpte.ipynb #b84f0e53
@@ -130,7 +134,9 @@ def protect_clean_gpte(
     fmt: GpteFormat,
     have_ad: bool = True,   # Always on x86; EPTP bit 6 in EPT
 ) -> Acc:
-    "Withhold WRITE from a clean page, so that the first write is seen and D can be set. KVM: `protect_clean_gpte` (mmu/paging_tmpl.h)."
+    """Withhold WRITE from a clean page, so that the first write is seen and D can be set.
+
+    KVM: `protect_clean_gpte` (mmu/paging_tmpl.h)."""
     return Acc(access & ~Acc.WRITE) if have_ad and not gpte & dirty_mask(fmt) else Acc(access)
 
 # %% ../../nbs/guest/04_gpte.ipynb #2dbf559c
@@ -178,7 +184,8 @@ def _x86_low(fmt, level, leaf, pse):
     if leaf: yield 6, 6, 'D', 'status', 'dirty: set by the CPU on the first write'
     else: yield 6, 6, 'ign', 'ignored', 'no D above the leaf'
     yield (7, 7, 'PAT', 'attribute', 'memory type, with PCD and PWT') if level == 1 else _bit7(fmt, level, leaf, pse)
-    yield (8, 8, 'G', 'attribute', 'global: survives MOV to CR3') if leaf else (8, 8, 'ign', 'ignored', _nonleaf_bit8(level))
+    yield ((8, 8, 'G', 'attribute', 'global: survives MOV to CR3') if leaf
+           else (8, 8, 'ign', 'ignored', _nonleaf_bit8(level)))
     yield 11, 9, 'avl', 'ignored', "the guest kernel's own"
     if leaf and level > 1: yield 12, 12, 'PAT', 'attribute', 'memory type of a large page'
 
@@ -248,7 +255,8 @@ def flags_text(
 ) -> str:              # E.g. "P W U A D NX", or "R X" in EPT; "-" for nothing
     "The set one-bit fields of an entry, by name: what a table row shows."
     fields = gpte_fields(fmt, level, is_last_gpte(gpte, level, fmt, pse), pse=pse)
-    return ' '.join(f.name for f in reversed(fields) if f.high == f.low and f.kind != 'ignored' and f.value(gpte)) or '-'
+    return (' '.join(f.name for f in reversed(fields) if f.high == f.low and f.kind != 'ignored' and f.value(gpte))
+            or '-')
 
 # %% ../../nbs/guest/04_gpte.ipynb #2eac394a
 def describe_gpte(

@@ -105,7 +105,8 @@ def add_ram(
 ) -> MemSlot:                 # The new slot, all zero
     "Give the guest a range of zeroed memory. KVM: `KVM_SET_USER_MEMORY_REGION`."
     if base % PAGE_SIZE or size % PAGE_SIZE or size <= 0:
-        raise ValueError(f"slot {base:#x}+{size:#x}: base and size must be whole {PAGE_SIZE}-byte pages, and at least one")
+        raise ValueError(f"slot {base:#x}+{size:#x}: base and size must be whole {PAGE_SIZE}-byte pages, and at least "
+                         f"one")
     buffer = mmap(-1, size, access=ACCESS_COPY)        # The host, too, spends a page only when it is written
     slot = MemSlot(base >> PAGE_SHIFT, size >> PAGE_SHIFT, memoryview(buffer), readonly)
     memory._insert(slot)

@@ -33,7 +33,7 @@ class NestedTables(Walker):
     def __init__(self, memory: GuestMemory, regs: Registers, fmt: 'GpteFormat | None' = None):
         fmt = fmt or (regs.fmt if regs.eptp is None else regs.ept_fmt)
         if not fmt.root_level: raise ValueError("nested tables need CR0.PG=1 or an EPTP: without paging there are none")
-        if not fmt.is_ept: regs = replace(regs, cr4=regs.cr4 & ~Cr4.PKE)      # protection keys guard linear addresses only
+        if not fmt.is_ept: regs = replace(regs, cr4=regs.cr4 & ~Cr4.PKE)  # protection keys guard linear addresses only
         super().__init__(memory, regs, fmt)
         self._low_end = 1 << fmt.address_bits
 
@@ -107,7 +107,8 @@ class NestedWalk:
         "Every entry read from memory, in order."
         return tuple(_reads(self))
 
-    def __str__(self): return f"{self.gva:#_x} -> {self.l2_gpa:#_x} -> {self.gpa:#_x}  {access_text(self.access)} allowed"
+    def __str__(self):
+        return f"{self.gva:#_x} -> {self.l2_gpa:#_x} -> {self.gpa:#_x}  {access_text(self.access)} allowed"
 
 # %% ../../nbs/guest/12_nested_walk.ipynb #8c369498
 def _memory_steps(walk):
@@ -283,7 +284,7 @@ def show_nested_walk(
 def mark(
     memory: GuestMemory,     # Changed in place
     walk: NestedWalk,
-) -> 'WriteBack | NestedFault':   # The fault: a guest's entry needs A, and its page may not be written; nothing is marked
+) -> 'WriteBack | NestedFault':  # The fault: an entry needs A, and its page may not be written; nothing is marked
     "Make the marks of both dimensions, as the CPU does. An entry that several steps used is marked once."
     own_marks, wanted = {update.level: update for update in pending_updates(walk.inner)}, {}
     for own, nested in zip([*_memory_steps(walk.inner), None], walk.steps):

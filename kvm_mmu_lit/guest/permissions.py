@@ -70,7 +70,9 @@ def ac_excuses(
     regs: Registers,
     access: int,
 ) -> bool:
-    "RFLAGS.AC=1 switches SMAP off for explicit accesses; nothing does for implicit ones. KVM: `not_smap` in `permission_fault` (mmu.h)."
+    """RFLAGS.AC=1 switches SMAP off for explicit accesses; nothing does for implicit ones.
+
+    KVM: `not_smap` in `permission_fault` (mmu.h)."""
     return bool(regs.rflags & Rflags.AC) and not access & IMPLICIT
 
 # %% ../../nbs/guest/06_permissions.ipynb #bc40d66c
@@ -103,7 +105,8 @@ def show_refusals(
 ) -> Grid:
     "Who is refused what, by the plain rule."
     regs = _state(wp, nx, smep, smap, ac)
-    asked = [who | what for who in (USER, READ, IMPLICIT) for what in (READ, WRITE, FETCH) if who | what != IMPLICIT | FETCH]
+    asked = [who | what for who in (USER, READ, IMPLICIT) for what in (READ, WRITE, FETCH)
+             if who | what != IMPLICIT | FETCH]
     cells = [[bool(refusals(regs, Acc(uwx), access)) for uwx in range(8)] for access in asked]
     bits = dict(WP=wp, NX=nx, SMEP=smep, SMAP=smap, AC=ac)
     return Grid([access_text(access) for access in asked], [_rights_name(uwx) for uwx in range(8)], cells,
@@ -111,7 +114,8 @@ def show_refusals(
 
 def _state(wp, nx, smep, smap, ac=False):
     cr4 = Cr4.PAE | (Cr4.SMEP if smep else 0) | (Cr4.SMAP if smap else 0)
-    return Registers(cr0=Cr0.PG | Cr0.PE | (Cr0.WP if wp else 0), cr4=cr4, efer=Efer.LME | Efer.LMA | (Efer.NX if nx else 0),
+    return Registers(cr0=Cr0.PG | Cr0.PE | (Cr0.WP if wp else 0), cr4=cr4,
+                     efer=Efer.LME | Efer.LMA | (Efer.NX if nx else 0),
                      rflags=Rflags.AC if ac else 0)
 
 def _rights_name(uwx, is_ept=False):
@@ -134,7 +138,8 @@ def permission_bitmask(
 ) -> bytes:       # 16 bytes; byte (access with AC at the RSVD place) >> 1 is the set of UWX values that fault
     "Sixteen bytes that answer every permission question. KVM: `update_permission_bitmask` (mmu/mmu.c)."
     if is_ept: return _bitmask(wp=True, nx=True, smep=False, smap=False)
-    return _bitmask(bool(regs.cr0 & Cr0.WP), bool(regs.efer & Efer.NX), bool(regs.cr4 & Cr4.SMEP), bool(regs.cr4 & Cr4.SMAP))
+    return _bitmask(bool(regs.cr0 & Cr0.WP), bool(regs.efer & Efer.NX), bool(regs.cr4 & Cr4.SMEP),
+                    bool(regs.cr4 & Cr4.SMAP))
 
 @lru_cache(maxsize=16)
 def _bitmask(wp, nx, smep, smap):
@@ -167,9 +172,11 @@ def show_permission_bitmask(
     "The sixteen bytes, bit by bit: a row is an access, a column a page, a mark a refusal."
     mask = permission_bitmask(_state(wp, nx, smep, smap), ept)
     def name(i):
-        asked = [word for bit, word in ((1, 'read' if ept else 'user'), (0, 'write'), (3, 'fetch'), (2, 'AC')) if i >> bit & 1]
+        asked = [word for bit, word in ((1, 'read' if ept else 'user'), (0, 'write'), (3, 'fetch'), (2, 'AC'))
+                 if i >> bit & 1]
         return f"{i:2} {mask[i]:02x}  {' '.join(asked) or ('nothing' if ept else 'supervisor read')}"
-    caption = "EPT" if ept else ' '.join(f"{name}={int(bit)}" for name, bit in dict(WP=wp, NX=nx, SMEP=smep, SMAP=smap).items())
+    caption = "EPT" if ept else ' '.join(f"{name}={int(bit)}"
+                                         for name, bit in dict(WP=wp, NX=nx, SMEP=smep, SMAP=smap).items())
     return Grid([name(i) for i in range(16)], [_rights_name(uwx, ept) for uwx in range(8)],
                 [[bool(byte >> uwx & 1) for uwx in range(8)] for byte in mask], f"the sixteen bytes, {caption}")
 
@@ -182,7 +189,8 @@ def draw_pkru(
     if not 0 <= pkru < 1 << 32: raise ValueError(f"PKRU {pkru:#x} does not fit its 32 bits")
     says = ('open', 'AD: no access', 'WD: no writing', 'AD and WD: no access')
     fields = [(2 * key + 1, 2 * key, f"key {key}", pkru >> 2 * key & 3) for key in range(16)]
-    return BitStrip(f"PKRU {Hex(pkru)}", 32, [(*field, 'refused' if field[3] else 'right', says[field[3]]) for field in fields])
+    return BitStrip(f"PKRU {Hex(pkru)}", 32,
+                    [(*field, 'refused' if field[3] else 'right', says[field[3]]) for field in fields])
 
 # %% ../../nbs/guest/06_permissions.ipynb #21039685
 def pkey_refuses(
@@ -221,7 +229,8 @@ def show_pkru_mask(
     names = [f"{'user' if page else 'supervisor'} page, {('AD', 'WD')[bit]}" for page, bit in places]
     asked = [who | what for who in (READ, USER) for what in (READ, WRITE, FETCH)]
     cells = [[bool(mask >> (access | page) + bit & 1) for page, bit in places] for access in asked]
-    return Grid([access_text(access) for access in asked], names, cells, f"which bits of a key count, WP={int(wp)}: {mask:#x}")
+    return Grid([access_text(access) for access in asked], names, cells,
+                f"which bits of a key count, WP={int(wp)}: {mask:#x}")
 
 # %% ../../nbs/guest/06_permissions.ipynb #5d54509d
 def permission_fault(

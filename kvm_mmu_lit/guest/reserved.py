@@ -48,7 +48,9 @@ def reset_rsvds_bits_mask(
     pse: bool,          # CR4.PSE (2-level only)
     amd: bool,          # AMD reserves bit 8 in the tables of level 4 and 5
 ) -> RsvdBits:
-    "The ten masks of an x86 format; 4 MiB pages reach 40 bits. KVM: `__reset_rsvds_bits_mask`, `is_cpuid_PSE36` (mmu/mmu.c)."
+    """The ten masks of an x86 format; 4 MiB pages reach 40 bits.
+
+    KVM: `__reset_rsvds_bits_mask`, `is_cpuid_PSE36` (mmu/mmu.c)."""
     high = pa_bits_rsvd & rsvd_bits(0, 62 if level == 3 else 51) | (0 if nx else PT64_NX)
     no_1g, bit8 = (0 if gbpages else PT_PAGE_SIZE), (1 << 8 if amd else 0)
     if level == 2: return RsvdBits(_rows([0, 0], [0, rsvd_bits(17, 21) if pse else 0]))
@@ -71,7 +73,9 @@ def draw_rsvd_bits(
     width: int = 64,    # Bits of an entry
     caption: str = '',
 ) -> Grid:
-    "The masks as a grid: rows are levels, columns runs of bits that every row treats alike. An empty row is never written."
+    """The masks as a grid: rows are levels, columns runs of bits that every row treats alike.
+
+    An empty row is never written."""
     rows = [(level, bit7) for level in range(levels, 0, -1) for bit7 in (0, 1)]
     masks = [check.mask[bit7][level - 1] for level, bit7 in rows]
     runs, treated = [], None
@@ -103,7 +107,9 @@ def show_rsvd_bits(
 def bad_mt_xwr(
     execonly: bool,     # The CPU offers execute-only EPT pages
 ) -> int:               # 64-bit set, indexed by entry bits 5:0
-    "Forbidden memory types (5:3) and rights (2:0): types 2, 3, 7; W without R; X alone, unless offered. KVM: `__reset_rsvds_bits_mask_ept` (mmu/mmu.c)."
+    """Forbidden memory types (5:3) and rights (2:0): types 2, 3, 7; W without R; X alone, unless offered.
+
+    KVM: `__reset_rsvds_bits_mask_ept` (mmu/mmu.c)."""
     def bad(mt, xwr): return mt in (2, 3, 7) or xwr in (0b010, 0b110) or xwr == 0b100 and not execonly
     return sum(1 << (mt << 3 | xwr) for mt in range(8) for xwr in range(8) if bad(mt, xwr))
 
@@ -156,7 +162,9 @@ def guest_rsvd_check(
     regs: Registers,
     fmt: 'GpteFormat | None' = None,   # The tables to check: CR3's by default, or `regs.ept_fmt`
 ) -> RsvdBits:
-    "The reserved bits of this vCPU's tables. KVM: `reset_guest_rsvds_bits_mask`, `reset_rsvds_bits_mask_ept` (mmu/mmu.c)."
+    """The reserved bits of this vCPU's tables.
+
+    KVM: `reset_guest_rsvds_bits_mask`, `reset_rsvds_bits_mask_ept` (mmu/mmu.c)."""
     fmt = fmt or regs.fmt
     if fmt.is_ept: return reset_rsvds_bits_mask_ept(regs.reserved_gpa_bits, regs.ept_execonly, regs.ept_huge_level)
     if not fmt.root_level: return RsvdBits(_rows([], []))
@@ -207,7 +215,9 @@ def shadow_zero_check(
     me_value: int = 0,    # Memory-encryption bits KVM's entries carry
     me_mask: int = 0,     # All bits that belong to memory encryption
 ) -> RsvdBits:
-    "The reserved bits of the entries KVM writes while it shadows, as a self-check. KVM: `reset_shadow_zero_bits_mask` (mmu/mmu.c)."
+    """The reserved bits of the entries KVM writes while it shadows, as a self-check.
+
+    KVM: `reset_shadow_zero_bits_mask` (mmu/mmu.c)."""
     check = reset_rsvds_bits_mask(rsvd_bits(host_phys_bits, 63), root_level, root_nx, gbpages, pse=False, amd=True)
     return _adjusted(check, root_level, lambda mask: (mask | me_mask) & ~me_value) if me_mask else check
 
@@ -227,5 +237,6 @@ def tdp_shadow_zero_check(
 
 def _adjusted(check, root_level, change):
     "The masks of levels 1..root_level, changed."
-    rows = tuple(tuple(change(mask or 0) if i < root_level else mask for i, mask in enumerate(row)) for row in check.mask)
+    rows = tuple(tuple(change(mask or 0) if i < root_level else mask for i, mask in enumerate(row))
+                 for row in check.mask)
     return RsvdBits(rows, check.bad_mt_xwr)

@@ -125,7 +125,8 @@ def _sharing_edges(tables, levels, names):
     def label(start, found):
         if start == 'root' and tables.fmt is not PAE: return ''
         return str(min(found)[1]) if len(found) == 1 else f"{len(found):,} entries"
-    return [Edge(start, end, label(start, found), 'taken' if len(found) > 1 and not end.startswith('others') else 'guest')
+    return [Edge(start, end, label(start, found), 'taken' if len(found) > 1 and not end.startswith('others')
+                 else 'guest')
             for (start, end), found in slots.items()]
 
 # %% ../../nbs/guest/14_sharing.ipynb #403dbc62
@@ -137,7 +138,8 @@ def self_map_guest(
     if not 0 <= slot < 512: raise ValueError(f"slot {slot}: a PML4 has slots 0..511")
     if not 0 <= pages <= 512: raise ValueError(f"{pages} pages: one table at level 1 maps 0..512")
     memory, frames = ram((0, 0x10_000)), list(range(2, 16))
-    for i in range(pages): map_page(memory, 0x1000, LONG4, i << 12, 0x8000 + (i << 12), frames, PT_WRITABLE, PT_WRITABLE)
+    for i in range(pages):
+        map_page(memory, 0x1000, LONG4, i << 12, 0x8000 + (i << 12), frames, PT_WRITABLE, PT_WRITABLE)
     memory.words(8)[1][slot] = 0x1000 | PT_PRESENT | PT_WRITABLE
     return Walker(memory, Registers(cr3=0x1000, **LONG_MODE))
 

@@ -44,7 +44,9 @@ class Step:
 
 # %% ../../nbs/guest/07_verdict.ipynb #3ebcd965
 def nx_mask(fmt: GpteFormat) -> int:
-    "The bit that is inverted so that rights can be ANDed; 4-byte entries have none. KVM: `walk_nx_mask` (mmu/paging_tmpl.h)."
+    """The bit that is inverted so that rights can be ANDed; 4-byte entries have none.
+
+    KVM: `walk_nx_mask` (mmu/paging_tmpl.h)."""
     return PT64_NX if fmt.entry_size == 8 and not fmt.is_ept else 0
 
 # %% ../../nbs/guest/07_verdict.ipynb #f47fa30b
@@ -84,7 +86,7 @@ class GuestWalk:
     access: Pferr       # What was asked
     gpa: Gpa            # The byte it leads to
     level: int          # Of the leaf; 0 without paging
-    rights: Acc         # KVM's `pte_access`: all levels ANDed; without WRITE if the leaf is clean and the access no write
+    rights: Acc  # KVM's `pte_access`: all levels ANDed; without WRITE if the leaf is clean and the access no write
     ptes: tuple         # The entries read, root first
 
     def __init__(self, regs, fmt, gva, access, gpa, level, rights, ptes):
@@ -108,7 +110,8 @@ class GuestWalk:
 
     @property
     def pt_access(self) -> Acc:
-        """Rights granted above the leaf. For a 4 MiB page KVM's value lacks EXEC: there is nothing above, and all ones have bit 63 set.
+        """Rights granted above the leaf. For a 4 MiB page KVM's value lacks EXEC: there is nothing above, and all
+        ones have bit 63 set.
         KVM: `pt_access` (mmu/paging_tmpl.h)."""
         return self.steps[-1].upper if self.ptes else ACC_ALL
 
@@ -117,7 +120,9 @@ class GuestWalk:
         rights = rights_text(self.rights, self.fmt)
         return f"{self.gva:#_x} -> {self.gpa:#_x}  {size}, {rights}, {access_text(self.access, self.fmt)} allowed"
 
-    def __repr__(self): return f"GuestWalk(gva={self.gva:#_x}, gpa={self.gpa:#_x}, level={self.level}, rights={flag_names(self.rights)})"
+    def __repr__(self):
+        return (f"GuestWalk(gva={self.gva:#_x}, gpa={self.gpa:#_x}, level={self.level}, "
+                f"rights={flag_names(self.rights)})")
 
 # %% ../../nbs/guest/07_verdict.ipynb #5d14decb
 def flag_names(
@@ -149,7 +154,9 @@ def told_access(
     regs: Registers,
     access: Pferr,
 ) -> Pferr:           # WRITE, USER and FETCH as far as the error code repeats them
-    "What every fault reports about the access. The fetch bit exists only with NX or SMEP. KVM: `walk_addr_generic` (mmu/paging_tmpl.h)."
+    """What every fault reports about the access. The fetch bit exists only with NX or SMEP.
+
+    KVM: `walk_addr_generic` (mmu/paging_tmpl.h)."""
     return Pferr(access & (WRITE | USER) | (access & FETCH if regs.efer & Efer.NX or regs.cr4 & Cr4.SMEP else 0))
 
 def error_code(
@@ -174,7 +181,8 @@ class PageFault:
     ptes: tuple           # The entries read, root first; the last is the refused one (a hole adds none)
 
     def __init__(self, regs, fmt, gva, access, error_code, level, rule, ptes):
-        self.__dict__.update(regs=regs, fmt=fmt, gva=gva, access=access, error_code=error_code, level=level, rule=rule, ptes=ptes)
+        self.__dict__.update(regs=regs, fmt=fmt, gva=gva, access=access, error_code=error_code, level=level, rule=rule,
+                             ptes=ptes)
 
     @property
     def steps(self) -> tuple:
@@ -188,7 +196,9 @@ class PageFault:
 
     @property
     def exit_qualification(self) -> int:
-        "EPT violation: the access in bits 2:0, the rights found in 5:3; 0 for a misconfiguration. KVM: `walk_addr_generic` (mmu/paging_tmpl.h)."
+        """EPT violation: the access in bits 2:0, the rights found in 5:3; 0 for a misconfiguration.
+
+        KVM: `walk_addr_generic` (mmu/paging_tmpl.h)."""
         if not self.fmt.is_ept or self.error_code & Pferr.RSVD: return 0
         asked = (1 if self.access & USER else 0) | (2 if self.access & WRITE else 0) | (4 if self.access & FETCH else 0)
         return asked | (self.steps[-1].raw & 7 if self.steps else 7) << 3
@@ -204,7 +214,8 @@ class PageFault:
         return f"{self.gva:#_x}: {verdict_name(self)}, {code}: {self.because}"
 
     def __repr__(self):
-        return f"PageFault(gva={self.gva:#_x}, error_code={flag_names(self.error_code)}, level={self.level}, because={self.because!r})"
+        return (f"PageFault(gva={self.gva:#_x}, error_code={flag_names(self.error_code)}, level={self.level}, "
+                f"because={self.because!r})")
 
 # %% ../../nbs/guest/07_verdict.ipynb #df01a8a8
 def verdict_name(fault: PageFault) -> str:
@@ -244,7 +255,8 @@ def _why_reserved(fault, step):
     if bad & regs.reserved_gpa_bits & (1 << 52) - 1: found.append(f'MAXPHYADDR is {regs.maxphyaddr}')
     if bad & 1 << 8 and level > 3 and not fmt.is_ept: found.append('the vendor is AMD')
     if bad & PT_PAGE_SIZE and level <= 3: found.append(f'the CPU offers no {size_name(page_size(level, fmt))} pages')
-    if check.bad_mt_xwr and step.gpte & 7 == EPT_EXEC and not regs.ept_execonly: found.append('the CPU offers no execute-only pages')
+    if check.bad_mt_xwr and step.gpte & 7 == EPT_EXEC and not regs.ept_execonly:
+        found.append('the CPU offers no execute-only pages')
     return why_reserved(check, step.gpte, level) + (f", as {' and '.join(found)}" if found else '')
 
 # %% ../../nbs/guest/07_verdict.ipynb #054272a7
@@ -256,14 +268,18 @@ def _why_pkey(fault, last):
 
 def _why_right(fault, name):
     "The sentence of one refused right."
-    ept, bit_missing = fault.fmt.is_ept, {'WRITE': ('W=0', Acc.WRITE), 'USER': ('U=0', Acc.USER), 'NX': ('NX=1', Acc.EXEC)}
+    ept, bit_missing = fault.fmt.is_ept, {'WRITE': ('W=0', Acc.WRITE), 'USER': ('U=0', Acc.USER),
+                                          'NX': ('NX=1', Acc.EXEC)}
     if name in ('SMEP', 'SMAP'): return _why_supervisor(fault, name)
     bit, missing = bit_missing[name]
     if ept: bit = {'WRITE': 'W=0', 'USER': 'R=0', 'NX': 'X=0'}[name]
     lacking = [s for s in fault.steps if s.table is not None and not gpte_access(s.gpte, fault.fmt) & missing]
-    holds = {'WRITE': 'a user write needs W=1 at every level' if fault.access & USER else 'CR0.WP=1 holds the supervisor to it',
+    holds = {'WRITE': 'a user write needs W=1 at every level' if fault.access & USER
+             else 'CR0.WP=1 holds the supervisor to it',
              'USER': 'a user access needs U=1 at every level', 'NX': 'EFER.NX=1 forbids a fetch there'}[name]
-    if ept: holds = {'WRITE': 'a write needs W=1', 'USER': 'a read needs R=1', 'NX': 'a fetch needs X=1'}[name] + ' at every level'
+    if ept:
+        holds = ({'WRITE': 'a write needs W=1', 'USER': 'a read needs R=1', 'NX': 'a fetch needs X=1'}[name]
+                 + ' at every level')
     return f"{' and '.join(map(_entry_name, lacking))} {'have' if len(lacking) > 1 else 'has'} {bit}, and {holds}"
 
 def _why_supervisor(fault, name):
@@ -290,7 +306,8 @@ def draw_walk(
     caption: str = '',   # Default: the verdict's address and access
 ) -> Chain:
     "The tables of a walk with the slots it took, and where it ended."
-    if isinstance(verdict, GeneralProtection): return Chain((Box('#GP(0)', kind='refused', note=verdict.because),), caption)
+    if isinstance(verdict, GeneralProtection):
+        return Chain((Box('#GP(0)', kind='refused', note=verdict.because),), caption)
     refused = isinstance(verdict, PageFault)
     culprits = set() if not refused or verdict.rule is Rule.HOLE else culprit_levels(verdict)
     boxes = [_table_box(step, verdict, step.level in culprits) for step in verdict.steps]
@@ -299,7 +316,8 @@ def draw_walk(
         size = f"{size_name(verdict.size)} page" if verdict.level else 'no paging'
         rights = rights_text(verdict.rights, verdict.fmt)
         boxes.append(Box(f"frame {verdict.gfn << PAGE_SHIFT:#_x}", kind='frame', note=f"{size}, {rights}"))
-    return Chain(tuple(boxes), caption or f"{access_text(verdict.access, verdict.fmt)} at {verdict.gva:#_x}, {verdict.fmt.name}")
+    return Chain(tuple(boxes),
+                 caption or f"{access_text(verdict.access, verdict.fmt)} at {verdict.gva:#_x}, {verdict.fmt.name}")
 
 # %% ../../nbs/guest/07_verdict.ipynb #e319f89e
 def culprit_levels(fault: PageFault) -> set:
@@ -307,13 +325,15 @@ def culprit_levels(fault: PageFault) -> set:
     if fault.rule is not Rule.PERMISSION: return {fault.steps[-1].level} if fault.steps else set()
     name = refusals(fault.regs, fault.steps[-1].rights, fault.access, fault.fmt.is_ept)[0]
     right = {'WRITE': Acc.WRITE, 'USER': Acc.USER, 'NX': Acc.EXEC}.get(name)
-    return {s.level for s in fault.steps if s.table is not None and (right is None or not gpte_access(s.gpte, fault.fmt) & right)}
+    return {s.level for s in fault.steps if s.table is not None
+            and (right is None or not gpte_access(s.gpte, fault.fmt) & right)}
 
 def _table_box(step, verdict, refused):
     "One table of the picture; the arrow out of its slot leads to the next one, whose title has the address."
     where = 'PDPTRs' if step.table is None else f"L{step.level} {step.table:#_x}"
     text = flags_text(step.gpte, step.level, verdict.fmt, bool(verdict.regs.cr4 & Cr4.PSE))
-    return Box(where, ((step.index, text, 'refused' if refused else 'taken'),), 'guest', entries=table_entries(step.level, verdict.fmt))
+    return Box(where, ((step.index, text, 'refused' if refused else 'taken'),), 'guest',
+               entries=table_entries(step.level, verdict.fmt))
 
 # %% ../../nbs/guest/07_verdict.ipynb #e191177d
 _ERROR_NAMES = (   # (bit, name, what 0 says, what 1 says)
@@ -355,6 +375,7 @@ def draw_error_code(
     value = number(value)
     rows, width = decode_error_code(value), 64 if value >> 32 else 32
     kinds = {'P': 'status', 'RSVD': 'refused', 'PK': 'refused', 'SGX': 'refused', 'rsvd': 'ignored'}
-    fields = [(min(high, width - 1), low, name, held & (1 << min(high, width - 1) - low + 1) - 1, kinds.get(name, 'right'), meaning)
+    fields = [(min(high, width - 1), low, name, held & (1 << min(high, width - 1) - low + 1) - 1,
+               kinds.get(name, 'right'), meaning)
               for high, low, name, held, meaning in rows if low < width]
     return BitStrip(f"error code {value:#x} = {flag_names(value)}", width, tuple(fields))

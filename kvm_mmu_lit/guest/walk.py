@@ -14,7 +14,8 @@ __all__ = ['SMALL_PAGES', 'plan_levels', 'plan_pages', 'plan_access', 'plan_righ
 # %% ../../nbs/guest/08_walk.ipynb #d712bef3
 from ..draw.chain import Chain
 from .addresses import FORMATS, PAE, PTE32, GpteFormat, check_address, page_size, pt_shift
-from .gpte import (ACC_ALL, EPT_ACCESSED, EPT_DIRTY, EPT_EXEC, EPT_WRITE, PT64_NX, PT_ACCESSED, PT_BASE_ADDR_MASK,
+from .gpte import (ACC_ALL, EPT_ACCESSED, EPT_DIRTY, EPT_EXEC, EPT_WRITE, PT64_NX, PT_ACCESSED,
+                                    PT_BASE_ADDR_MASK,
     PT_DIRTY, PT_PAGE_SIZE, PT_PRESENT, PT_USER, PT_WRITABLE, Acc, dirty_mask, frame_mask, gpte_access, map_page)
 from .memory import GuestMemory, ram
 from .permissions import (FETCH, READ, USER, WRITE, Pferr, check_access, permission_bitmask,
@@ -40,9 +41,10 @@ def plan_levels(
 # %% ../../nbs/guest/08_walk.ipynb #09424a6c
 def plan_pages(
     fmt: GpteFormat,
-) -> tuple:           # By level: (bits of the leaf that are the page's address, bits of the address that are the offset)
+) -> tuple:  # By level: (bits of the leaf that are the page's address, bits of the address that are the offset)
     "How a leaf and an address make a byte's address."
-    return (None,) + tuple((frame_mask(level, fmt), page_size(level, fmt) - 1) for level in range(1, fmt.root_level + 1))
+    return (None,) + tuple((frame_mask(level, fmt), page_size(level, fmt) - 1)
+                           for level in range(1, fmt.root_level + 1))
 
 # %% ../../nbs/guest/08_walk.ipynb #4c4aa1c3
 def plan_access(
@@ -76,12 +78,14 @@ class Walker:
     ):
         self.memory, self.regs, self.fmt = memory, regs, fmt or regs.fmt
         if self.fmt is PAE and regs.pdptrs is None:
-            raise ValueError("PAE paging walks from the PDPTE registers, and these are not loaded: use load_pdptrs(memory, regs)")
+            raise ValueError("PAE paging walks from the PDPTE registers, and these are not loaded: use "
+                             "load_pdptrs(memory, regs)")
         fmt = self.fmt
         self.words = memory.words(fmt.entry_size) if words is None else words
         self.have_ad = ept_have_ad(regs) if fmt.is_ept else True
         self.root = (regs.eptp if fmt.is_ept else regs.cr3) & PT_BASE_ADDR_MASK
-        self.levels, self.pages, self.rights, self._accesses = plan_levels(regs, fmt), plan_pages(fmt), plan_rights(fmt), {}
+        self.levels, self.pages, self.rights, self._accesses = (plan_levels(regs, fmt), plan_pages(fmt),
+                                                                plan_rights(fmt), {})
         self._clean = tuple(Acc(rights & ~Acc.WRITE) for rights in self.rights)
         half = 1 << fmt.address_bits - fmt.signed
         self._low_end, self._high_start = half, (1 << 64) - half if fmt.signed else 1 << 64
@@ -93,11 +97,14 @@ class Walker:
         addr: int,               # A GVA; in EPT a GPA
         access: Pferr = READ,    # WRITE, USER, FETCH, IMPLICIT; in EPT USER is a read
     ) -> 'GuestWalk | PageFault | GeneralProtection':
-        "Translate `addr` and check the access; memory is only read, A and D are `write_back`'s. KVM: `walk_addr_generic` (mmu/paging_tmpl.h)."
+        """Translate `addr` and check the access; memory is only read, A and D are `write_back`'s.
+
+        KVM: `walk_addr_generic` (mmu/paging_tmpl.h)."""
         plan = self._accesses.get(access)
         if plan is None: plan = self._accesses[access] = plan_access(self.regs, self.fmt, access)
         if not 0 <= addr < self._low_end and not self._high_start <= addr < 1 << 64: return self._outside(addr)
-        acc, table, ptes, words, nx, present, bad = -1, self.root, [], self.words, self.nx, self.present, self.bad_mt_xwr
+        acc, table, ptes, words, nx, present, bad = (-1, self.root, [], self.words, self.nx, self.present,
+                                                     self.bad_mt_xwr)
         if self.fmt is PAE:
             ptes.append(self.regs.pdptrs[addr >> 30])
             if not ptes[0] & PT_PRESENT: return self._fault(addr, plan, 3, Rule.NOT_PRESENT, ptes)
@@ -123,7 +130,8 @@ class Walker:
         rights = self.rights[which]
         if keys and acc & 4 and keys >> (gpte >> 59 & 15) & 1: return self._fault(addr, plan, level, Rule.PKEY, ptes)
         if denied >> rights & 1: return self._fault(addr, plan, level, Rule.PERMISSION, ptes)
-        if not access & 2 and self.have_ad and not gpte & self._dirty: rights = self._clean[which]   # the first write must be seen
+        # the first write must be seen
+        if not access & 2 and self.have_ad and not gpte & self._dirty: rights = self._clean[which]
         frame, offset = self.pages[level]
         gpa = gpte & frame | addr & offset
         if level == 2 and self.fmt is PTE32: gpa |= (gpte & 0x1e000) << 19           # PSE-36
@@ -134,7 +142,8 @@ class Walker:
         return PageFault(self.regs, self.fmt, addr, plan[0], plan[3] | ERROR_BITS[rule], level, rule, tuple(ptes))
 
     def _outside(self, addr):
-        "An address the tables cannot translate: a #GP where it is merely not canonical, the caller's mistake where no register holds it."
+        """An address the tables cannot translate: a #GP where it is merely not canonical, the caller's mistake where no
+        register holds it."""
         return non_canonical_fault(check_address(addr, self.fmt), self.fmt)
 
     def __repr__(self): return f"Walker({self.fmt.name}, {self.regs})"

@@ -81,5 +81,6 @@ def show_slots(
     edges.append(Edge(f'directory {slots.pae}', 'table', f'slot {slots.directory[1]}', 'taken'))
     edges.append(Edge('table', 'page', f'slot {slot}', 'taken'))
     whose = 'L1, nested' if npt else 'guest'
-    caption = f"{Hex(number(gva))} of a 2-level {whose}: quadrant {slots.directory[0]} at level 2, {quadrant} at level 1"
+    caption = (f"{Hex(number(gva))} of a 2-level {whose}: quadrant {slots.directory[0]} at level 2, {quadrant} at "
+               f"level 1")
     return Graph(nodes, edges, caption=caption)

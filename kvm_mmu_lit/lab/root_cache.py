@@ -64,7 +64,8 @@ def view_history(
     steps = [('start', start(where, policy), ()), *replay(where, policy, events)]
     mmus = ('root_mmu', 'guest_mmu') if where.nested_paging else ('root_mmu',)
     places = [(i, name) for i in range(where.vcpus) for name in mmus]
-    columns = [part for i, name in places for part in (f"{f'{i}: ' if where.vcpus > 1 else ''}{name} root", 'prev 0', '1', '2')]
+    columns = [part for i, name in places
+               for part in (f"{f'{i}: ' if where.vcpus > 1 else ''}{name} root", 'prev 0', '1', '2')]
     rows = [Event(n, 'guest', ' !! '.join([event, *(one.name for one in broken)]), _states(vm, places))
             for n, (event, vm, broken) in enumerate(steps)]
     told, offered = [f"broken: {one.why}" for one in steps[-1][2]], possible_events(where, policy, events)
@@ -122,7 +123,8 @@ class Stepper:
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         bundle = self.view()._repr_mimebundle_()
-        if os.environ.get('IN_TEST'): return bundle   # Nobody is there to press a button, and committed output has no widget
+        # Nobody is there to press a button, and committed output has no widget
+        if os.environ.get('IN_TEST'): return bundle
         try: return {**buttons(self)._repr_mimebundle_(), **bundle}
         except ImportError: return bundle
 

@@ -177,7 +177,9 @@ class Vcpu:
 def walker_of(
     asked: CpuRole,
 ) -> str:      # 'nonpaging', 'paging32' or 'paging64'
-    "Which walker reads such tables. KVM: `nonpaging_init_context`, `paging32_init_context`, `paging64_init_context` (mmu/mmu.c)."
+    """Which walker reads such tables.
+
+    KVM: `nonpaging_init_context`, `paging32_init_context`, `paging64_init_context` (mmu/mmu.c)."""
     if not asked.base.level: return 'nonpaging'
     return 'paging32' if asked.base.has_4_byte_gpte else 'paging64'
 
@@ -187,7 +189,9 @@ def set_roles(
     root_role: PageRole,
     tdp: bool = False,
 ) -> bool:         # False when both were so already: then nothing is touched
-    "Give an MMU its roles and the callbacks that follow. KVM: `shadow_mmu_init_context`, `init_kvm_tdp_mmu` (mmu/mmu.c)."
+    """Give an MMU its roles and the callbacks that follow.
+
+    KVM: `shadow_mmu_init_context`, `init_kvm_tdp_mmu` (mmu/mmu.c)."""
     if mmu.cpu_role == asked and mmu.root_role == root_role: return False
     mmu.cpu_role, mmu.root_role = asked, root_role
     mmu.walker = walker_of(asked)
@@ -221,7 +225,9 @@ def init_shadow_npt_roles(
     cr4: int,              # L1's, from vmcb01
     efer: int,             # L1's
 ) -> bool:                 # Did a role change?
-    "Set `guest_mmu` up to shadow L1's nested tables. KVM: `kvm_init_shadow_npt_mmu` (mmu/mmu.c) before it looks for a root."
+    """Set `guest_mmu` up to shadow L1's nested tables.
+
+    KVM: `kvm_init_shadow_npt_mmu` (mmu/mmu.c) before it looks for a root."""
     asked, root_role = shadow_npt_roles(vcpu.host, cr4, efer, smm=vcpu.smm, guest_mode=vcpu.guest_mode)
     kvm_bug_on(not asked.base.guest_mode, "shadow NPT outside of L2: role.guest_mode is 0")
     return set_roles(vcpu.guest_mmu, asked, root_role)
@@ -267,7 +273,8 @@ def _check_situation(host, l1, l2, who):
     if who == 'L2 with nested paging' and not host.has_tdp:
         raise ValueError(f"KVM offers nested paging only where it uses TDP itself: {host}")
     for mode in (l1,) if who == 'L1' else (l1, l2):
-        why = [m.unreachable for m in all_mmus(reachable=False) if (m.host.levels, m.mode, m.mmu) == (host.levels, mode, 'root_mmu')]
+        why = [m.unreachable for m in all_mmus(reachable=False)
+               if (m.host.levels, m.mode, m.mmu) == (host.levels, mode, 'root_mmu')]
         if not why: raise ValueError(f"mode {mode!r}: one of {', '.join(MODES)}")
         if why[0]: raise ValueError(f"no {mode} guest: {why[0]}")
     why = who != 'L1' and host.vendor == 'vmx' and _vmx_forbids(l1, l2)
@@ -319,7 +326,9 @@ def refresh_passthrough(
 def forget_roles(
     vcpu: Vcpu,
 ):
-    "Make every role look uncomputed, so that the next `init_mmu` sets up anew. KVM: `kvm_mmu_after_set_cpuid` (mmu/mmu.c)."
+    """Make every role look uncomputed, so that the next `init_mmu` sets up anew.
+
+    KVM: `kvm_mmu_after_set_cpuid` (mmu/mmu.c)."""
     for mmu in (vcpu.root_mmu, vcpu.guest_mmu, vcpu.nested_mmu):
         mmu.root_role = PageRole()
         mmu.cpu_role = replace(mmu.cpu_role, ext=replace(mmu.cpu_role.ext, valid=0))

@@ -24,7 +24,8 @@ from ..guest.registers import Cr0, Cr4, Efer, Registers
 
 # %% ../../nbs/mmu/01_cpu_role.ipynb #224abca0
 ROLE_FIELDS = (   # (name, low bit, width), from bit 0 up
-    ('level', 0, 4), ('has_4_byte_gpte', 4, 1), ('quadrant', 5, 2), ('direct', 7, 1), ('access', 8, 3), ('invalid', 11, 1),
+    ('level', 0, 4), ('has_4_byte_gpte', 4, 1), ('quadrant', 5, 2), ('direct', 7, 1), ('access', 8, 3),
+    ('invalid', 11, 1),
     ('efer_nx', 12, 1), ('cr0_wp', 13, 1), ('smep_andnot_wp', 14, 1), ('smap_andnot_wp', 15, 1), ('ad_disabled', 16, 1),
     ('guest_mode', 17, 1), ('passthrough', 18, 1), ('smm', 24, 8))
 EXT_FIELDS = tuple((name, bit, 1) for bit, name in enumerate(
@@ -41,7 +42,8 @@ def _fields(word, layout):
 class PageRole:
     """What a table is for: two tables of one frame with equal roles are the same.
 
-    KVM: `union kvm_mmu_page_role` (asm/kvm_host.h), read by `is_cr0_pg`, `is_cr0_wp`, `is_cr4_pae`, `is_efer_nx` (mmu/mmu.c)."""
+    KVM: `union kvm_mmu_page_role` (asm/kvm_host.h), read by `is_cr0_pg`, `is_cr0_wp`, `is_cr4_pae`, `is_efer_nx`
+    (mmu/mmu.c)."""
     level: int = 0             # 1..5; in a `CpuRole` the guest's levels, 0 without paging
     has_4_byte_gpte: int = 0   # The guest's entries are 4 bytes: 2-level paging
     quadrant: int = 0          # Which part of a 4-byte guest table this one shadows
@@ -73,7 +75,8 @@ class PageRole:
 class ExtendedRole:
     """What emulating the guest's walk needs beyond the base role.
 
-    KVM: `union kvm_mmu_extended_role` (asm/kvm_host.h), read by `is_cr4_pse`, `is_cr4_pke`, `is_cr4_smap`, `is_cr4_smep`,
+    KVM: `union kvm_mmu_extended_role` (asm/kvm_host.h), read by `is_cr4_pse`, `is_cr4_pke`, `is_cr4_smap`,
+    `is_cr4_smep`,
     `is_cr4_la57`, `is_efer_lma` (mmu/mmu.c)."""
     valid: int = 0             # 1 as soon as a role has been computed
     execonly: int = 0          # EPT that may map execute-only pages
@@ -128,11 +131,14 @@ def calc_cpu_role(
     smm: bool = False,     # The vCPU is in system-management mode
     guest_mode: bool = False,   # The vCPU runs L2
 ) -> CpuRole:
-    "The role a set of registers asks for; any combination is answered. KVM: `kvm_calc_cpu_role`, `____is_*` (mmu/mmu.c)."
+    """The role a set of registers asks for; any combination is answered.
+
+    KVM: `kvm_calc_cpu_role`, `____is_*` (mmu/mmu.c)."""
     where = dict(access=int(ACC_ALL), smm=int(smm), guest_mode=int(guest_mode))
     if not cr0 & Cr0.PG: return CpuRole(PageRole(direct=1, **where), ExtendedRole(valid=1))
     wp, nx, lma = int(bool(cr0 & Cr0.WP)), int(bool(efer & Efer.NX)), int(bool(efer & Efer.LMA))
-    pae, smep, smap, pse, pke, la57 = (int(bool(cr4 & bit)) for bit in (Cr4.PAE, Cr4.SMEP, Cr4.SMAP, Cr4.PSE, Cr4.PKE, Cr4.LA57))
+    pae, smep, smap, pse, pke, la57 = (int(bool(cr4 & bit))
+                                       for bit in (Cr4.PAE, Cr4.SMEP, Cr4.SMAP, Cr4.PSE, Cr4.PKE, Cr4.LA57))
     level = 4 + la57 if lma else 2 + pae
     base = PageRole(level=level, has_4_byte_gpte=1 - pae, efer_nx=nx, cr0_wp=wp,
                     smep_andnot_wp=int(smep and not wp), smap_andnot_wp=int(smap and not wp), **where)
@@ -201,13 +207,15 @@ def diff_roles(
 INPUTS = {   # name -> (which argument of `calc_cpu_role`, the bit)
     'CR0.PG': (0, int(Cr0.PG)), 'CR0.WP': (0, int(Cr0.WP)), 'CR4.PSE': (1, int(Cr4.PSE)), 'CR4.PAE': (1, int(Cr4.PAE)),
     'CR4.LA57': (1, int(Cr4.LA57)), 'CR4.SMEP': (1, int(Cr4.SMEP)), 'CR4.SMAP': (1, int(Cr4.SMAP)),
-    'CR4.PKE': (1, int(Cr4.PKE)), 'EFER.NX': (2, int(Efer.NX)), 'EFER.LMA': (2, int(Efer.LMA)), 'SMM': (3, 1), 'guest mode': (4, 1)}
+    'CR4.PKE': (1, int(Cr4.PKE)), 'EFER.NX': (2, int(Efer.NX)), 'EFER.LMA': (2, int(Efer.LMA)), 'SMM': (3, 1),
+    'guest mode': (4, 1)}
 
 def state_of(
     on: 'frozenset | set',     # Names of `INPUTS` that are 1
 ) -> tuple:                    # (CR0, CR4, EFER, smm, guest_mode)
     "What `calc_cpu_role` takes, with these bits alone."
-    return tuple(sum(bit for name, (where, bit) in INPUTS.items() if where == argument and name in on) for argument in range(5))
+    return tuple(sum(bit for name, (where, bit) in INPUTS.items() if where == argument and name in on)
+                 for argument in range(5))
 
 def all_inputs():      # Of (names that are 1, the role)
     "Every combination of what goes into a role, 4096 of them."
@@ -239,7 +247,8 @@ def show_moves(
     rows = [field for field, _, _ in (*ROLE_FIELDS, *EXT_FIELDS) if any((name, field) in moved for name in free)]
     cells = [[(name, field) in moved for name in free] for field in rows]
     return Grid(rows, [name.partition('.')[2] or name for name in free], cells,
-                f"which input moves which field: paging {'on' if paging else 'on or off'}, WP {wp}, LMA {lma}", 'changed')
+                f"which input moves which field: paging {'on' if paging else 'on or off'}, WP {wp}, LMA {lma}",
+                'changed')
 
 # %% ../../nbs/mmu/01_cpu_role.ipynb #01460da3
 def page_role(
@@ -257,7 +266,8 @@ def _impossible(role, word):
     yield role.level > 5, f"level {role.level}, there are 5"
     yield role.quadrant and not role.has_4_byte_gpte, f"quadrant {role.quadrant} needs has_4_byte_gpte"
     yield role.quadrant > 1 and role.level == 1, f"quadrant {role.quadrant} at level 1, which has two"
-    yield role.quadrant and role.level not in (1, 2), f"quadrant {role.quadrant} at level {role.level}: levels 1 and 2 are split"
+    yield (role.quadrant and role.level not in (1, 2),
+           f"quadrant {role.quadrant} at level {role.level}: levels 1 and 2 are split")
     yield role.smep_andnot_wp and role.cr0_wp, "smep_andnot_wp excludes cr0_wp"
     yield role.smap_andnot_wp and role.cr0_wp, "smap_andnot_wp excludes cr0_wp"
     yield role.passthrough and (role.level != 5 or role.direct), "passthrough is a shadow page of level 5"

@@ -22,9 +22,11 @@ from ..guest.reserved import RsvdBits
 from .contexts import Vcpu, kvm_bug_on
 from .cpu_role import MODES, PageRole
 from .fast_page_fault import fast_page_fault
-from .make_spte import is_rsvd_spte, make_mmio_spte, mmio_access, mmio_gen, mmio_gfn, reset_shadow_zero_check
+from .make_spte import (is_rsvd_spte, make_mmio_spte, mmio_access, mmio_gen, mmio_gfn,
+                                       reset_shadow_zero_check)
 from .page_fault import (P, RSVD, U, W, Fault, base_gfn, cache_mmio, faultin, get_child, hugepage_adjust,
-                                        is_guest_table_write, is_stale, last_entry, link, mmio_in_cache, set_spte, shadow_walk,
+                                        is_guest_table_write, is_stale, last_entry, link, mmio_in_cache, set_spte,
+                                        shadow_walk,
                                         tell_requested)
 from .reload import enter_guest
 from .rmap import host_frame, is_logged, page_gfn
@@ -41,7 +43,9 @@ from .zap import make_pages_available
 PREFETCH_GROUP = 8     # `PTE_PREFETCH_NUM`
 
 def direct_prefetch(vcpu: Vcpu, sp: ShadowPage, index: int):
-    "Map the neighbours in memory of a page that was needed, where an A bit tells a guess from a use. KVM: `direct_pte_prefetch` (mmu/mmu.c)."
+    """Map the neighbours in memory of a page that was needed, where an A bit tells a guess from a use.
+
+    KVM: `direct_pte_prefetch` (mmu/mmu.c)."""
     vm = vcpu.vm
     if sp.role.ad_disabled or sp.role.level > 1 or vm.invalidating is not None or not vm.prefetch: return
     map_neighbours(vcpu, sp, index)
@@ -49,7 +53,8 @@ def direct_prefetch(vcpu: Vcpu, sp: ShadowPage, index: int):
 def map_neighbours(vcpu: Vcpu, sp: ShadowPage, index: int):
     "The aligned group of eight around it, a run of empty entries at a time. KVM: `__direct_pte_prefetch` (mmu/mmu.c)."
     first = index & ~(PREFETCH_GROUP - 1)
-    for empty, run in groupby(range(first, first + PREFETCH_GROUP), lambda i: i != index and not is_present(sp.sptes.get(i, 0))):
+    for empty, run in groupby(range(first, first + PREFETCH_GROUP),
+                              lambda i: i != index and not is_present(sp.sptes.get(i, 0))):
         if empty and not _map_run(vcpu, sp, list(run)): return
 
 def _map_run(vcpu, sp, run):
@@ -68,7 +73,9 @@ def direct_map(vcpu: Vcpu, fault: Fault) -> str:
     hugepage_adjust(vm, fault)
     tell_requested(vm, fault)
     for level, sp, index in shadow_walk(vm, vcpu.mmu, fault.addr):
-        if vm.nx_huge_pages: fault.pfn, fault.goal_level = disallowed_hugepage_adjust(sp.sptes.get(index, 0), level, fault.goal_level, fault.gfn, fault.pfn)
+        if vm.nx_huge_pages:
+            fault.pfn, fault.goal_level = disallowed_hugepage_adjust(sp.sptes.get(index, 0), level, fault.goal_level,
+                                                                     fault.gfn, fault.pfn)
         if level == fault.goal_level: break
         child = get_child(vcpu, sp, index, base_gfn(fault.gfn, level), True, 7)
         if child is None: continue
@@ -106,28 +113,35 @@ def tdp_fault(vcpu: Vcpu, fault: Fault, root: ShadowPage) -> str:
     tell_requested(vm, fault)
     def make(sp, old):
         index = fault.gfn >> 9 * (sp.role.level - 1) & 511
-        return build_leaf(vm, sp, index, 7, base_gfn(fault.gfn, sp.role.level), fault.pfn, fault.prefetch, True, fault.map_writable)
+        return build_leaf(vm, sp, index, 7, base_gfn(fault.gfn, sp.role.level), fault.pfn, fault.prefetch, True,
+                          fault.map_writable)
     mmio = None
     if fault.pfn is None:
         mmio = make_mmio_spte(vm.masks, vm.generation, fault.gfn, 7)
     def adjust(spte, level, goal, pfn):
         fault.pfn, fault.goal_level = disallowed_hugepage_adjust(spte, level, goal, fault.gfn, fault.pfn)
         return fault.pfn, fault.goal_level
-    return tdp_map(vm, root, fault.gfn, fault.pfn, fault.goal_level, make, mmio, fault.huge_page_disallowed, fault.write,
+    return tdp_map(vm, root, fault.gfn, fault.pfn, fault.goal_level, make, mmio, fault.huge_page_disallowed,
+                   fault.write,
                    adjust if vm.nx_huge_pages else None, fault.req_level)
 
 # %% ../../nbs/mmu/19_direct_fault.ipynb #5206720b
 @lru_cache(maxsize=None)
-def _zero_check(host, kind, efer_nx, phys_bits, gbpages): return reset_shadow_zero_check(host, PageRole(level=5, efer_nx=efer_nx), kind, phys_bits, gbpages)
+def _zero_check(host, kind, efer_nx, phys_bits, gbpages):
+    return reset_shadow_zero_check(host, PageRole(level=5, efer_nx=efer_nx), kind, phys_bits, gbpages)
 
 def zero_check_of(
     vm: Vm,
     sp: ShadowPage,
 ) -> RsvdBits:
-    "The bits that no entry of this table has. KVM keeps them with each MMU. KVM: `shadow_zero_check` of `struct kvm_mmu` (asm/kvm_host.h)."
+    """The bits that no entry of this table has. KVM keeps them with each MMU.
+
+    KVM: `shadow_zero_check` of `struct kvm_mmu` (asm/kvm_host.h)."""
     host, role = vm.host, sp.role
-    kind = 'TDP' if sp.tdp or host.has_tdp and role.direct and not role.guest_mode else 'shadow EPT' if host.tdp == 'ept' else 'shadow'
-    return _zero_check(host, kind, role.efer_nx, vm.masks.phys_bits, host.has_tdp or all(vcpu.gbpages for vcpu in vm.vcpus))
+    kind = ('TDP' if sp.tdp or host.has_tdp and role.direct and not role.guest_mode else 'shadow EPT'
+            if host.tdp == 'ept' else 'shadow')
+    return _zero_check(host, kind, role.efer_nx, vm.masks.phys_bits,
+                       host.has_tdp or all(vcpu.gbpages for vcpu in vm.vcpus))
 
 def has_reserved(
     vm: Vm,
@@ -142,12 +156,15 @@ def handle_mmio(
     vcpu: Vcpu,
     addr: int,
 ) -> str:                  # 'EMULATE', 'INVALID' or 'RETRY'
-    "A reserved bit: did KVM put it there to remember MMIO? KVM: `handle_mmio_page_fault`, `get_mmio_spte`, `check_mmio_spte` (mmu/mmu.c)."
+    """A reserved bit: did KVM put it there to remember MMIO?
+
+    KVM: `handle_mmio_page_fault`, `get_mmio_spte`, `check_mmio_spte` (mmu/mmu.c)."""
     vm, direct, spte = vcpu.vm, bool(vcpu.mmu.root_role.direct), 0
     if mmio_in_cache(vcpu, addr, direct): return 'EMULATE'
     for level, sp, index in shadow_walk(vm, vcpu.mmu, addr):
         spte = sp.sptes.get(index, 0)
-        kvm_bug_on(has_reserved(vm, sp, spte), f"48: spte {spte:#x} in slot {index} of table {sp.spt:#x} has bits no entry of level {level} has, on the way to {addr:#x}", 'invariant 48')
+        kvm_bug_on(has_reserved(vm, sp, spte), f"48: spte {spte:#x} in slot {index} of table {sp.spt:#x} has bits no "
+                                               f"entry of level {level} has, on the way to {addr:#x}", 'invariant 48')
     if not is_mmio(vm.masks, spte): return 'RETRY'
     gen = vm.generation & (1 << GEN_BITS) - 1
     valid = vm.invalidating is None and mmio_gen(spte) == gen
@@ -166,7 +183,8 @@ def show_answers(
 ) -> Timeline:
     "One access, again and again, until KVM has nothing more to say."
     pages = {'memory': 0x10_0000, 'a ROM': 0x50_0000, 'a device': 1 << 40, "a guest's table": 0x10_0000}
-    hosts = {'TDP MMU': (svm_host, {}), 'old MMU': (svm_host, dict(tdp_mmu=False)), 'EPT without A and D': (vmx_host, dict(ad=False))}
+    hosts = {'TDP MMU': (svm_host, {}), 'old MMU': (svm_host, dict(tdp_mmu=False)),
+             'EPT without A and D': (vmx_host, dict(ad=False))}
     if page not in pages: raise ValueError(f"page {page!r}: choose one of {', '.join(pages)}")
     if host not in hosts: raise ValueError(f"host {host!r}: choose one of {', '.join(hosts)}")
     make, more = hosts[host]
@@ -175,17 +193,20 @@ def show_answers(
     if page == "a guest's table": vm.tracked[0x100] = 1
     vcpu = new_vcpu(vm, **dict(zip(('cr0', 'cr4', 'efer'), map(int, MODES['4-level']))))
     enter_guest(vcpu)
-    return Timeline(('error code', 'answer', 'HOST, MMU, W', 'last entry'), _asked(vcpu, pages[page], write), f"{page}, {'written' if write else 'read'}; {host}")
+    return Timeline(('error code', 'answer', 'HOST, MMU, W', 'last entry'), _asked(vcpu, pages[page], write),
+                    f"{page}, {'written' if write else 'read'}; {host}")
 
 def _asked(vcpu, addr, write):
     "What the processor would ask and KVM answer, three times."
     rows, masks = [], vcpu.vm.masks
     for n in range(3):
         spte = last_entry(vcpu, addr)[2]
-        why = (RSVD if masks.is_ept else RSVD | P) if is_mmio(masks, spte) else P if is_present(spte) and spte & 7 else 0
+        why = ((RSVD if masks.is_ept else RSVD | P) if is_mmio(masks, spte) else P if is_present(spte) and spte & 7
+               else 0)
         code = why if why == RSVD else why | U | W * write
         answer = handle_mmio(vcpu, addr) if code & RSVD else direct_page_fault(vcpu, Fault(addr, code, is_tdp=True))
         spte = last_entry(vcpu, addr)[2]
         state = writable_state(masks, spte) if is_present(spte) else 'MMIO' if is_mmio(masks, spte) else '-'
-        rows.append((n + 1, 'KVM', f"is asked, {'write' if write else 'read'}", (f"{code:#x}", answer, state, f"{spte:#x}")))
+        rows.append((n + 1, 'KVM', f"is asked, {'write' if write else 'read'}",
+                     (f"{code:#x}", answer, state, f"{spte:#x}")))
     return rows

@@ -16,7 +16,8 @@ from .contexts import Vcpu
 from .page_fault import P, U, W, Fault, last_entry
 from .rmap import is_logged, mark_dirty, page_gfn
 from .shadow_page import Vm
-from .spte import (SPTE_WRITABLE, is_access_track, is_executable, is_last, is_mmu_writable, is_present, is_writable,
+from .spte import (SPTE_WRITABLE, is_access_track, is_executable, is_last, is_mmu_writable, is_present,
+                                  is_writable,
                                   restore_access_track, writable_state)
 
 # %% ../../nbs/mmu/18_fast_page_fault.ipynb #eb90814d
@@ -36,7 +37,9 @@ def fast_page_fault(
     vcpu: Vcpu,
     fault: Fault,
 ) -> str:                  # 'INVALID': not for here
-    "Give a right back that KVM took only to notice the access. KVM: `fast_page_fault`, `fast_pf_fix_direct_spte` (mmu/mmu.c)."
+    """Give a right back that KVM took only to notice the access.
+
+    KVM: `fast_page_fault`, `fast_pf_fix_direct_spte` (mmu/mmu.c)."""
     vm, result = vcpu.vm, 'INVALID'
     if not may_be_fast(vm, fault): return result
     for _ in range(5):
@@ -56,7 +59,8 @@ def fast_page_fault(
         if is_writable(new) and not is_writable(spte): mark_dirty(vm, page_gfn(sp, index))
         result = 'FIXED'
         break
-    vm.did('fast_page_fault', vcpu=vcpu.index, gva=fault.addr, error_code=fault.error_code, sp=sp, index=index, old=spte,
+    vm.did('fast_page_fault', vcpu=vcpu.index, gva=fault.addr, error_code=fault.error_code, sp=sp, index=index,
+           old=spte,
            new=sp.sptes.get(index, 0) if sp else 0, spurious=result == 'SPURIOUS', fixed=result == 'FIXED')
     return result
 

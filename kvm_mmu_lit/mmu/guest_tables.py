@@ -39,14 +39,17 @@ def registers_of(
     mmu: Mmu,
 ) -> tuple:        # (Registers, format)
     "What decides how the tables of an MMU are read: the vCPU's registers, or L1's when they are L1's nested tables."
-    more = dict(maxphyaddr=vcpu.host.maxphyaddr, vendor='amd' if vcpu.host.vendor == 'svm' else 'intel', gbpages=vcpu.gbpages)
+    more = dict(maxphyaddr=vcpu.host.maxphyaddr, vendor='amd' if vcpu.host.vendor == 'svm' else 'intel',
+                gbpages=vcpu.gbpages)
     if mmu.walker == 'ept':
         level = mmu.cpu_role.base.level
-        return Registers(eptp=vcpu.nested_pgd & 0x40 | level - 1 << 3 | 6, ept_execonly=bool(mmu.cpu_role.ext.execonly), **more), EPT5 if level == 5 else EPT4
+        return Registers(eptp=vcpu.nested_pgd & 0x40 | level - 1 << 3 | 6, ept_execonly=bool(mmu.cpu_role.ext.execonly),
+                         **more), EPT5 if level == 5 else EPT4
     if mmu.name == 'guest_mmu': cr0, cr4, efer = int(Cr0.PG), vcpu.l1[2] & ~Cr4.PKE, vcpu.l1[3]
     else: cr0, cr4, efer = vcpu.cr0, vcpu.cr4, vcpu.efer
     cr0 = int(cr0) & int(Cr0.PG | Cr0.WP | Cr0.PE) | (int(Cr0.PE) if cr0 & Cr0.PG else 0)
-    regs = Registers(cr0=cr0, cr4=int(cr4) & 0x7fffff, efer=int(efer) & int(Efer.LME | Efer.LMA | Efer.NX), pkru=vcpu.pkru, rflags=vcpu.rflags, **more)
+    regs = Registers(cr0=cr0, cr4=int(cr4) & 0x7fffff, efer=int(efer) & int(Efer.LME | Efer.LMA | Efer.NX),
+                     pkru=vcpu.pkru, rflags=vcpu.rflags, **more)
     if regs.fmt is PAE: regs = replace(regs, pdptrs=pdptrs_of(vcpu, mmu))
     return regs, regs.fmt
 
@@ -56,7 +59,9 @@ def pdptrs_of(vcpu: Vcpu, mmu: Mmu) -> tuple:
     return tuple(mmu.pdptrs)
 
 class GuestTables:
-    "How one MMU reads entries at this moment: format, reserved bits, rights. KVM: `reset_guest_paging_metadata` (mmu/mmu.c), the callbacks of `struct kvm_mmu`."
+    """How one MMU reads entries at this moment: format, reserved bits, rights.
+
+    KVM: `reset_guest_paging_metadata` (mmu/mmu.c), the callbacks of `struct kvm_mmu`."""
 
     def __init__(self, memory, regs: Registers, fmt: GpteFormat, nested: bool = False):
         self.walker = (NestedTables if nested else Walker)(memory, regs, fmt)
@@ -67,13 +72,17 @@ class GuestTables:
         self.nx, self.present, self.check = self.walker.nx, self.walker.present, guest_rsvd_check(regs, fmt)
 
     def access(self, gpte: int) -> int:
-        "The rights of one entry, without write while it is clean. KVM: `FNAME(gpte_access)`, `FNAME(protect_clean_gpte)` (mmu/paging_tmpl.h)."
+        """The rights of one entry, without write while it is clean.
+
+        KVM: `FNAME(gpte_access)`, `FNAME(protect_clean_gpte)` (mmu/paging_tmpl.h)."""
         raw = gpte ^ self.nx
         rights = self.rights[raw >> 60 & 8 | raw & 7]
         return rights & ~ACC_WRITE if self.have_ad and not gpte & self.dirty else rights
 
     def is_invalid(self, gpte: int) -> bool:
-        "A level-1 entry no leaf may be made of. KVM: `FNAME(prefetch_invalid_gpte)` (mmu/paging_tmpl.h) as far as it judges."
+        """A level-1 entry no leaf may be made of.
+
+        KVM: `FNAME(prefetch_invalid_gpte)` (mmu/paging_tmpl.h) as far as it judges."""
         if not gpte & self.present or self.have_ad and not gpte & self.accessed: return True
         return bool(gpte & self.check.at(1, gpte >> 7 & 1) or self.check.bad_mt_xwr >> (gpte & 0x3f) & 1)
 
@@ -86,10 +95,13 @@ def guest_tables(
     mmu: Mmu,
 ) -> GuestTables:
     "The same, kept as long as nothing it depends on changes."
-    key = (mmu.walker, vcpu.cr0, vcpu.cr4, vcpu.efer, vcpu.l1, vcpu.pkru, vcpu.rflags, vcpu.nested_pgd & 0x40, mmu.cpu_role.base.level,
+    key = (mmu.walker, vcpu.cr0, vcpu.cr4, vcpu.efer, vcpu.l1, vcpu.pkru, vcpu.rflags, vcpu.nested_pgd & 0x40,
+           mmu.cpu_role.base.level,
            pdptrs_of(vcpu, mmu) if mmu.cpu_role.base.level == 3 else None, id(vcpu.vm.memory))
     known = vcpu.readers.get(mmu.name)
-    if known is None or known[0] != key: known = vcpu.readers[mmu.name] = key, GuestTables(vcpu.vm.memory, *registers_of(vcpu, mmu), nested=mmu.name == 'guest_mmu')
+    if known is None or known[0] != key:
+        known = vcpu.readers[mmu.name] = key, GuestTables(vcpu.vm.memory, *registers_of(vcpu, mmu),
+                                                          nested=mmu.name == 'guest_mmu')
     tables = known[1]
     pgd = vcpu.nested_pgd if mmu.name == 'guest_mmu' else vcpu.cr3
     tables.walker.root = pgd & (0xffff_f000 if tables.size == 4 else SPTE_ADDRESS)
@@ -168,9 +180,11 @@ def _walk_once(vcpu, mmu, tables, addr, access):
         walked.fault = found
         walked.ptes = getattr(found, 'ptes', ())
         return walked
-    gpa = translate_gpa(vcpu, mmu, found.gpa & ~0xfff, access, walked) if nested else found.gpa     # Its frame is asked for, not the byte
+    # Its frame is asked for, not the byte
+    gpa = translate_gpa(vcpu, mmu, found.gpa & ~0xfff, access, walked) if nested else found.gpa
     if gpa is None: return walked
-    walked.gfn, walked.level, walked.pte_access, walked.ptes = gpa >> PAGE_SHIFT, found.level, int(found.rights), found.ptes
+    walked.gfn, walked.level, walked.pte_access, walked.ptes = (gpa >> PAGE_SHIFT, found.level, int(found.rights),
+                                                                found.ptes)
     _note_tables(tables, walked)
     return walked
 
@@ -216,7 +230,9 @@ def translate_gpa(
     access: int,
     walked: Walked,        # Told of a fault
 ) -> 'int | None':         # None: L1's nested tables do not map it
-    "An address of L2 becomes one of the memory slots. KVM: `kvm_translate_gpa` (mmu.h), `translate_nested_gpa` (x86.c)."
+    """An address of L2 becomes one of the memory slots.
+
+    KVM: `kvm_translate_gpa` (mmu.h), `translate_nested_gpa` (x86.c)."""
     if mmu.name != 'nested_mmu': return gpa
     inner = walk_addr(vcpu, vcpu.guest_mmu, gpa, access & ~int(Pferr.IMPLICIT) | int(Pferr.USER))
     if inner.fault is None: return inner.gfn << PAGE_SHIFT | gpa & 0xfff
@@ -246,7 +262,9 @@ def write_l1_log(
     return True
 
 def _mark(vcpu, tables, walked):
-    "Write A and D; False when an entry changed meanwhile: walk again. KVM: `FNAME(update_accessed_dirty_bits)` (mmu/paging_tmpl.h)."
+    """Write A and D; False when an entry changed meanwhile: walk again.
+
+    KVM: `FNAME(update_accessed_dirty_bits)` (mmu/paging_tmpl.h)."""
     if not tables.have_ad: return True
     vm, write, ptes = vcpu.vm, walked.access & int(Pferr.WRITE), list(walked.ptes)
     top = tables.fmt.root_level
@@ -286,7 +304,8 @@ def draw_walked(
             title, note = f"level {level}, frame {walked.table_gfns[level]:#x}", f"rights above: {rights}"
         index = walked.addr >> 30 & 3 if level == 3 and fmt is PAE else walked.index(level, fmt)
         boxes.append(Box(title, ((index, str(Hex(pte)), 'taken'),), note=note))
-    boxes.append(Box(f"frame {walked.gfn:#x}", kind='frame', note=f"a leaf of level {walked.level}: {rights_text(Acc(walked.pte_access), fmt)}"))
+    boxes.append(Box(f"frame {walked.gfn:#x}", kind='frame',
+                     note=f"a leaf of level {walked.level}: {rights_text(Acc(walked.pte_access), fmt)}"))
     return Chain(tuple(boxes), caption)
 
 # %% ../../nbs/mmu/12_guest_tables.ipynb #4d46123d
@@ -295,7 +314,8 @@ def gva_to_gpa(
     gva: int,
     access: int,           # What the emulated instruction does
 ) -> tuple:                # (gpa, None) or (None, `Walked` with the fault)
-    "KVM: `kvm_mmu_gva_to_gpa_read`, `kvm_mmu_gva_to_gpa_write`, `kvm_mmu_gva_to_gpa_fetch`, `kvm_mmu_gva_to_gpa_system` (x86.c), `FNAME(gva_to_gpa)` (mmu/paging_tmpl.h), `nonpaging_gva_to_gpa` (mmu/mmu.c)."
+    """KVM: `kvm_mmu_gva_to_gpa_read`, `kvm_mmu_gva_to_gpa_write`, `kvm_mmu_gva_to_gpa_fetch`,
+    `kvm_mmu_gva_to_gpa_system` (x86.c), `FNAME(gva_to_gpa)` (mmu/paging_tmpl.h), `nonpaging_gva_to_gpa` (mmu/mmu.c)."""
     mmu = vcpu.walk_mmu
     if mmu.walker == 'nonpaging':
         walked = Walked(gva, access)
@@ -330,4 +350,5 @@ def show_walked(
     if walked.fault is not None:
         regs, fmt = registers_of(vcpu, vcpu.mmu)
         return draw_walk(Walker(vcpu.vm.memory, replace(regs, cr3=vcpu.cr3), fmt).walk(0x40_0010, Pferr(access)))
-    return draw_walked(walked, guest_tables(vcpu, vcpu.mmu).fmt, f"{mode}, {'write' if write else 'read'} by {'user' if user else 'supervisor'}")
+    return draw_walked(walked, guest_tables(vcpu, vcpu.mmu).fmt,
+                       f"{mode}, {'write' if write else 'read'} by {'user' if user else 'supervisor'}")

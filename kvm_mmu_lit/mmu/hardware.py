@@ -59,8 +59,9 @@ def one_page_guest(
     return vcpu
 
 # %% ../../nbs/mmu/24_hardware.ipynb #6942c6e9
-WRITE, USER, RSVD, FETCH, PRESENT = (int(bit) for bit in (Pferr.WRITE, Pferr.USER, Pferr.RSVD, Pferr.FETCH, Pferr.PRESENT))
-PG, SMEP, SMAP, LMA = (int(bit) for bit in (Cr0.PG, Cr4.SMEP, Cr4.SMAP, Efer.LMA))     # Plain numbers: every access asks
+WRITE, USER, RSVD, FETCH, PRESENT = (int(bit)
+                                     for bit in (Pferr.WRITE, Pferr.USER, Pferr.RSVD, Pferr.FETCH, Pferr.PRESENT))
+PG, SMEP, SMAP, LMA = (int(bit) for bit in (Cr0.PG, Cr4.SMEP, Cr4.SMAP, Efer.LMA))  # Plain numbers: every access asks
 GUEST_FINAL, GUEST_PAGE = 1 << 32, 1 << 33
 
 @dataclass(frozen=True)
@@ -100,7 +101,8 @@ def host_walk(vcpu: Vcpu, addr: int):
         level, table = level - 1, entry & SPTE_ADDRESS
     while True:
         sp = pages.get(table)
-        if sp is None: kvm_bug_on(True, f"the processor walks table {table:#x}, which KVM has freed", 'freed table in use')
+        if sp is None:
+            kvm_bug_on(True, f"the processor walks table {table:#x}, which KVM has freed", 'freed table in use')
         index = addr >> PAGE_SHIFT + 9 * (level - 1) & 511
         entry = sp.sptes.get(index, 0)
         yield level, sp, index, entry
@@ -109,7 +111,8 @@ def host_walk(vcpu: Vcpu, addr: int):
 
 def is_reserved(vm: Vm, entry: int) -> bool:
     "A physical address the CPU has not, or rights EPT forbids."
-    return entry & 7 in (2, 6) if vm.masks.is_ept else bool(entry & 1 and entry & SPTE_ADDRESS & -(1 << vm.masks.phys_bits))
+    return (entry & 7 in (2, 6) if vm.masks.is_ept
+            else bool(entry & 1 and entry & SPTE_ADDRESS & -(1 << vm.masks.phys_bits)))
 
 # %% ../../nbs/mmu/24_hardware.ipynb #b7d773c8
 def has_ad(vcpu: Vcpu, entry: int) -> bool:
@@ -150,7 +153,8 @@ def shadow_access(
         if sp is not None: all_of, any_of = all_of & entry, any_of | entry
     if not entry & 1: return Exit(gva, told)
     if is_reserved(vcpu.vm, entry): return Exit(gva, told | PRESENT | RSVD)
-    if is_denied(access, all_of & 2, all_of & 4, any_of >> 63, *shadow_registers(vcpu)): return Exit(gva, told | PRESENT)
+    if is_denied(access, all_of & 2, all_of & 4, any_of >> 63, *shadow_registers(vcpu)):
+        return Exit(gva, told | PRESENT)
     if mark: mark_leaf(vcpu, sp, index, entry, bool(access & WRITE))
     return Reached(_hpa(entry, gva, level), level)
 
@@ -171,7 +175,8 @@ def draw_answer(
     boxes = []
     for step, (level, sp, index, entry) in enumerate(steps, 1):
         state = 'taken' if step < len(steps) or isinstance(found, Reached) else 'refused'
-        title, index, entries = ("the vCPU's PDPTEs", gva >> 30 & 3, 4) if sp is None else (f"level {level}  {sp.spt:#x}", index, 512)
+        title, index, entries = (("the vCPU's PDPTEs", gva >> 30 & 3, 4) if sp is None
+                                 else (f"level {level}  {sp.spt:#x}", index, 512))
         boxes.append(Box(title, ((index, _bits_text(entry), state),), 'shadow', entries=entries))
     return Chain((*boxes, _answer_box(found)), caption or f"{_access_text(access)} at {gva:#_x}")
 
@@ -187,7 +192,8 @@ def _names_of(code): return ', '.join(bit.name for bit in Pferr if code & bit)
 
 def _answer_box(found):
     if isinstance(found, Reached):
-        return Box(f"host frame {found.hpa >> PAGE_SHIFT:#x}", kind='frame', note=f"byte {found.hpa & 0xfff:#x}, level {found.level}")
+        return Box(f"host frame {found.hpa >> PAGE_SHIFT:#x}", kind='frame',
+                   note=f"byte {found.hpa & 0xfff:#x}, level {found.level}")
     if isinstance(found, Refused): return Box('#GP(0)', kind='refused', note=found.fault.because)
     note = _names_of(found.error_code) or 'a read, nothing there'
     return Box(f"exit, code {found.error_code:#x}", kind='refused', note=note)
@@ -200,7 +206,8 @@ def draw_host_walk(
 ) -> Graph:
     "The tables the processor goes through for an address, and the entry it takes in each."
     steps = list(host_walk(vcpu, addr))
-    nodes = [(str(i), f"level {level}" + (f", frame {sp.gfn:#x}\n{sp.spt:#x}" if sp is not None else "\nthe vCPU's own page"), 'shadow')
+    nodes = [(str(i), f"level {level}"
+              + (f", frame {sp.gfn:#x}\n{sp.spt:#x}" if sp is not None else "\nthe vCPU's own page"), 'shadow')
              for i, (level, sp, _, _) in enumerate(steps)]
     level, _, _, entry = steps[-1]
     ends = f"host frame {spte_pfn(entry):#x}" if entry & (7 if vcpu.vm.masks.is_ept else 1) else 'nothing here: exit'
@@ -236,7 +243,8 @@ def tdp_translate(
 
 # %% ../../nbs/mmu/24_hardware.ipynb #3168be53
 class _BehindTdp:
-    "Guest table pages, reached through KVM's tables: the processor asks for the very entry, and an exit names its address."
+    """Guest table pages, reached through KVM's tables: the processor asks for the very entry, and an exit names its
+    address."""
 
     def __init__(self, vcpu, tables, gva, asks, mark):
         self.vcpu, self.size, self.gva, self.asks, self.mark = vcpu, tables.size, gva, asks, mark
@@ -287,25 +295,32 @@ def tdp_access(
 def _is_marked(tables, found):
     "Every entry has its marks already: the usual case."
     ptes = found.ptes[1:] if tables.fmt is PAE else found.ptes
-    return all(pte & tables.accessed for pte in ptes) and (not found.access & WRITE or not ptes or bool(ptes[-1] & tables.dirty))
+    return all(pte & tables.accessed for pte in ptes) and (not found.access & WRITE or not ptes
+                                                           or bool(ptes[-1] & tables.dirty))
 
 def _marks(tables, found):
     "The marks to be made. Registers that are kept for reading tables hold no CR3; the walker has the root."
     regs = replace(found.regs, cr3=tables.walker.root)
-    return pending_updates(GuestWalk(regs, found.fmt, found.gva, found.access, found.gpa, found.level, found.rights, found.ptes))
+    return pending_updates(GuestWalk(regs, found.fmt, found.gva, found.access, found.gpa, found.level, found.rights,
+                                     found.ptes))
 
 def _reach_marks(vcpu, tables, found, mark):
-    "EPT without A and D lets the processor read a table that KVM keeps read-only. Its marks are reads and writes all the same, and exit."
+    """EPT without A and D lets the processor read a table that KVM keeps read-only.
+
+    Its marks are reads and writes all the same, and exit."""
     if table_access(vcpu) & WRITE: return
     for update in _marks(tables, found): tdp_translate(vcpu, update.gpa, USER | WRITE, GUEST_PAGE, mark)
 
 def _mark_guest(vcpu, tables, found):
-    "A and D of the guest's entries, written by the processor itself; where the tables are writable, KVM does not see it."
+    """A and D of the guest's entries, written by the processor itself; where the tables are writable, KVM does not see
+    it."""
     vm = vcpu.vm
     for update in _marks(tables, found):
-        hpa, _ = tdp_translate(vcpu, update.gpa, USER, GUEST_PAGE, False)      # An L2's entry lies where L1's nested tables put it
+        # An L2's entry lies where L1's nested tables put it
+        hpa, _ = tdp_translate(vcpu, update.gpa, USER, GUEST_PAGE, False)
         gpa = frame_of(vm, hpa >> PAGE_SHIFT) << PAGE_SHIFT | update.gpa & 0xfff
-        if not vm.memory.slot(gpa >> PAGE_SHIFT).readonly: cmpxchg_entry(vm.memory, gpa, update.size, update.old, update.new)
+        if not vm.memory.slot(gpa >> PAGE_SHIFT).readonly:
+            cmpxchg_entry(vm.memory, gpa, update.size, update.old, update.new)
 
 # %% ../../nbs/mmu/24_hardware.ipynb #42c0a6c7
 def walk_reads(
@@ -328,7 +343,8 @@ def draw_dimensions(
 ) -> Table:
     "A two-dimensional walk, one trip through KVM's tables a line."
     trips = walk_reads(vcpu, gva)
-    rows = [(what, Hex(gpa), ', '.join(str(index) for _, _, index, _ in steps), len(steps), Hex(_hpa(steps[-1][3], gpa, steps[-1][0])))
+    rows = [(what, Hex(gpa), ', '.join(str(index) for _, _, index, _ in steps), len(steps),
+             Hex(_hpa(steps[-1][3], gpa, steps[-1][0])))
             for what, gpa, steps in trips]
     total = sum(row[3] for row in rows) + len(rows) - 1
     caption = f"{gva:#_x}: {total} reads, {len(rows) - 1} of them of the guest's entries"

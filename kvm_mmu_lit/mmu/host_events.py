@@ -17,7 +17,8 @@ from ..guest.memory import add_ram, remove_slot
 from .contexts import kvm_bug_on
 from .make_spte import changed_pfn_spte, split_spte
 from .page_fault import link
-from .rmap import (drop_spte, entry_at, has_rmaps, host_frame, page_access, page_gfn, rmap_add, rmap_entries,
+from .rmap import (drop_spte, entry_at, has_rmaps, host_frame, page_access, page_gfn, rmap_add,
+                                  rmap_entries,
                                   spte_set, spte_update, write_protect_spte)
 from .shadow_page import Moved, Vm, child_role
 from .spte import (GEN_BITS, SPTE_WRITABLE, ad_enabled, ad_need_write_protect, is_accessed, is_present,
@@ -130,7 +131,8 @@ def protect_range(
 ) -> bool:                 # Something changed: flush
     """Notice the next write to each page.
 
-    KVM: `kvm_mmu_slot_remove_write_access`, `slot_rmap_write_protect`, `kvm_mmu_write_protect_pt_masked` (mmu/mmu.c)."""
+    KVM: `kvm_mmu_slot_remove_write_access`, `slot_rmap_write_protect`, `kvm_mmu_write_protect_pt_masked`
+    (mmu/mmu.c)."""
     flush = False
     for sp, index in entries_of(vm, start, end, min_level): flush |= write_protect_spte(vm, sp, index, False)
     return tdp_wrprot_slot(vm, start, end, min_level) or flush if vm.host.uses_tdp_mmu else flush
@@ -178,7 +180,8 @@ def stop_dirty_log(
     vm.dirty -= {gfn for gfn in vm.dirty if slot.base_gfn <= gfn < slot.end_gfn}
     for sp, index in list(entries_of(vm, slot.base_gfn, slot.end_gfn)):
         inside = slot.base_gfn <= sp.gfn < slot.end_gfn
-        if sp.role.direct and inside and sp.role.level < max_mapping_level(vm, sp.gfn): flush |= drop_spte(vm, sp, index)
+        if sp.role.direct and inside and sp.role.level < max_mapping_level(vm, sp.gfn):
+            flush |= drop_spte(vm, sp, index)
     if vm.host.uses_tdp_mmu: tdp_zap_collapsible(vm, slot.base_gfn, slot.end_gfn)
     if flush: remote_flush(vm)
 

@@ -38,7 +38,9 @@ from .zap import zap_entry
 
 # %% ../../nbs/mmu/20_invlpg.ipynb #4ecfcbcf
 def prefetch_gpte(vcpu: Vcpu, tables, sp: ShadowPage, index: int, gpte: int, no_dirty_log: bool) -> bool:
-    "Make a leaf of a guest entry nobody asked for. KVM: `FNAME(prefetch_gpte)` (mmu/paging_tmpl.h), `gfn_to_memslot_dirty_bitmap` (mmu/mmu.c)."
+    """Make a leaf of a guest entry nobody asked for.
+
+    KVM: `FNAME(prefetch_gpte)` (mmu/paging_tmpl.h), `gfn_to_memslot_dirty_bitmap` (mmu/mmu.c)."""
     vm = vcpu.vm
     if drop_invalid(vm, tables, sp, index, gpte): return False
     gfn, access = tables.gfn(gpte), int(sp.role.access) & tables.access(gpte)
@@ -108,11 +110,13 @@ class Injected:
     error_code: int    # For an EPT violation the exit qualification
 
 def invalidate_same_ept(vcpu: Vcpu, addr: int):
-    """A TLB knows L1's EPT by its top table alone, so the cached roots of other EPTPs with this table forget the address too.
+    """A TLB knows L1's EPT by its top table alone, so the cached roots of other EPTPs with this table forget the
+    address too.
 
     KVM: `nested_ept_invalidate_addr` (vmx/nested.c)."""
     for one in vcpu.guest_mmu.prev_roots:
-        if one.valid and one.pgd >> PAGE_SHIFT == vcpu.nested_pgd >> PAGE_SHIFT: invlpg_root(vcpu, vcpu.guest_mmu, addr, one.hpa)
+        if one.valid and one.pgd >> PAGE_SHIFT == vcpu.nested_pgd >> PAGE_SHIFT:
+            invlpg_root(vcpu, vcpu.guest_mmu, addr, one.hpa)
 
 def inject_page_fault(
     vcpu: Vcpu,
@@ -120,7 +124,8 @@ def inject_page_fault(
 ):
     """Tell whoever made the tables; a stale entry that let the access through this far goes.
 
-    KVM: `kvm_inject_emulated_page_fault`, `kvm_inject_page_fault` (x86.c), `nested_ept_inject_page_fault` (vmx/nested.c)."""
+    KVM: `kvm_inject_emulated_page_fault`, `kvm_inject_page_fault` (x86.c), `nested_ept_inject_page_fault`
+    (vmx/nested.c)."""
     fault = walked.fault
     if isinstance(fault, GeneralProtection):
         vcpu.injected = Injected('guest', '#GP', walked.addr, 0)
@@ -132,35 +137,42 @@ def inject_page_fault(
     if code & int(Pferr.PRESENT) and not code & int(Pferr.RSVD): invalidate_gva(vcpu, mmu, fault.gva, mmu.root.hpa)
     if mmu.name != 'guest_mmu': what, to = '#PF', 'guest'
     elif fault.fmt.is_ept:
-        what, to, code = 'EPT misconfiguration' if fault.exit_reason == 49 else 'EPT violation', 'L1', ept_qualification(vcpu, fault)
+        what, to, code = ('EPT misconfiguration' if fault.exit_reason == 49 else 'EPT violation', 'L1',
+                          ept_qualification(vcpu, fault))
         invalidate_same_ept(vcpu, fault.gva)
     else: what, to, code = 'NPF', 'L1', npf_code(vcpu, code)
     vcpu.injected = Injected(to, what, fault.gva, code)
     vcpu.did('inject', kind=what, addr=fault.gva, code=code)
 
 def npf_code(vcpu: Vcpu, code: int) -> int:
-    "What L1 finds in EXITINFO1: of the real exit the bits that say which walk it was, or GUEST_FINAL when there was none. KVM: `nested_svm_inject_npf_exit` (svm/nested.c)."
+    """What L1 finds in EXITINFO1: of the real exit the bits that say which walk it was, or GUEST_FINAL when there was
+    none. KVM: `nested_svm_inject_npf_exit` (svm/nested.c)."""
     high = vcpu.npf_info >> 32 << 32 if vcpu.npf_info is not None else int(Pferr.GUEST_FINAL)
     return high | code
 
 def ept_qualification(vcpu: Vcpu, fault) -> int:
-    "What L1 finds as the qualification of an EPT violation: what the walk found, and of the real exit bit 7, a linear address was translated, and bit 8, it was done. KVM: `FNAME(walk_addr_generic)` (mmu/paging_tmpl.h)."
+    """What L1 finds as the qualification of an EPT violation: what the walk found, and of the real exit bit 7, a linear
+    address was translated, and bit 8, it was done. KVM: `FNAME(walk_addr_generic)` (mmu/paging_tmpl.h)."""
     if fault.exit_reason == 49: return 0
     real = vcpu.npf_info or 0
     return fault.exit_qualification | bool(real >> 32 & 3) << 7 | (real >> 32 & 1) << 8
 
 # %% ../../nbs/mmu/20_invlpg.ipynb #519bddb8
-GUEST_STORES = {'another frame': 0x10_1067, 'read-only': 0x10_0065, 'nothing': 0, 'not used yet': 0x10_0047, 'no memory there': 0x5000_0067}
+GUEST_STORES = {'another frame': 0x10_1067, 'read-only': 0x10_0065, 'nothing': 0, 'not used yet': 0x10_0047,
+                'no memory there': 0x5000_0067}
 
 def example_shadow() -> tuple:     # (`Vcpu`, the level-1 `ShadowPage`)
     "A vCPU whose page at 0x40_0000 is shadowed: its entry is number 0 of the guest's table in frame 5."
     memory, (cr0, cr4, efer) = ram((0, 1 << 22)), map(int, MODES['4-level'])
-    for page in range(2): map_page(memory, 0x1000, FORMATS['4level'], 0x40_0000 + (page << 12), 0x10_0000 + (page << 12), [2, 3, 5], 0x67, 0x67)
+    for page in range(2):
+        map_page(memory, 0x1000, FORMATS['4level'], 0x40_0000 + (page << 12), 0x10_0000 + (page << 12), [2, 3, 5], 0x67,
+                 0x67)
     vcpu = new_vcpu(Vm(svm_host(4, npt=False), memory, prefetch=False), cr0=cr0, cr3=0x1000, cr4=cr4, efer=efer)
     enter_guest(vcpu)
     for level, sp, index in shadow_walk(vcpu.vm, vcpu.mmu, 0x40_0000):
         if level > 1: link(vcpu.vm, sp, index, get_child(vcpu, sp, index, {4: 2, 3: 3, 2: 5}[level], False, 7))
-    for index in range(2): prefetch_gpte(vcpu, guest_tables(vcpu, vcpu.mmu), sp, index, read_gpte(vcpu.vm, sp, index), False)
+    for index in range(2):
+        prefetch_gpte(vcpu, guest_tables(vcpu, vcpu.mmu), sp, index, read_gpte(vcpu.vm, sp, index), False)
     return vcpu, sp
 
 def show_invlpg(
@@ -175,7 +187,8 @@ def show_invlpg(
     def note(who, what):
         spte = sp.sptes.get(0, 0)
         shadow = f"frame {page_gfn(sp, 0):#x}{', W' if is_writable(spte) else ''}" if is_present(spte) else 'empty'
-        rows.append((len(rows) + 1, who, what, (f"{read_gpte(vm, sp, 0):#x}", 'out of sync' if sp.unsync else 'in sync', shadow, vm.flushes)))
+        rows.append((len(rows) + 1, who, what,
+                     (f"{read_gpte(vm, sp, 0):#x}", 'out of sync' if sp.unsync else 'in sync', shadow, vm.flushes)))
     note('KVM', 'has shadowed the page')
     if stale:
         try_to_unsync(vm, 0x5, True, False)
@@ -184,4 +197,5 @@ def show_invlpg(
         note('guest', 'stores to its entry')
     invalidate_gva(vcpu, vcpu.mmu, 0x40_1000 if beside else 0x40_0000)
     note('guest', f"INVLPG of the page{' beside' if beside else ''}")
-    return Timeline(("guest's entry", 'table', 'shadow entry', 'flushes'), rows, f"slot 0 becomes {store}" if stale else 'a table in sync')
+    return Timeline(("guest's entry", 'table', 'shadow entry', 'flushes'), rows,
+                    f"slot 0 becomes {store}" if stale else 'a table in sync')

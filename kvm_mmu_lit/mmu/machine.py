@@ -26,7 +26,8 @@ from . import host_events as host
 from .cpu_role import MODES
 from .hardware import FETCH, USER, WRITE, Reached
 from .nested_switch import L2State, enter_l2, invept, invvpid, leave_l2
-from .register_writes import cr3_refused, enter_smm, invlpg, invpcid, load_pdptrs, set_cr0, set_cr3, set_cr4, set_efer
+from .register_writes import (cr3_refused, enter_smm, invlpg, invpcid, load_pdptrs, set_cr0, set_cr3,
+                                             set_cr4, set_efer)
 from .page_fault import last_entry
 from .root_role import Host
 from .roots import new_vcpu
@@ -51,7 +52,8 @@ class Machine:
         "One event, to its end. What it answers: an `Outcome`, a fault, or whatever the host is told."
         check_event(self, event)
         meanwhile = event.get('meanwhile')
-        answer = EVENTS[event['do']].act(self, event) if meanwhile is None else _with_interruption(self, event, meanwhile)
+        answer = (EVENTS[event['do']].act(self, event) if meanwhile is None
+                  else _with_interruption(self, event, meanwhile))
         self.steps += 1        # One that is refused on the way is none
         return answer
 
@@ -105,7 +107,8 @@ def _enter_l2(machine, event):
     names = ('cr0', 'cr3', 'cr4', 'efer')
     entered = enter_l2(vcpu, L2State(*(event[name] for name in names), event.get('nested_pgd'), told and tuple(told),
                                      pml_address=event.get('pml'), pml_index=event.get('pml_index', 511)))
-    # The four entries of a PAE L2: SVM reads them from L2's memory, and so did an L1 on VMX that is not said to have written others.
+    # The four entries of a PAE L2: SVM reads them from L2's memory, and so did an L1 on VMX, unless the event
+    # says that it has written others.
     reads = entered and vcpu.is_nested and vcpu.is_pae_paging and told is None
     if reads and not load_pdptrs(vcpu, vcpu.cr3): vcpu.walk_mmu.pdptrs = [0] * 4
     return entered
@@ -141,20 +144,27 @@ EVENTS = {
     'set_ac': Event(_set_flags, dict(ac=bool), says="STAC or CLAC"),
     'invlpg': Event(_on_vcpu(invlpg, 'at'), _WHERE, says="INVLPG"),
     'invpcid': Event(_on_vcpu(invpcid, 'kind', 'pcid', 'at'), dict(kind=3, pcid=4095, at=MAX64), says="INVPCID"),
-    'enter_l2': Event(_enter_l2, dict(cr0=_REG, cr3=_REG, cr4=_REG, efer=_REG), dict(nested_pgd=MAX64, pdptrs=list, pml=MAX64, pml_index=0xffff), "VMRUN or VMLAUNCH"),
+    'enter_l2': Event(_enter_l2, dict(cr0=_REG, cr3=_REG, cr4=_REG, efer=_REG),
+                      dict(nested_pgd=MAX64, pdptrs=list, pml=MAX64, pml_index=0xffff), "VMRUN or VMLAUNCH"),
     'leave_l2': Event(_on_vcpu(leave_l2), {}, says="L2 exits to L1"),
     'invept': Event(_invept, {}, dict(pgd=MAX64), "INVEPT by L1: of one EPTP, or of all"),
     'invvpid': Event(_on_vcpu(invvpid), {}, says="INVVPID by L1, of what L2 used"),
     'smi': Event(_on_vcpu(enter_smm), {}, says="system-management interrupt"),
-    'store': Event(_store, dict(gpa=(1 << 52) - 1, value=MAX64), dict(size=(1, 2, 4, 8)), "KVM stores for the guest, and sees it"),
-    'unmap': Event(_on_vm(host.unmap_range, 'start', 'end'), dict(start=1 << 40, end=1 << 40), says="the host takes frames away and backs them anew"),
-    'change_pte': Event(_on_vm(host.change_pte, 'gfn'), dict(gfn=1 << 40), says="the host merges a frame with another, read-only"),
-    'age': Event(_on_vm(host.age, 'start', 'end'), dict(start=1 << 40, end=1 << 40), says="the host asks what was used"),
+    'store': Event(_store, dict(gpa=(1 << 52) - 1, value=MAX64), dict(size=(1, 2, 4, 8)),
+                   "KVM stores for the guest, and sees it"),
+    'unmap': Event(_on_vm(host.unmap_range, 'start', 'end'), dict(start=1 << 40, end=1 << 40),
+                   says="the host takes frames away and backs them anew"),
+    'change_pte': Event(_on_vm(host.change_pte, 'gfn'), dict(gfn=1 << 40),
+                        says="the host merges a frame with another, read-only"),
+    'age': Event(_on_vm(host.age, 'start', 'end'), dict(start=1 << 40, end=1 << 40),
+                 says="the host asks what was used"),
     'start_dirty_log': Event(_on_vm(host.start_dirty_log, 'slot'), dict(slot=1 << 40), says="migration begins"),
-    'get_dirty_log': Event(_on_vm(host.get_dirty_log, 'slot'), dict(slot=1 << 40), says="migration asks what was written"),
+    'get_dirty_log': Event(_on_vm(host.get_dirty_log, 'slot'), dict(slot=1 << 40),
+                           says="migration asks what was written"),
     'stop_dirty_log': Event(_on_vm(host.stop_dirty_log, 'slot'), dict(slot=1 << 40), says="migration ends"),
     'delete_slot': Event(_on_vm(host.delete_slot, 'slot'), dict(slot=1 << 40), says="userspace removes a memory slot"),
-    'add_slot': Event(_on_vm(host.add_slot, 'gpa', 'size'), dict(gpa=1 << 52, size=1 << 34), says="userspace adds a memory slot"),
+    'add_slot': Event(_on_vm(host.add_slot, 'gpa', 'size'), dict(gpa=1 << 52, size=1 << 34),
+                      says="userspace adds a memory slot"),
     'nx_huge_pages': Event(_on_vm(host.set_nx_huge_pages, 'on'), dict(on=bool), says="the NX workaround is switched"),
     'limit': Event(_on_vm(host.set_limit, 'pages'), dict(pages=1 << 30), says="userspace limits the tables"),
 }
@@ -163,7 +173,8 @@ HOST_EVENTS = tuple(name for name, event in EVENTS.items() if event.act.__qualna
 # %% ../../nbs/mmu/28_machine.ipynb #4ebde84f
 def draw_events() -> Table:
     "Every kind of event there is."
-    rows = [('host' if name in HOST_EVENTS else 'a vCPU', name, ', '.join(event.needs), ', '.join(event.may), event.says) for name, event in EVENTS.items()]
+    rows = [('host' if name in HOST_EVENTS else 'a vCPU', name, ', '.join(event.needs), ', '.join(event.may),
+             event.says) for name, event in EVENTS.items()]
     return Table(('who', 'do', 'needs', 'may have', 'what it is'), rows)
 
 # %% ../../nbs/mmu/28_machine.ipynb #a6864f95
@@ -193,7 +204,8 @@ def _check_value(name, key, value, rule):
     if not ok: raise ValueError(f"{name}: {key}={value_text(value)}, must be {said}")
 
 def value_text(value) -> str:
-    "A value that somebody else wrote, for an error: numbers as elsewhere in this book, and nothing too long for a line."
+    """A value that somebody else wrote, for an error: numbers as elsewhere in this book, and nothing too long for a
+    line."""
     text = f"{value:#x}" if type(value) is int else repr(value)
     return text if len(text) <= 40 else text[:40] + '...'
 
@@ -202,23 +214,32 @@ def _check_sense(machine, event):
     name, vm = event['do'], machine.vm
     vcpu = machine.vcpus[event['vcpu']] if 'vcpu' in event else None
     if name == 'enter_l2' and vcpu.guest_mode: raise ValueError("enter_l2 while L2 runs: L2 is no hypervisor here")
-    if name == 'enter_l2' and 'pml' in event and vm.host.vendor == 'svm': raise ValueError(f"enter_l2: pml={event['pml']:#x}, and a VMCB has no log of dirtied pages")
+    if name == 'enter_l2' and 'pml' in event and vm.host.vendor == 'svm':
+        raise ValueError(f"enter_l2: pml={event['pml']:#x}, and a VMCB has no log of dirtied pages")
     if name == 'enter_l2' and 'pdptrs' in event: _check_pdptrs(vm, event)
     if name in ('invept', 'invvpid') and (vcpu.guest_mode or vcpu.host.vendor != 'vmx'):
-        raise ValueError(f"{name}: only L1 of a VMX host has it, this is {'L2' if vcpu.guest_mode else f'a host of {vcpu.host.vendor.upper()}'}")
-    if name == 'invept' and not vcpu.host.has_tdp: raise ValueError("invept: KVM offers EPT only where it has it itself")
+        raise ValueError(f"{name}: only L1 of a VMX host has it, this is "
+                         f"{'L2' if vcpu.guest_mode else f'a host of {vcpu.host.vendor.upper()}'}")
+    if name == 'invept' and not vcpu.host.has_tdp:
+        raise ValueError("invept: KVM offers EPT only where it has it itself")
     if name == 'leave_l2' and not vcpu.guest_mode: raise ValueError("leave_l2 while L1 runs")
-    if name == 'store' and vm.memory.slot(event['gpa'] >> PAGE_SHIFT) is None: raise ValueError(f"store: {event['gpa']:#x} lies in no memory slot")
-    if 'at' in event and 'size' in event and (event['at'] & 0xfff) + event['size'] > PAGE_SIZE: raise ValueError(f"{name} of {event['size']} bytes at {event['at']:#x} crosses a page")
-    if 'value' in event and 'size' in event and event['value'] >> 8 * event['size']: raise ValueError(f"{name}: {event['value']:#x} has more than {event['size']} bytes")
+    if name == 'store' and vm.memory.slot(event['gpa'] >> PAGE_SHIFT) is None:
+        raise ValueError(f"store: {event['gpa']:#x} lies in no memory slot")
+    if 'at' in event and 'size' in event and (event['at'] & 0xfff) + event['size'] > PAGE_SIZE:
+        raise ValueError(f"{name} of {event['size']} bytes at {event['at']:#x} crosses a page")
+    if 'value' in event and 'size' in event and event['value'] >> 8 * event['size']:
+        raise ValueError(f"{name}: {event['value']:#x} has more than {event['size']} bytes")
 
 def _check_pdptrs(vm, event):
     pdptrs = event['pdptrs']
-    if vm.host.vendor == 'svm' or event.get('nested_pgd') is None: raise ValueError("enter_l2: pdptrs, and only a VMCS with EPT has fields for them")
-    if len(pdptrs) != 4 or not all(type(pdpte) is int and 0 <= pdpte <= MAX64 for pdpte in pdptrs): raise ValueError(f"enter_l2: pdptrs={value_text(pdptrs)}, must be four numbers up to {MAX64:#x}")
+    if vm.host.vendor == 'svm' or event.get('nested_pgd') is None:
+        raise ValueError("enter_l2: pdptrs, and only a VMCS with EPT has fields for them")
+    if len(pdptrs) != 4 or not all(type(pdpte) is int and 0 <= pdpte <= MAX64 for pdpte in pdptrs):
+        raise ValueError(f"enter_l2: pdptrs={value_text(pdptrs)}, must be four numbers up to {MAX64:#x}")
 
 def _check_meanwhile(machine, meanwhile):
-    if meanwhile.get('at') not in UNLOCKED + LOCKED: raise ValueError(f"meanwhile: at={meanwhile.get('at')!r}, must be one of {', '.join(UNLOCKED + LOCKED)}")
+    if meanwhile.get('at') not in UNLOCKED + LOCKED:
+        raise ValueError(f"meanwhile: at={meanwhile.get('at')!r}, must be one of {', '.join(UNLOCKED + LOCKED)}")
     unknown, nth = set(meanwhile) - {'at', 'nth', 'event'}, meanwhile.get('nth', 1)
     if unknown: raise ValueError(f"meanwhile has no {min(unknown)!r}; it has at, nth, event")
     if type(nth) is not int or nth < 1: raise ValueError(f"meanwhile: nth={value_text(nth)}, must be 1 or more")
@@ -232,11 +253,16 @@ LOCKED = ('syncing', 'sync: marked in sync')       # KVM holds `mmu_lock`: anoth
 # %% ../../nbs/mmu/28_machine.ipynb #5b89e6fb
 def draw_points() -> Table:
     "The places where a second event may come in, and who may."
-    where = {'in guest': ("the vCPU is about to run", 'anybody; a request turns it back'), 'walked': ("the guest's entries are read, A and D not set yet", 'anybody'),
-             'guest tables walked': ("KVM knows what the guest wants", 'anybody'), 'faulted in': ("KVM knows the host's frame", 'anybody'),
-             'fast page fault': ("a new entry is ready to be exchanged", 'anybody'), 'tdp exchange': ("the same, in the TDP MMU", 'another fault: the lock is shared'),
-             'syncing': ("one entry of a stale table is compared", 'the processor alone'), 'sync: marked in sync': ("the mark is gone, no entry compared", 'the processor alone')}
-    return Table(('point', 'what has just happened', 'who may come in'), [(name, *where[name]) for name in UNLOCKED + LOCKED])
+    where = {'in guest': ("the vCPU is about to run", 'anybody; a request turns it back'),
+             'walked': ("the guest's entries are read, A and D not set yet", 'anybody'),
+             'guest tables walked': ("KVM knows what the guest wants", 'anybody'),
+             'faulted in': ("KVM knows the host's frame", 'anybody'),
+             'fast page fault': ("a new entry is ready to be exchanged", 'anybody'),
+             'tdp exchange': ("the same, in the TDP MMU", 'another fault: the lock is shared'),
+             'syncing': ("one entry of a stale table is compared", 'the processor alone'),
+             'sync: marked in sync': ("the mark is gone, no entry compared", 'the processor alone')}
+    return Table(('point', 'what has just happened', 'who may come in'),
+                 [(name, *where[name]) for name in UNLOCKED + LOCKED])
 
 # %% ../../nbs/mmu/28_machine.ipynb #eba477cf
 def needs_no_exit(
@@ -248,14 +274,16 @@ def needs_no_exit(
     if event['do'] not in kinds: return False
     vcpu = machine.vcpus[event['vcpu']]
     if vcpu.requests or not vcpu.mmu.root.valid: return False
-    return isinstance(processor_access(vcpu, event['at'], kinds[event['do']] | (USER if event.get('user') else 0), mark=False), Reached)
+    return isinstance(processor_access(vcpu, event['at'], kinds[event['do']] | (USER if event.get('user') else 0),
+                                       mark=False), Reached)
 
 # %% ../../nbs/mmu/28_machine.ipynb #0a487664
 def _with_interruption(machine, event, meanwhile):
     "Run the second event when the first comes to the named point for the n-th time; once."
     left, answer = [meanwhile.get('nth', 1)], []
     def interrupt(name):
-        if name != meanwhile['at'] or not left or name in LOCKED and not needs_no_exit(machine, meanwhile['event']): return
+        if name != meanwhile['at'] or not left or name in LOCKED and not needs_no_exit(machine, meanwhile['event']):
+            return
         left[0] -= 1
         if left[0]: return
         left.clear()
@@ -277,12 +305,15 @@ def draw_race(
     if 'meanwhile' not in event: raise ValueError(f"draw_race: {str(event)[:60]} has no 'meanwhile', so nobody races")
     vm, rows, meanwhile = machine.vm, [], event['meanwhile']
     second, left = meanwhile['event'], [meanwhile.get('nth', 1)]
-    def note(who, what): rows.append(Row(len(rows) + 1, who, what, (Hex(read_entry(vm.memory, gpte_at, 8)), _entry_text(machine, event, addr))))
+    def note(who, what):
+        rows.append(Row(len(rows) + 1, who, what,
+                        (Hex(read_entry(vm.memory, gpte_at, 8)), _entry_text(machine, event, addr))))
     def reach(name):
         note(_who(event), f"has reached '{name}'")
         left[0] -= name == meanwhile['at']
         if left[0] or name != meanwhile['at']: return
-        if name in LOCKED and not needs_no_exit(machine, second): return note(_who(second), f"{second['do']} would exit: waits for the lock")
+        if name in LOCKED and not needs_no_exit(machine, second):
+            return note(_who(second), f"{second['do']} would exit: waits for the lock")
         vm.interleave = None
         answer = machine.happen(second)
         note(_who(second), f"{second['do']}: {_answer_text(machine, answer)}")

@@ -28,12 +28,15 @@ from .spte import SPTE_ADDRESS, is_last, is_present, spte_pfn
 from .tlb import Tlb
 
 # %% ../../nbs/mmu/29_machine_state.ipynb #a4f988f3
-_PLAIN = ('gen', 'next_page', 'n_used', 'n_max', 'indirect', 'shadow_root_allocated', 'generation', 'mmu_seq', 'nx_huge_pages',
+_PLAIN = ('gen', 'next_page', 'n_used', 'n_max', 'indirect', 'shadow_root_allocated', 'generation', 'mmu_seq',
+          'nx_huge_pages',
           'prefetch', 'pml', 'doubts_mmio', 'flushes')
-_VCPU = ('index', 'cr0', 'cr3', 'cr4', 'efer', 'smm', 'guest_mode', 'has_pcid', 'cr4_missing', 'mmu_is', 'walk_mmu_is', 'nested_pgd',
+_VCPU = ('index', 'cr0', 'cr3', 'cr4', 'efer', 'smm', 'guest_mode', 'has_pcid', 'cr4_missing', 'mmu_is', 'walk_mmu_is',
+         'nested_pgd',
          'pkru', 'rflags', 'cpl', 'gbpages', 'pml_address', 'pml_index', 'writes_own_table')
 _MMU = ('pae_root', 'pml4_root', 'pml5_root', 'pml4_word', 'pml5_word', 'fault', 'walker')
-_SP = ('gfn', 'spt', 'gen', 'root_count', 'unsync', 'unsync_children', 'write_flooding', 'tdp', 'scheduled', 'hashed', 'ptep', 'nx_huge')
+_SP = ('gfn', 'spt', 'gen', 'root_count', 'unsync', 'unsync_children', 'write_flooding', 'tdp', 'scheduled', 'hashed',
+       'ptep', 'nx_huge')
 
 def _pairs(mapping):
     return [[list(key) if isinstance(key, tuple) else key, list(value) if isinstance(value, tuple) else value]
@@ -52,13 +55,16 @@ def _freeze_mmu(mmu):
 
 def _freeze_vcpu(vcpu):
     plain = {name: getattr(vcpu, name) for name in _VCPU}
-    plain = {name: int(value) if isinstance(value, int) and not isinstance(value, bool) else value for name, value in plain.items()}
-    return dict(requests=sorted(vcpu.requests), l1=vcpu.l1 and list(map(int, vcpu.l1)), mmio=vcpu.mmio and list(vcpu.mmio),
+    plain = {name: int(value) if isinstance(value, int) and not isinstance(value, bool) else value
+             for name, value in plain.items()}
+    return dict(requests=sorted(vcpu.requests), l1=vcpu.l1 and list(map(int, vcpu.l1)),
+                mmio=vcpu.mmio and list(vcpu.mmio),
                 tlb=None if vcpu.tlb is None else _freeze_tlb(vcpu.tlb), **plain,
                 **{name: _freeze_mmu(getattr(vcpu, name)) for name in _MMUS})
 
 def _freeze_tlb(tlb):
-    return [[list(key), level, [[list(kind), hpa] for kind, hpa in kinds.items()]] for key, (level, kinds) in tlb.entries.items()]
+    return [[list(key), level, [[list(kind), hpa] for kind, hpa in kinds.items()]]
+            for key, (level, kinds) in tlb.entries.items()]
 
 _MMUS = ('root_mmu', 'guest_mmu', 'nested_mmu')
 
@@ -73,7 +79,8 @@ def freeze(
     return dict(steps=machine.steps, host={one.name: getattr(vm.host, one.name) for one in fields(Host)},
                 memory=[_freeze_slot(slot) for slot in vm.memory.slots], **{name: getattr(vm, name) for name in _PLAIN},
                 slot_pfns=_pairs(vm.slot_pfns), host_levels=_pairs(vm.host_levels), moved=_pairs(vm.moved),
-                logged=sorted(vm.logged), dirty=sorted(vm.dirty), tracked=_pairs(vm.tracked), no_large=_pairs(vm.no_large),
+                logged=sorted(vm.logged), dirty=sorted(vm.dirty), tracked=_pairs(vm.tracked),
+                no_large=_pairs(vm.no_large),
                 rmaps=[[level, _pairs(heads)] for level, heads in vm.rmaps.items()],
                 pages=[_freeze_page(sp) for sp in vm.pages.values()],
                 buckets=[[gfn, [sp.spt for sp in found]] for gfn, found in vm.buckets.items()],
@@ -86,7 +93,8 @@ def _freeze_slot(slot):
 
 # %% ../../nbs/mmu/29_machine_state.ipynb #ec0af956
 def _keyed(pairs):
-    return {tuple(key) if isinstance(key, list) else key: tuple(value) if isinstance(value, list) else value for key, value in pairs}
+    return {tuple(key) if isinstance(key, list) else key: tuple(value) if isinstance(value, list) else value
+            for key, value in pairs}
 
 def _thawed(state):
     "A machine from a state that is known to be one."
@@ -98,7 +106,8 @@ def _thawed(state):
     for name in ('slot_pfns', 'host_levels', 'tracked', 'no_large'): setattr(vm, name, _keyed(state[name]))
     vm.moved = Moved(_keyed(state['moved']))
     vm.logged, vm.dirty = set(state['logged']), set(state['dirty'])
-    vm.rmaps = {level: {key: list(value) if isinstance(value, list) else value for key, value in heads} for level, heads in state['rmaps']}
+    vm.rmaps = {level: {key: list(value) if isinstance(value, list) else value for key, value in heads}
+                for level, heads in state['rmaps']}
     for one in state['pages']: vm.pages[one['spt']] = _thaw_page(one)
     vm.tdp_roots = [sp for sp in vm.pages.values() if sp.tdp and not sp.ptep]
     vm.buckets = {gfn: [vm.pages[spt] for spt in found] for gfn, found in state['buckets']}
@@ -108,17 +117,22 @@ def _thawed(state):
 # %% ../../nbs/mmu/29_machine_state.ipynb #46a08325
 def _thaw_page(one):
     return ShadowPage(role=page_role(one['role']), sptes=_keyed(one['sptes']), translation=_keyed(one['translation']),
-                      parents=list(one['parents']), unsync_slots=set(one['unsync_slots']), **{name: one[name] for name in _SP})
+                      parents=list(one['parents']), unsync_slots=set(one['unsync_slots']),
+                      **{name: one[name] for name in _SP})
 
 def _thaw_vcpu(vm, one):
-    vcpu = Vcpu(vm, requests=set(one['requests']), l1=one['l1'] and tuple(one['l1']), mmio=one['mmio'] and tuple(one['mmio']),
+    vcpu = Vcpu(vm, requests=set(one['requests']), l1=one['l1'] and tuple(one['l1']),
+                mmio=one['mmio'] and tuple(one['mmio']),
                 **{name: one[name] for name in _VCPU}, **{name: _thaw_mmu(name, one[name]) for name in _MMUS})
-    if one['tlb'] is not None: vcpu.tlb = Tlb({tuple(key): (level, {tuple(kind): hpa for kind, hpa in kinds}) for key, level, kinds in one['tlb']})
+    if one['tlb'] is not None:
+        vcpu.tlb = Tlb({tuple(key): (level, {tuple(kind): hpa for kind, hpa in kinds})
+                        for key, level, kinds in one['tlb']})
     return vcpu
 
 def _thaw_mmu(name, one):
     root, *prev = (Root(pgd, hpa) for pgd, hpa in one['roots'])
-    return Mmu(name, root, prev, cpu_role(one['cpu_role']) if one['cpu_role'] else CpuRole(), page_role(one['root_role']),
+    return Mmu(name, root, prev, cpu_role(one['cpu_role']) if one['cpu_role'] else CpuRole(),
+               page_role(one['root_role']),
                pae_words=list(one['pae_words']), pdptrs=list(one['pdptrs']), **{key: one[key] for key in _MMU})
 
 # %% ../../nbs/mmu/29_machine_state.ipynb #a6b4a340
@@ -135,13 +149,16 @@ def differences(
     "Where two states part."
     if before == after: return
     one, other = _by_name(before), _by_name(after)
-    if isinstance(before, str) and isinstance(after, str) and len(before) == len(after) == 8192: yield from _bytes_that_differ(before, after, where)
+    if isinstance(before, str) and isinstance(after, str) and len(before) == len(after) == 8192:
+        yield from _bytes_that_differ(before, after, where)
     elif one is None or other is None: yield where, before, after
     else:
-        found = [row for name in dict.fromkeys([*one, *other]) for row in differences(one.get(name), other.get(name), _inner(where, name))]
+        found = [row for name in dict.fromkeys([*one, *other])
+                 for row in differences(one.get(name), other.get(name), _inner(where, name))]
         yield from found or [(where, before, after)]       # The same parts in another order, or one of them twice
 
-def _inner(where, name): return f"{where}[{name}]" if name[0].isdigit() or name[0] == '(' else f"{where}.{name}".lstrip('.')
+def _inner(where, name):
+    return f"{where}[{name}]" if name[0].isdigit() or name[0] == '(' else f"{where}.{name}".lstrip('.')
 
 def _bytes_that_differ(before, after, where):
     for at in range(0, 8192, 16):
@@ -152,8 +169,10 @@ def _by_name(value):
     "Name -> part, of what has parts."
     if isinstance(value, dict): return value
     if not isinstance(value, list) or not all(isinstance(one, (dict, list)) for one in value): return None
-    if value and all(isinstance(one, dict) and 'spt' in one for one in value): return {f"{one['spt']:#x}": one for one in value}
-    keys = [tuple(one[0]) if isinstance(one[0], list) else one[0] for one in value if isinstance(one, list) and len(one) == 2]
+    if value and all(isinstance(one, dict) and 'spt' in one for one in value):
+        return {f"{one['spt']:#x}": one for one in value}
+    keys = [tuple(one[0]) if isinstance(one[0], list) else one[0] for one in value if isinstance(one, list)
+            and len(one) == 2]
     if len(set(keys)) == len(value): return {str(key): one[1] for key, one in zip(keys, value)}
     return {str(i): one for i, one in enumerate(value)}
 
@@ -168,7 +187,8 @@ def draw_difference(
         if value is None: return '-'
         text = f"{value:#x}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
         return text if len(text) <= 44 else f"{text[:40]} ..."
-    return Table(('place', 'before', 'after'), [(where, short(old), short(new)) for where, old, new in differences(before, after)], caption)
+    return Table(('place', 'before', 'after'),
+                 [(where, short(old), short(new)) for where, old, new in differences(before, after)], caption)
 
 # %% ../../nbs/mmu/29_machine_state.ipynb #a87cf10e
 def draw_state(
@@ -188,20 +208,25 @@ def thaw(
     try:
         machine = _thawed(state)
         again = freeze(machine)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, OSError) as why: raise ValueError(f"state: {why}") from None
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, OSError) as why:
+        raise ValueError(f"state: {why}") from None
     wrong = next(differences(state, again), None)
     if wrong: raise ValueError(f"state: {wrong[0]} is {str(wrong[1])[:40]}, which no machine has")
     return machine
 
-_STATE = ('steps', 'host', 'memory', *_PLAIN, 'slot_pfns', 'host_levels', 'moved', 'logged', 'dirty', 'tracked', 'no_large', 'rmaps', 'pages', 'buckets', 'vcpus')
-_IN_PAGE, _IN_MMU, _IN_VCPU = ('sptes', 'translation', 'parents', 'unsync_slots'), ('roots', 'pae_words', 'pdptrs'), ('requests', 'l1', 'mmio', 'tlb')
+_STATE = ('steps', 'host', 'memory', *_PLAIN, 'slot_pfns', 'host_levels', 'moved', 'logged', 'dirty', 'tracked',
+          'no_large', 'rmaps', 'pages', 'buckets', 'vcpus')
+_IN_PAGE, _IN_MMU, _IN_VCPU = (('sptes', 'translation', 'parents', 'unsync_slots'), ('roots', 'pae_words', 'pdptrs'),
+                               ('requests', 'l1', 'mmio', 'tlb'))
 
 def _check_state(state):
     "Names and types, part by part."
     _check_part(state, Vm, _PLAIN, _STATE, 'state')
     _check_part(state['host'], Host, tuple(one.name for one in fields(Host)), (), 'host')
-    if type(state['steps']) is not int or state['steps'] < 0: raise ValueError(f"steps: {str(state['steps'])[:40]!r}, must be a number")
-    for name in ('slot_pfns', 'host_levels', 'moved', 'logged', 'dirty', 'tracked', 'no_large', 'rmaps', 'buckets'): _check_numbers(state[name], name)
+    if type(state['steps']) is not int or state['steps'] < 0:
+        raise ValueError(f"steps: {str(state['steps'])[:40]!r}, must be a number")
+    for name in ('slot_pfns', 'host_levels', 'moved', 'logged', 'dirty', 'tracked', 'no_large', 'rmaps', 'buckets'):
+        _check_numbers(state[name], name)
     for i, one in enumerate(_list(state['memory'], 'memory')): _check_slot(one, f'memory[{i}]')
     for i, one in enumerate(_list(state['pages'], 'pages')):
         _check_part(one, ShadowPage, _SP, ('role', *_IN_PAGE), f'pages[{i}]')
@@ -211,26 +236,33 @@ def _check_state(state):
 
 def _check_slot(one, where):
     _check_part(one, None, (), ('base_gfn', 'npages', 'readonly', 'pages'), where)
-    if type(one['readonly']) is not bool: raise ValueError(f"{where}.readonly: {str(one['readonly'])[:40]!r}, must be a bool")
+    if type(one['readonly']) is not bool:
+        raise ValueError(f"{where}.readonly: {str(one['readonly'])[:40]!r}, must be a bool")
     for name in ('base_gfn', 'npages'): _check_numbers(one[name], f'{where}.{name}', True)
     for gfn, data in _part(one['pages'], f'{where}.pages').items():
         inside = gfn.isdecimal() and 0 <= int(gfn) - one['base_gfn'] < one['npages']
-        if not inside or type(data) is not str or len(data) != 8192: raise ValueError(f"{where}.pages[{gfn}]: must be 8192 digits of a frame of the slot")
+        if not inside or type(data) is not str or len(data) != 8192:
+            raise ValueError(f"{where}.pages[{gfn}]: must be 8192 digits of a frame of the slot")
 
 def _check_vcpu(one, i):
     _check_part(one, Vcpu, _VCPU, (*_IN_VCPU, *_MMUS), f'vcpus[{i}]')
     for name in ('l1', 'mmio', 'tlb'):
         if one[name] is None: continue
         _check_numbers(one[name], f'vcpus[{i}].{name}')
-        if name != 'tlb' and [type(number) for number in one[name]] != [int] * 4: raise ValueError(f"vcpus[{i}].{name}: {str(one[name])[:40]}, must be four numbers")
+        if name != 'tlb' and [type(number) for number in one[name]] != [int] * 4:
+            raise ValueError(f"vcpus[{i}].{name}: {str(one[name])[:40]}, must be four numbers")
     if one['index'] != i: raise ValueError(f"vcpus[{i}].index: {one['index']}")
-    if not all(type(name) is str for name in _list(one['requests'], f'vcpus[{i}].requests')): raise ValueError(f"vcpus[{i}].requests: must be texts")
+    if not all(type(name) is str for name in _list(one['requests'], f'vcpus[{i}].requests')):
+        raise ValueError(f"vcpus[{i}].requests: must be texts")
     for name in ('mmu_is', 'walk_mmu_is'):
-        if one[name] not in _MMUS: raise ValueError(f"vcpus[{i}].{name}: {one[name][:40]!r}, must be one of {', '.join(_MMUS)}")
+        if one[name] not in _MMUS:
+            raise ValueError(f"vcpus[{i}].{name}: {one[name][:40]!r}, must be one of {', '.join(_MMUS)}")
     for name in _MMUS:
         _check_part(one[name], Mmu, _MMU, ('cpu_role', 'root_role', *_IN_MMU), f'vcpus[{i}].{name}')
-        for part in ('cpu_role', 'root_role', *_IN_MMU): _check_numbers(one[name][part], f'vcpus[{i}].{name}.{part}', part.endswith('role'))
-        if [len(one[name][part]) for part in _IN_MMU] != [4] * 3: raise ValueError(f"vcpus[{i}].{name}: roots, pae_words and pdptrs are four each")
+        for part in ('cpu_role', 'root_role', *_IN_MMU):
+            _check_numbers(one[name][part], f'vcpus[{i}].{name}.{part}', part.endswith('role'))
+        if [len(one[name][part]) for part in _IN_MMU] != [4] * 3:
+            raise ValueError(f"vcpus[{i}].{name}: roots, pae_words and pdptrs are four each")
 
 # %% ../../nbs/mmu/29_machine_state.ipynb #7dcb3e4b
 def _part(value, where):
@@ -242,8 +274,10 @@ def _list(value, where):
     return value
 
 def _check_part(part, kind, plain, others, where):
-    "An object with just these names; a plain field has the type of the field's default, and a number where it has none."
-    missing, extra = [name for name in (*plain, *others) if name not in _part(part, where)], [name for name in part if name not in (*plain, *others)]
+    """An object with just these names; a plain field has the type of the field's default, and a number where it has
+    none."""
+    missing, extra = ([name for name in (*plain, *others) if name not in _part(part, where)],
+                      [name for name in part if name not in (*plain, *others)])
     if missing: raise ValueError(f"{where} lacks {', '.join(missing[:5])}")
     if extra: raise ValueError(f"{where} has no {', '.join(map(str, extra[:5]))[:80]}")
     defaults = {one.name: one.default for one in fields(kind)} if kind else {}
@@ -251,11 +285,14 @@ def _check_part(part, kind, plain, others, where):
         value, default = part[name], defaults[name]
         if value is None and default is None: continue
         wanted = int if default in (MISSING, None) else type(default)
-        if type(value) is not wanted: raise ValueError(f"{where}.{name}: {str(value)[:40]!r}, must be {'a number' if wanted is int else 'a ' + wanted.__name__}")
+        if type(value) is not wanted:
+            raise ValueError(f"{where}.{name}: {str(value)[:40]!r}, must be "
+                             f"{'a number' if wanted is int else 'a ' + wanted.__name__}")
 
 def _check_numbers(value, where, alone=False):
     "Lists of numbers and flags, however deep; or one number alone."
-    if alone != (type(value) is int): raise ValueError(f"{where}: {str(value)[:40]!r}, must be {'a number' if alone else 'a list'}")
+    if alone != (type(value) is int):
+        raise ValueError(f"{where}: {str(value)[:40]!r}, must be {'a number' if alone else 'a list'}")
     stack = [] if alone else list(_list(value, where))
     while stack:
         one = stack.pop()
@@ -278,16 +315,19 @@ def named_in(
     found = {}
     for word, text in _NUMBER.findall(why):
         number, table = int(text, 16), int(text, 16) & SPTE_ADDRESS
-        if not word and table in vm.pages: found.setdefault(table, set()).update([(number & 0xfff) >> 3] * bool(number & 0xfff))
+        if not word and table in vm.pages:
+            found.setdefault(table, set()).update([(number & 0xfff) >> 3] * bool(number & 0xfff))
         for sp in vm.pages.values() if word else ():
             slots = {index for index, spte in sp.sptes.items() if _is_named(vm, sp, index, spte, word, number)}
-            if slots or word == 'frame' and sp.gfn == number and sp.has_gptes: found.setdefault(sp.spt, set()).update(slots)
+            if slots or word == 'frame' and sp.gfn == number and sp.has_gptes:
+                found.setdefault(sp.spt, set()).update(slots)
     return found
 
 def _is_named(vm, sp, index, spte, word, number):
     if word == 'spte': return spte == number
     if not is_present(spte) or not is_last(spte, sp.role.level): return False
-    return (spte_pfn(spte) if word == 'host frame' else maps(sp, index)) >> 9 * (sp.role.level - 1) == number >> 9 * (sp.role.level - 1)
+    return ((spte_pfn(spte) if word == 'host frame' else maps(sp, index)) >> 9 * (sp.role.level - 1) == number >> 9
+            * (sp.role.level - 1))
 
 # %% ../../nbs/mmu/29_machine_state.ipynb #a0345923
 def table_text(
@@ -296,16 +336,22 @@ def table_text(
     slots=(),              # None: the first few that hold something
 ) -> list:                 # Of lines
     "A table in a few lines: what it shadows, who leads there, and what stands in these slots."
-    about = [f"held {sp.root_count} times"] * bool(sp.root_count) + ['out of sync'] * sp.unsync + [f"{sp.unsync_children} below out of sync"] * bool(sp.unsync_children)
-    head = f"level {sp.role.level} table {sp.spt:#x} of frame {sp.gfn:#x}, {sp.role}" + ''.join(f", {one}" for one in about)
-    parents = [f"slot {(sptep & 0xfff) >> 3} of {sptep & SPTE_ADDRESS:#x}" for sptep in sp.parents or [sp.ptep] * bool(sp.ptep)]
-    return [head] + [f"  reached from {', '.join(parents)}"] * bool(parents) + [f"  {_slot_text(vm, sp, index)}" for index in sorted(slots) or list(sorted(sp.sptes))[:3]]
+    about = ([f"held {sp.root_count} times"] * bool(sp.root_count) + ['out of sync'] * sp.unsync
+             + [f"{sp.unsync_children} below out of sync"] * bool(sp.unsync_children))
+    head = (f"level {sp.role.level} table {sp.spt:#x} of frame {sp.gfn:#x}, {sp.role}"
+            + ''.join(f", {one}" for one in about))
+    parents = [f"slot {(sptep & 0xfff) >> 3} of {sptep & SPTE_ADDRESS:#x}" for sptep in sp.parents
+               or [sp.ptep] * bool(sp.ptep)]
+    return ([head] + [f"  reached from {', '.join(parents)}"] * bool(parents)
+            + [f"  {_slot_text(vm, sp, index)}" for index in sorted(slots) or list(sorted(sp.sptes))[:3]])
 
 def _slot_text(vm, sp, index):
     spte, level = sp.sptes.get(index, 0), sp.role.level
     told = decode_spte(vm.masks, spte, level)
-    text = f"slot {index}: {spte:#x}, {told['kind']}{told['says'].replace('of frame', 'of host frame') if told['kind'].startswith('page') else told['says']}"
-    if told['kind'].startswith('page'): text += f", for the guest's frame {maps(sp, index):#x}"
+    is_page = told['kind'].startswith('page')
+    says = told['says'].replace('of frame', 'of host frame') if is_page else told['says']
+    text = f"slot {index}: {spte:#x}, {told['kind']}{says}"
+    if is_page: text += f", for the guest's frame {maps(sp, index):#x}"
     if sp.has_gptes and (level == 1 or not sp.role.has_4_byte_gpte):
         gpte = read_gpte(vm, sp, index) if level == 1 else read_entry(vm.memory, (sp.gfn << PAGE_SHIFT) + 8 * index, 8)
         text += '; no memory behind it' if gpte is None else f"; the guest's entry says {gpte:#x}"
@@ -320,7 +366,8 @@ def state_text(
     found = named_in(vm, why) or {sp.spt: set() for sp in vm.pages.values() if sp.root_count}
     lines = [line for spt, slots in list(found.items())[:most] for line in table_text(vm, vm.pages[spt], slots)]
     rest = len(vm.pages) - min(len(found), most)
-    return '\n'.join(lines + [f"and {rest} tables more" if lines else f"{rest} tables, none of them a root"] * bool(rest))
+    return '\n'.join(lines + [f"and {rest} tables more" if lines else f"{rest} tables, none of them a root"]
+                     * bool(rest))
 
 def with_state(vm: Vm, bug: KvmBug) -> KvmBug:
     "The same, with what it is about; a traceback shows it as a note."

@@ -20,15 +20,19 @@ from ..draw.explore import number
 from ..draw.graph import Graph
 from ..guest.addresses import PAGE_SHIFT
 from ..guest.gpte import EPT_IPAT
-from ..guest.reserved import RsvdBits, reset_rsvds_bits_mask_ept, rsvd_bits, shadow_zero_check, tdp_shadow_zero_check
+from ..guest.reserved import (RsvdBits, reset_rsvds_bits_mask_ept, rsvd_bits, shadow_zero_check,
+                                        tdp_shadow_zero_check)
 from .contexts import kvm_bug_on
 from .cpu_role import PageRole
 from .root_role import KINDS, PT32E_ROOT_LEVEL, Host
 from .spte import (ACC_EXEC, ACC_USER, ACC_WRITE, GEN_BITS, L1TF_LENGTH, REMOVED_SPTE, SPTE_AD_DISABLED,
                                   SPTE_AD_WRPROT_ONLY, SPTE_ADDRESS, SPTE_LARGE, SPTE_PRESENT, SPTE_WRITABLE, SpteMasks,
-                                  ad_enabled, ad_need_write_protect, base_masks, draw_spte, ept_masks, has_volatile_bits,
-                                  is_access_track, is_accessed, is_dirty, is_executable, is_host_writable, is_large, is_last,
-                                  is_mmio, is_mmu_writable, is_present, is_writable, mark_access_track, restore_access_track,
+                                  ad_enabled, ad_need_write_protect, base_masks, draw_spte, ept_masks,
+                                  has_volatile_bits,
+                                  is_access_track, is_accessed, is_dirty, is_executable, is_host_writable, is_large,
+                                  is_last,
+                                  is_mmio, is_mmu_writable, is_present, is_writable, mark_access_track,
+                                  restore_access_track,
                                   spte_pfn, writable_state)
 
 # %% ../../nbs/mmu/05_make_spte.ipynb #c45b95b0
@@ -60,7 +64,8 @@ def make_spte(
     wrprot = False
     if host_writable and access & ACC_WRITE:
         spte |= SPTE_WRITABLE | masks.mmu_writable
-        if is_last(old_spte, role.level) and is_writable(old_spte): pass          # Its frame was looked at when it became writable
+        # Its frame was looked at when it became writable
+        if is_last(old_spte, role.level) and is_writable(old_spte): pass
         elif protect is not None and protect():
             wrprot, spte = True, spte & ~(SPTE_WRITABLE | masks.mmu_writable)
         elif not role.ad_disabled: spte |= masks.dirty
@@ -88,7 +93,9 @@ def make_nonleaf_spte(
     child: int,            # Host address of the table
     ad_disabled: bool = False,
 ) -> int:
-    "An entry that leads to a table. It never restricts: rights are the child's business. KVM: `make_nonleaf_spte` (mmu/spte.c)."
+    """An entry that leads to a table. It never restricts: rights are the child's business.
+
+    KVM: `make_nonleaf_spte` (mmu/spte.c)."""
     spte = SPTE_PRESENT | child | masks.present | SPTE_WRITABLE | masks.user | masks.x | masks.me_value
     return spte | (SPTE_AD_DISABLED if ad_disabled else masks.accessed)
 
@@ -98,7 +105,9 @@ def changed_pfn_spte(masks: SpteMasks, spte: int, pfn: int) -> int:
     return mark_access_track(masks, spte & keep | pfn << PAGE_SHIFT)
 
 def split_spte(masks: SpteMasks, huge: int, role: PageRole, index: int, nx_huge: bool = False) -> int:
-    "One of the 512 entries that replace a large one; `role` is the new table's. KVM: `make_huge_page_split_spte` (mmu/spte.c)."
+    """One of the 512 entries that replace a large one; `role` is the new table's.
+
+    KVM: `make_huge_page_split_spte` (mmu/spte.c)."""
     kvm_bug_on(not is_present(huge) or not is_large(huge), f"spte {huge:#x} is no large page to be split")
     spte = huge | index << PAGE_SHIFT + 9 * (role.level - 1)
     if role.level > 1: return spte
@@ -113,7 +122,8 @@ def make_executable(masks: SpteMasks, spte: int) -> int:
     return mark_access_track(masks, spte) if tracked else spte
 
 # %% ../../nbs/mmu/05_make_spte.ipynb #0000c1d3
-_STATES = {'111': 'writable', '110': 'write-protected,\na fast fault may undo it', '100': 'write-protected:\na guest table', '000': 'read-only memory'}
+_STATES = {'111': 'writable', '110': 'write-protected,\na fast fault may undo it',
+           '100': 'write-protected:\na guest table', '000': 'read-only memory'}
 
 def writable_moves(
     masks: SpteMasks,
@@ -124,7 +134,8 @@ def writable_moves(
         'frame becomes a guest table': lambda s: s & ~(SPTE_WRITABLE | masks.mmu_writable),
         'fast fault': lambda s: s | SPTE_WRITABLE if is_mmu_writable(masks, s) else s,
         'host page changes': lambda s: changed_pfn_spte(masks, s, 0x99),
-        'made again': lambda s: make_spte(masks, PageRole(level=1), 7, 0x1234, s, host_writable=is_host_writable(masks, s))[0]}
+        'made again': lambda s: make_spte(masks, PageRole(level=1), 7, 0x1234, s,
+                                          host_writable=is_host_writable(masks, s))[0]}
     moves = []
     for state in _STATES:
         bits = zip(state, (masks.host_writable, masks.mmu_writable, SPTE_WRITABLE))
@@ -136,8 +147,10 @@ def draw_writable_states(
     ept: bool = False,
 ) -> Graph:
     "The four states, and what leads from one to another."
-    edges = [(start, end, name) for start, name, end in writable_moves(ept_masks() if ept else base_masks()) if start != end]
-    return Graph([(state, f"{state}\n{what}", 'shadow') for state, what in _STATES.items()], edges, caption='HOST_WRITABLE, MMU_WRITABLE, W')
+    edges = [(start, end, name) for start, name, end in writable_moves(ept_masks() if ept else base_masks())
+             if start != end]
+    return Graph([(state, f"{state}\n{what}", 'shadow') for state, what in _STATES.items()], edges,
+                 caption='HOST_WRITABLE, MMU_WRITABLE, W')
 
 # %% ../../nbs/mmu/05_make_spte.ipynb #ae51243b
 def mmio_gen_bits(
@@ -194,13 +207,17 @@ def decode_spte(
     if not 1 <= level <= 5: raise ValueError(f"level {level}: tables have levels 1..5")
     if is_mmio(masks, spte):
         gen, gfn = mmio_gen(spte), mmio_gfn(masks, spte)
-        return dict(kind='MMIO', says=f" of frame {gfn:#x}, generation {gen:#x}", gen=gen, gfn=gfn, access=mmio_access(masks, spte))
+        return dict(kind='MMIO', says=f" of frame {gfn:#x}, generation {gen:#x}", gen=gen, gfn=gfn,
+                    access=mmio_access(masks, spte))
     if not is_present(spte): return dict(kind={0: 'empty', REMOVED_SPTE: 'removed'}.get(spte, 'not present'), says='')
     tracked = is_access_track(masks, spte)
     if not is_last(spte, level): kind, says = 'table', f" at {spte & SPTE_ADDRESS:#x}"
-    else: kind, says = 'page, access-tracked' if tracked else 'page', f" of frame {spte_pfn(spte):#x}, writable state {writable_state(masks, spte)}"
+    else:
+        kind, says = ('page, access-tracked' if tracked else 'page',
+                      f" of frame {spte_pfn(spte):#x}, writable state {writable_state(masks, spte)}")
     state = dict(writable_state=writable_state(masks, spte)) if is_last(spte, level) else {}
-    return dict(kind=kind, says=says, pfn=spte_pfn(spte), **state, writable=is_writable(spte), executable=is_executable(masks, spte),
+    return dict(kind=kind, says=says, pfn=spte_pfn(spte), **state, writable=is_writable(spte),
+                executable=is_executable(masks, spte),
                 accessed=is_accessed(masks, spte), dirty=is_dirty(masks, spte), ad_enabled=ad_enabled(spte),
                 ad_need_write_protect=ad_need_write_protect(spte), volatile=has_volatile_bits(masks, spte))
 
@@ -239,7 +256,10 @@ def reset_shadow_zero_check(
     gbpages: bool = True,       # 1 GiB pages exist: the host's, or for 'shadow' those of the guest's CPUID
     execonly: bool = True,      # 'shadow EPT': L1's EPT may map for execution alone
 ) -> RsvdBits:
-    "Bits KVM's own entries leave 0. KVM: `reset_shadow_zero_bits_mask`, `reset_tdp_shadow_zero_bits_mask`, `reset_ept_shadow_zero_bits_mask` (mmu/mmu.c)."
+    """Bits KVM's own entries leave 0.
+
+    KVM: `reset_shadow_zero_bits_mask`, `reset_tdp_shadow_zero_bits_mask`, `reset_ept_shadow_zero_bits_mask`
+    (mmu/mmu.c)."""
     if kind not in KINDS: raise ValueError(f"kind {kind!r}: one of {', '.join(KINDS)}")
     me, largest = host.me_value, 3 if gbpages else 2
     if kind == 'shadow EPT': return reset_rsvds_bits_mask_ept(rsvd_bits(phys_bits, 63), execonly, largest)

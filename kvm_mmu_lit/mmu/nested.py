@@ -38,15 +38,21 @@ from .vcpu import access
 
 # %% ../../nbs/mmu/31_nested.ipynb #e3add742
 HYPERVISORS = {   # name -> (host, mode of L1, levels of L1's EPT, has it A and D bits?)
-    'NPT, 2-level': (svm_host(4, maxphyaddr=50), '2-level', 0, True), 'NPT, PAE': (svm_host(4, maxphyaddr=50), 'PAE', 0, True),
-    'NPT, 4-level': (svm_host(4, maxphyaddr=50), '4-level', 0, True), 'NPT, passthrough': (svm_host(5, maxphyaddr=50), '4-level', 0, True),
+    'NPT, 2-level': (svm_host(4, maxphyaddr=50), '2-level', 0, True),
+    'NPT, PAE': (svm_host(4, maxphyaddr=50), 'PAE', 0, True),
+    'NPT, 4-level': (svm_host(4, maxphyaddr=50), '4-level', 0, True),
+    'NPT, passthrough': (svm_host(5, maxphyaddr=50), '4-level', 0, True),
     'NPT, 5-level': (svm_host(5, maxphyaddr=50), '5-level', 0, True),
-    'EPT, 4-level': (vmx_host(4, 4, maxphyaddr=50), '4-level', 4, True), 'EPT, 5-level': (vmx_host(5, 5, maxphyaddr=50), '4-level', 5, True),
+    'EPT, 4-level': (vmx_host(4, 4, maxphyaddr=50), '4-level', 4, True),
+    'EPT, 5-level': (vmx_host(5, 5, maxphyaddr=50), '4-level', 5, True),
     'EPT without A/D': (vmx_host(4, 4, maxphyaddr=50), '4-level', 4, False),
-    'bare, NPT below': (svm_host(4, maxphyaddr=50), '4-level', 0, True), 'bare, EPT below': (vmx_host(4, 4, maxphyaddr=50), '4-level', 0, True),
-    'bare, SVM shadow': (svm_host(4, npt=False, maxphyaddr=50), '4-level', 0, True), 'bare, VMX shadow': (vmx_host(4, 0, maxphyaddr=50), '4-level', 0, True)}
+    'bare, NPT below': (svm_host(4, maxphyaddr=50), '4-level', 0, True),
+    'bare, EPT below': (vmx_host(4, 4, maxphyaddr=50), '4-level', 0, True),
+    'bare, SVM shadow': (svm_host(4, npt=False, maxphyaddr=50), '4-level', 0, True),
+    'bare, VMX shadow': (vmx_host(4, 0, maxphyaddr=50), '4-level', 0, True)}
 NESTED = tuple(name for name in HYPERVISORS if not name.startswith('bare'))
-L2_AT, L2_ROOT, NESTED_ROOT = 0x40_0000, 0x1000, 0x20_0000     # L2's memory inside of L1's; L2's top table, in L2's memory; L1's nested tables
+# L2's memory inside of L1's; L2's top table, in L2's memory; L1's nested tables
+L2_AT, L2_ROOT, NESTED_ROOT = 0x40_0000, 0x1000, 0x20_0000
 PAGE, FRAME = 0x40_0000, 0x2_0000                              # The page L2 uses, and where its tables lead
 RAM_END = 0x80_0000
 
@@ -70,7 +76,8 @@ def _filled(hypervisor, l2):
     if own.root_level: map_page(inner, L2_ROOT, own, PAGE, FRAME, tables, 0x7, 0x7)
     write_gpa(memory, L2_AT if nested else 0, read_gpa(inner, 0, 0x1_0000))
     free, bits = list(range(0x201, 0x240)), 0x6 if nested and nested.is_ept else 0x7
-    for gpa in (*range(0x1000, 0x1_0000, 0x1000), FRAME) if nested else (): map_page(memory, NESTED_ROOT, nested, gpa, L2_AT + gpa, free, bits, bits)
+    for gpa in (*range(0x1000, 0x1_0000, 0x1000), FRAME) if nested else ():
+        map_page(memory, NESTED_ROOT, nested, gpa, L2_AT + gpa, free, bits, bits)
     return tuple((gpa, data) for gpa in range(0, RAM_END, 0x1000) if any(data := read_gpa(memory, gpa, 0x1000)))
 
 def l1_machine(
@@ -79,7 +86,8 @@ def l1_machine(
 ) -> tuple:                # (`Machine` in which L1 runs, the event that starts L2)
     "An L1 with nested tables of its kind, and an L2 with one page."
     if hypervisor not in HYPERVISORS: raise ValueError(f"hypervisor {hypervisor!r}: one of {', '.join(HYPERVISORS)}")
-    if l2 not in l2_modes(hypervisor): raise ValueError(f"L2 in {l2!r} below {hypervisor!r}: one of {', '.join(l2_modes(hypervisor))}")
+    if l2 not in l2_modes(hypervisor):
+        raise ValueError(f"L2 in {l2!r} below {hypervisor!r}: one of {', '.join(l2_modes(hypervisor))}")
     host, mode, levels, marks = HYPERVISORS[hypervisor]
     memory = ram((0, RAM_END))
     for gpa, data in _filled(hypervisor, l2): write_gpa(memory, gpa, data)
@@ -91,7 +99,8 @@ def l1_machine(
 def l2_modes(hypervisor: str) -> tuple:
     "The modes of L2 that are tried."
     nested = hypervisor in NESTED
-    return tuple(mode for mode in MODES if (nested or mode != 'nonpaging') and (mode != '5-level' or HYPERVISORS[hypervisor][0].levels == 5))
+    return tuple(mode for mode in MODES if (nested or mode != 'nonpaging')
+                 and (mode != '5-level' or HYPERVISORS[hypervisor][0].levels == 5))
 
 def running(hypervisor: str, l2: str) -> Machine:
     "The same, and L2 runs."
@@ -110,13 +119,15 @@ def tables_of(vcpu: Vcpu) -> dict:
     runs = 'L2' if vcpu.guest_mode else 'L1'
     own = f"{runs}'s tables"
     if not nested: return {'root_mmu': (own, f"direct tables of {runs}'s memory" if npt else f"a shadow of {own}")}
-    return {'root_mmu': ("L1's tables", "direct tables of L1's memory"), 'guest_mmu': ("L1's nested tables", "a shadow of L1's nested tables"), 'nested_mmu': ("L2's tables", '')}
+    return {'root_mmu': ("L1's tables", "direct tables of L1's memory"),
+            'guest_mmu': ("L1's nested tables", "a shadow of L1's nested tables"), 'nested_mmu': ("L2's tables", '')}
 
 def told_by(vcpu: Vcpu) -> dict:
     "MMU -> (who is told when the tables it walks refuse, how)."
     who = 'L2' if vcpu.guest_mode else 'L1'
     if not vcpu.is_nested: return {'root_mmu': (who, '#PF')}
-    return {'nested_mmu': ('L2', '#PF'), 'guest_mmu': ('L1', 'NPF' if vcpu.host.vendor == 'svm' else 'EPT violation or misconfiguration')}
+    return {'nested_mmu': ('L2', '#PF'),
+            'guest_mmu': ('L1', 'NPF' if vcpu.host.vendor == 'svm' else 'EPT violation or misconfiguration')}
 
 def draw_three(vcpu: Vcpu) -> Graph:
     "The MMUs, what each walks and fills, and whom each tells."
@@ -127,9 +138,12 @@ def draw_three(vcpu: Vcpu) -> Graph:
         mmu, role = getattr(vcpu, name), getattr(vcpu, name).root_role
         depth = f"{role.level} levels{', passthrough' if role.passthrough else ''}" if builds else 'fills nothing'
         mark = '\nin charge' if name == vcpu.mmu_is else "\nthe guest's own walk" if name == vcpu.walk_mmu_is else ''
-        nodes += [Node(name, f"{name}{mark}", 'taken' if name == vcpu.mmu_is else 'status'), Node(table, f"{table}\nwalker: {mmu.walker}", 'guest')]
+        nodes += [Node(name, f"{name}{mark}", 'taken' if name == vcpu.mmu_is else 'status'),
+                  Node(table, f"{table}\nwalker: {mmu.walker}", 'guest')]
         edges.append(Edge(name, table, 'walks', 'guest'))
-        if builds: filled.append(Node(builds, f"{builds}\n{depth}", 'shadow')), edges.append(Edge(name, builds, 'fills', 'shadow'))
+        if builds:
+            filled.append(Node(builds, f"{builds}\n{depth}",
+                               'shadow')), edges.append(Edge(name, builds, 'fills', 'shadow'))
         if name in tells: edges.append(Edge(table, tells[name][0], tells[name][1], 'refused'))
     if vcpu.is_nested: edges.append(Edge('nested_mmu', 'guest_mmu', 'every address it meets', 'neutral'))
     return Graph(nodes + filled, edges, caption=f"{'L2' if vcpu.guest_mode else 'L1'} runs on {vcpu.host}")
@@ -157,22 +171,26 @@ def catches_page_fault(
     vendor: str,           # 'svm' or 'vmx'
     error_code: int,
 ) -> bool:
-    "Does L1 see this `#PF` of L2? KVM: `nested_vmx_is_page_fault_vmexit` (vmx/nested.c), `nested_svm_intercept` (svm/nested.c)."
+    """Does L1 see this `#PF` of L2?
+
+    KVM: `nested_vmx_is_page_fault_vmexit` (vmx/nested.c), `nested_svm_intercept` (svm/nested.c)."""
     if vendor == 'svm': return catch.bit
     differs = error_code & 0xffff & catch.mask != catch.match
     return differs != catch.bit
 
 # %% ../../nbs/mmu/31_nested.ipynb #775f835e
-EXITS = {'NPF': 0x400, 'EPT violation': 48, 'EPT misconfiguration': 49, 'log full': 62}     # EXITCODE on SVM, exit reason on VMX
+# EXITCODE on SVM, exit reason on VMX
+EXITS = {'NPF': 0x400, 'EPT violation': 48, 'EPT misconfiguration': 49, 'log full': 62}
 
 @dataclass(frozen=True)
 class Told:
     "How an access of L2 ended, by who hears of it."
     to: str                # 'nobody', 'L2' or 'L1'
-    what: str = 'done'     # 'done', 'mmio', '#PF', '#GP', or the exit L1 gets: a key of `EXITS`, '#PF intercepted', 'shutdown of L2'
+    # 'done', 'mmio', '#PF', '#GP', or the exit L1 gets: a key of `EXITS`, '#PF intercepted', 'shutdown of L2'
+    what: str = 'done'
     number: int = 0        # The vector in L2; for L1 the exit code or reason
     code: int = 0          # Error code or EXITINFO1, for EPT the exit qualification
-    addr: int = 0          # CR2, EXITINFO2 or the guest-physical address; when nobody is told, where the byte is in L1's memory
+    addr: int = 0  # CR2, EXITINFO2 or the guest-physical address; when nobody is told, where the byte is in L1's memory
     exits: int = 0         # How often KVM looked: its own affair
 
     def __str__(self):
@@ -185,7 +203,10 @@ def told(
     kind: int,             # WRITE, USER, FETCH bits
     catch: Catch = Catch(),
 ) -> Told:
-    "One access of L2's to its end; a `#PF` that L1 wants is an exit. KVM: `kvm_inject_emulated_page_fault` (x86.c), `nested_svm_inject_exception_vmexit` (svm/nested.c), `nested_vmx_inject_exception_vmexit` (vmx/nested.c)."
+    """One access of L2's to its end; a `#PF` that L1 wants is an exit.
+
+    KVM: `kvm_inject_emulated_page_fault` (x86.c), `nested_svm_inject_exception_vmexit` (svm/nested.c),
+    `nested_vmx_inject_exception_vmexit` (vmx/nested.c)."""
     if not vcpu.guest_mode: raise ValueError("L1 runs: start L2 first")
     ended, vendor = access(vcpu, gva, kind), vcpu.host.vendor
     fault = ended.fault
@@ -198,7 +219,9 @@ def told(
     return Told('L1', '#PF intercepted', 0x40 + 14 if vendor == 'svm' else 0, fault.error_code, fault.addr, ended.exits)
 
 def _triple_fault(vcpu, exits):
-    "L2 shuts down; an L1 on SVM is taken to have asked for that. KVM: `nested_svm_triple_fault` (svm/nested.c), `nested_vmx_triple_fault` (vmx/nested.c)."
+    """L2 shuts down; an L1 on SVM is taken to have asked for that.
+
+    KVM: `nested_svm_triple_fault` (svm/nested.c), `nested_vmx_triple_fault` (vmx/nested.c)."""
     vcpu.requests.discard('TRIPLE_FAULT')
     leave_l2(vcpu)
     return Told('L1', 'shutdown of L2', 0x7f if vcpu.host.vendor == 'svm' else 2, exits=exits)
@@ -207,9 +230,12 @@ def _triple_fault(vcpu, exits):
 def wrongs(fmt: GpteFormat) -> dict:
     "What can be wrong with an entry: name -> function of the entry."
     if fmt.is_ept:
-        return {'not present': lambda entry: 0, 'read-only': lambda entry: entry & ~2, 'no execute': lambda entry: entry & ~4, 'misconfigured': lambda entry: entry & ~1}
-    four = {'not present': lambda entry: entry & ~1, 'read-only': lambda entry: entry & ~2, 'supervisor': lambda entry: entry & ~4}
-    return four if fmt.entry_size == 4 else {**four, 'no execute': lambda entry: entry | 1 << 63, 'reserved bit': lambda entry: entry | 1 << 50}
+        return {'not present': lambda entry: 0, 'read-only': lambda entry: entry & ~2,
+                'no execute': lambda entry: entry & ~4, 'misconfigured': lambda entry: entry & ~1}
+    four = {'not present': lambda entry: entry & ~1, 'read-only': lambda entry: entry & ~2,
+            'supervisor': lambda entry: entry & ~4}
+    return four if fmt.entry_size == 4 else {**four, 'no execute': lambda entry: entry | 1 << 63,
+                                             'reserved bit': lambda entry: entry | 1 << 50}
 
 def reference(vcpu: Vcpu) -> 'Walker | NestedWalker':
     "The walk of Part I under the registers of L2: it knows nothing of KVM."
@@ -238,7 +264,8 @@ def places(hypervisor: str, l2: str) -> tuple:     # Of `Place`
     if isinstance(walk, NestedWalk):
         for n, nested in enumerate(walk.steps):
             what = 'the page' if n == len(steps) else 'a table of L2'
-            found += [Place('L1', what, step.level, step.pte_gpa(nested.fmt), nested.fmt) for step in nested.steps if step.table is not None]
+            found += [Place('L1', what, step.level, step.pte_gpa(nested.fmt), nested.fmt) for step in nested.steps
+                      if step.table is not None]
     return tuple(dict.fromkeys(found))
 
 def spoiled(
@@ -252,13 +279,15 @@ def spoiled(
     machine = running(hypervisor, l2)
     if warm: machine.happen(dict(do='write', vcpu=0, at=l2_page(l2), user=True))
     entry = read_entry(machine.vm.memory, place.gpa, place.fmt.entry_size)
-    machine.happen(dict(do='store', vcpu=0, gpa=place.gpa, value=wrongs(place.fmt)[wrong](entry), size=place.fmt.entry_size))
+    machine.happen(dict(do='store', vcpu=0, gpa=place.gpa, value=wrongs(place.fmt)[wrong](entry),
+                        size=place.fmt.entry_size))
     machine.happen(dict(do='invlpg', vcpu=0, at=l2_page(l2)))
     machine.vcpus[0].tlb.entries.clear()
     return machine
 
 # %% ../../nbs/mmu/31_nested.ipynb #24b284db
-KINDS = {'read': 0, 'write': WRITE, 'fetch': FETCH, 'user read': USER, 'user write': USER | WRITE, 'user fetch': USER | FETCH}
+KINDS = {'read': 0, 'write': WRITE, 'fetch': FETCH, 'user read': USER, 'user write': USER | WRITE,
+         'user fetch': USER | FETCH}
 
 def leaves(hypervisor: str, l2: str) -> list:
     "One entry of each sort: the last of L2's, and the last ones of L1's."
@@ -276,15 +305,18 @@ def show_told(
     for place in leaves(hypervisor, l2):
         for wrong in wrongs(place.fmt):
             heard = told(spoiled(hypervisor, l2, place, wrong).vcpus[0], l2_page(l2) + 0x10, KINDS[kind], Catch(caught))
-            rows.append((f"{place.whose}'s entry for {place.leads_to}", wrong, heard.to, heard.what, Hex(heard.number), Hex(heard.code), Hex(heard.addr)))
+            rows.append((f"{place.whose}'s entry for {place.leads_to}", wrong, heard.to, heard.what, Hex(heard.number),
+                         Hex(heard.code), Hex(heard.addr)))
     return Table(('entry', 'is', 'told', 'of', 'number', 'code', 'address'), rows, f"{hypervisor}, {l2} L2: {kind}")
 
 # %% ../../nbs/mmu/31_nested.ipynb #246008db
-HOST_DOES = {'nothing': (), 'swap out': ('unmap',), 'merge': ('change_pte',), 'log writes': ('start_dirty_log',), 'ask what was used': ('age',)}
+HOST_DOES = {'nothing': (), 'swap out': ('unmap',), 'merge': ('change_pte',), 'log writes': ('start_dirty_log',),
+             'ask what was used': ('age',)}
 
 def host_does(machine: Machine, what: str, gfn: int):
     "One of `HOST_DOES`, to one frame of L1's memory."
-    args = {'unmap': dict(start=gfn, end=gfn + 1), 'change_pte': dict(gfn=gfn), 'start_dirty_log': dict(slot=0), 'age': dict(start=gfn, end=gfn + 1)}
+    args = {'unmap': dict(start=gfn, end=gfn + 1), 'change_pte': dict(gfn=gfn), 'start_dirty_log': dict(slot=0),
+            'age': dict(start=gfn, end=gfn + 1)}
     for do in HOST_DOES[what]: machine.happen(dict(do=do, **args[do]))
 
 # %% ../../nbs/mmu/31_nested.ipynb #1d5ea0e0
@@ -311,6 +343,7 @@ def show_sources() -> Table:
     rows = []
     for hypervisor in HYPERVISORS:
         bad = 0x2001 | 1 << 5
-        entered, _ = enters_with(hypervisor, bad, (bad, 0, 0, 0) if pdpte_source(hypervisor)[0].startswith('the four') else None)
+        entered, _ = enters_with(hypervisor, bad, (bad, 0, 0, 0) if pdpte_source(hypervisor)[0].startswith('the four')
+                                 else None)
         rows.append((hypervisor, pdpte_source(hypervisor)[0], 'L2 runs' if entered else 'L1 runs on'))
     return Table(('L1', 'the four entries come from', 'with bit 5 set'), rows, 'an L2 in PAE mode starts')

@@ -39,9 +39,9 @@ class L2State:
     cr4: int
     efer: int
     nested_pgd: 'int | None' = None      # nCR3 or EPTP; None: L2 runs without nested paging
-    pdptrs: 'tuple | None' = None        # VMX with EPT: the PDPTEs of a PAE L2 that L1 wrote into the VMCS; None: four zeros
+    pdptrs: 'tuple | None' = None  # VMX with EPT: the PDPTEs of a PAE L2 that L1 wrote into the VMCS; None: four zeros
     vpid: bool = True                    # VMX: L1 gives L2 a VPID
-    pml_address: 'int | None' = None     # VMX with EPT: where L1 wants the pages logged that L2 dirties; None for no log
+    pml_address: 'int | None' = None  # VMX with EPT: where L1 wants the pages logged that L2 dirties; None for no log
     pml_index: int = 511                 # The slot of that log that is filled next
 
 # %% ../../nbs/mmu/23_nested_switch.ipynb #6c44ff93
@@ -103,7 +103,8 @@ def svm_vmrun(
 
     KVM: `nested_svm_vmrun`, `enter_svm_guest_mode`, `nested_svm_transition_tlb_flush` (svm/nested.c)."""
     if vcpu.guest_mode: raise ValueError("VMRUN while L2 runs: L2 is no hypervisor here")
-    if l2.pml_address is not None: raise ValueError(f"pml_address {l2.pml_address:#x}: a VMCB has no log of dirtied pages")
+    if l2.pml_address is not None:
+        raise ValueError(f"pml_address {l2.pml_address:#x}: a VMCB has no log of dirtied pages")
     vcpu.did('nested_vmrun')
     nested_npt = l2.nested_pgd is not None
     if nested_npt and not vcpu.host.has_tdp: return False       # Offered only where KVM has NPT itself
@@ -320,7 +321,9 @@ def invept(
 def invvpid(
     vcpu: Vcpu,
 ):
-    "L1's INVVPID: L2's translations go; without EPT the cached roots L2 ran on, too. KVM: `handle_invvpid`, `vpid_sync_context` (vmx)."
+    """L1's INVVPID: L2's translations go; without EPT the cached roots L2 ran on, too.
+
+    KVM: `handle_invvpid`, `vpid_sync_context` (vmx)."""
     vcpu.did('flush_l2')
     if not vcpu.host.has_tdp: free_guest_mode_roots(vcpu, vcpu.root_mmu)
 

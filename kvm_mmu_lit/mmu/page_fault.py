@@ -25,7 +25,8 @@ from .contexts import Vcpu, kvm_bug_on
 from .cpu_role import MODES
 from .make_spte import make_nonleaf_spte
 from .reload import enter_guest
-from .rmap import drop_spte, host_frame, is_logged, is_tracked, rmap_add, set_translation, spte_update, sptep_of
+from .rmap import (drop_spte, host_frame, is_logged, is_tracked, rmap_add, set_translation, spte_update,
+                                  sptep_of)
 from .root_role import svm_host
 from .roots import new_vcpu, walk_start
 from .shadow_page import ShadowPage, Vm, child_role, is_obsolete_sp, to_shadow_page
@@ -42,16 +43,19 @@ def example_vcpus(
     vcpus: int = 1,
     **vm,                      # Fields of `Vm`
 ) -> list:                     # Of `Vcpu`, about to run
-    "4-level paging: frames 0 to 15 one to one (entries in frame 4), four pages at 0x40_0000 that lead to frames 0x100 on (entries in frame 5)."
+    """4-level paging: frames 0 to 15 one to one (entries in frame 4), four pages at 0x40_0000 that lead to frames 0x100
+    on (entries in frame 5)."""
     memory, free, (cr0, cr4, efer) = ram((0, 1 << 22)), list(range(2, 9)), map(int, MODES['4-level'])
     for page in range(16): map_page(memory, 0x1000, FORMATS['4level'], page << 12, page << 12, free, 0x3, 0x7)
-    for page in range(4): map_page(memory, 0x1000, FORMATS['4level'], 0x40_0000 + (page << 12), 0x10_0000 + (page << 12), free, 0x7, 0x7)
+    for page in range(4):
+        map_page(memory, 0x1000, FORMATS['4level'], 0x40_0000 + (page << 12), 0x10_0000 + (page << 12), free, 0x7, 0x7)
     machine = Vm(host, memory, **{'prefetch': False, **vm})
     for _ in range(vcpus): enter_guest(new_vcpu(machine, cr0=cr0, cr3=0x1000, cr4=cr4, efer=efer))
     return machine.vcpus
 
 # %% ../../nbs/mmu/17_page_fault.ipynb #95a9acaa
-RET_PF = ('CONTINUE', 'RETRY', 'EMULATE', 'INVALID', 'FIXED', 'SPURIOUS')     # In the kernel's order. KVM: `enum` of mmu/mmu_internal.h
+# In the kernel's order. KVM: `enum` of mmu/mmu_internal.h
+RET_PF = ('CONTINUE', 'RETRY', 'EMULATE', 'INVALID', 'FIXED', 'SPURIOUS')
 P, W, U, RSVD, F = (int(bit) for bit in (Pferr.PRESENT, Pferr.WRITE, Pferr.USER, Pferr.RSVD, Pferr.FETCH))
 
 @dataclass
@@ -100,7 +104,9 @@ def walk_start_from(vm: Vm, mmu, addr: int, root: int) -> tuple:
     return (mmu.root_role.level, root) if root != mmu.root.hpa else walk_start(vm, mmu, addr)
 
 def last_entry(vcpu: Vcpu, addr: int) -> tuple:
-    "The last (table, slot, entry) on the way down, (None, 0, 0) when there is no way. KVM: `get_walk`, `get_mmio_spte`, `fast_pf_get_last_sptep` (mmu/mmu.c)."
+    """The last (table, slot, entry) on the way down, (None, 0, 0) when there is no way.
+
+    KVM: `get_walk`, `get_mmio_spte`, `fast_pf_get_last_sptep` (mmu/mmu.c)."""
     sp, index = None, 0
     for _, sp, index in shadow_walk(vcpu.vm, vcpu.mmu, addr): pass
     return sp, index, sp.sptes.get(index, 0) if sp else 0
@@ -113,10 +119,13 @@ def draw_way(
 ) -> Graph:
     "The tables from the root down to an address, and the entry taken in each, as they are now."
     way = [(level, sp, index, sp.sptes.get(index, 0)) for level, sp, index in shadow_walk(vcpu.vm, vcpu.mmu, addr)]
-    nodes = [(str(level), f"level {level}" + (f", frame {sp.gfn:#x}" if sp.has_gptes else ''), 'shadow') for level, sp, _, _ in way]
+    nodes = [(str(level), f"level {level}" + (f", frame {sp.gfn:#x}" if sp.has_gptes else ''), 'shadow')
+             for level, sp, _, _ in way]
     level, _, _, spte = way[-1]
-    nodes.append(('end', f"host frame {spte_pfn(spte):#x}" if is_present(spte) else 'nothing', 'guest' if is_present(spte) else 'refused'))
-    edges = [(str(level), str(level - 1) if i + 1 < len(way) else 'end', f"slot {index}: {spte:#x}", 'taken') for i, (level, _, index, spte) in enumerate(way)]
+    nodes.append(('end', f"host frame {spte_pfn(spte):#x}" if is_present(spte) else 'nothing',
+                  'guest' if is_present(spte) else 'refused'))
+    edges = [(str(level), str(level - 1) if i + 1 < len(way) else 'end', f"slot {index}: {spte:#x}", 'taken')
+             for i, (level, _, index, spte) in enumerate(way)]
     return Graph(nodes, edges, caption=caption or f"KVM's way to {addr:#x}")
 
 # %% ../../nbs/mmu/17_page_fault.ipynb #95a8cfba
@@ -179,7 +188,8 @@ def faultin(vcpu: Vcpu, fault: Fault, access: int) -> str:
     found = host_frame(vm, fault.gfn)
     fault.has_slot = found is not None
     if found is not None:
-        if fault.write and fault.gfn in vm.moved: vm.moved[fault.gfn] = found[0], True     # The host lets go of its write protection
+        # The host lets go of its write protection
+        if fault.write and fault.gfn in vm.moved: vm.moved[fault.gfn] = found[0], True
         fault.pfn, fault.map_writable = host_frame(vm, fault.gfn)
         return 'EMULATE' if fault.write and not fault.map_writable else 'CONTINUE'
     cache_mmio(vcpu, 0 if fault.is_tdp else fault.addr, fault.gfn, access & vm.masks.mmio_access)
@@ -191,7 +201,10 @@ def cache_mmio(vcpu: Vcpu, gva: int, gfn: int, access: int):
     vcpu.mmio = 0 if vcpu.is_nested else gva & ~0xfff, gfn, access, vcpu.vm.generation
 
 def mmio_in_cache(vcpu: Vcpu, addr: int, direct: bool) -> bool:
-    "Is it the MMIO access remembered? KVM: `mmio_info_in_cache` (mmu/mmu.c), `vcpu_match_mmio_gen`, `vcpu_match_mmio_gpa`, `vcpu_match_mmio_gva` (x86.h)."
+    """Is it the MMIO access remembered?
+
+    KVM: `mmio_info_in_cache` (mmu/mmu.c), `vcpu_match_mmio_gen`, `vcpu_match_mmio_gpa`, `vcpu_match_mmio_gva`
+    (x86.h)."""
     if vcpu.is_nested or vcpu.mmio is None or vcpu.mmio[3] != vcpu.vm.generation: return False
     gva, gfn, _, _ = vcpu.mmio
     return gfn == addr >> PAGE_SHIFT and gfn != 0 if direct else gva == addr & ~0xfff and gva != 0
@@ -218,7 +231,8 @@ def hugepage_adjust(vm: Vm, fault: Fault):
     if fault.req_level == 1 or fault.huge_page_disallowed: return
     fault.goal_level = fault.req_level
     mask = (1 << 9 * (fault.goal_level - 1)) - 1
-    kvm_bug_on((fault.gfn ^ fault.pfn) & mask, f"frame {fault.gfn:#x} and host frame {fault.pfn:#x} lie differently in a large page")
+    kvm_bug_on((fault.gfn ^ fault.pfn) & mask,
+               f"frame {fault.gfn:#x} and host frame {fault.pfn:#x} lie differently in a large page")
     fault.pfn &= ~mask
 
 def tell_requested(vm: Vm, fault: Fault):
@@ -252,7 +266,8 @@ def set_spte(
         mark_mmio(vcpu, sp, index, gfn, access)
         if flush: remote_flush(vm)
         return 'EMULATE'
-    spte, wrprot = build_leaf(vm, sp, index, access, gfn, pfn, fault is None or fault.prefetch, True, fault.map_writable if fault else writable)
+    spte, wrprot = build_leaf(vm, sp, index, access, gfn, pfn, fault is None or fault.prefetch, True,
+                              fault.map_writable if fault else writable)
     same = sp.sptes.get(index, 0) == spte
     if not same:
         flush |= spte_update(vm, sp, index, spte)

@@ -29,8 +29,10 @@ from .root_role import svm_host, vmx_host
 from .root_cache import cached_roots
 
 # %% ../../nbs/mmu/30_play.ipynb #edf89033
-HOST_KINDS = {'svm shadow': lambda: svm_host(5, npt=False), 'svm npt': lambda: svm_host(5), 'vmx shadow': lambda: vmx_host(5, 0), 'vmx ept': lambda: vmx_host(5, 5)}
-MAX_SCENARIO, MAX_MEMORY, MAX_EVENTS = 16 << 20, 256 << 20, 1_000_000     # Bytes of the file, bytes of guest memory, events
+HOST_KINDS = {'svm shadow': lambda: svm_host(5, npt=False), 'svm npt': lambda: svm_host(5),
+              'vmx shadow': lambda: vmx_host(5, 0), 'vmx ept': lambda: vmx_host(5, 5)}
+# Bytes of the file, bytes of guest memory, events
+MAX_SCENARIO, MAX_MEMORY, MAX_EVENTS = 16 << 20, 256 << 20, 1_000_000
 
 @dataclass
 class Scenario:
@@ -43,7 +45,8 @@ class Scenario:
 def _need(value, kind, where, low=0, high=None):
     if type(value) is not kind or kind is int and not (low <= value and (high is None or value <= high)):
         bounds = f" in {low:#x}..{high:#x}" if kind is int and high is not None else ''
-        raise ValueError(f"{where}: {value_text(value)}, must be {'a number' if kind is int else 'a ' + kind.__name__}{bounds}")
+        raise ValueError(f"{where}: {value_text(value)}, must be "
+                         f"{'a number' if kind is int else 'a ' + kind.__name__}{bounds}")
     return value
 
 def _known(value, names, where):
@@ -57,10 +60,13 @@ def read_scenario(
 ) -> Scenario:         # A `ValueError` names the file and the place in it
     "Read a scenario file."
     path = Path(path)
-    if path.stat().st_size > MAX_SCENARIO: raise ValueError(f"{path}: {path.stat().st_size:,} bytes, a scenario has at most {MAX_SCENARIO:,}")
+    if path.stat().st_size > MAX_SCENARIO:
+        raise ValueError(f"{path}: {path.stat().st_size:,} bytes, a scenario has at most {MAX_SCENARIO:,}")
     try: data = json.loads(path.read_text(), parse_constant=_no_constant, object_pairs_hook=_no_twice)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as why: raise ValueError(f"{path}: {why or 'nested too deeply'}") from None
-    except ValueError as why: raise ValueError(f"{path}: {why}") from None        # A number of thousands of digits, NaN, a name given twice
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as why:
+        raise ValueError(f"{path}: {why or 'nested too deeply'}") from None
+    # A number of thousands of digits, NaN, a name given twice
+    except ValueError as why: raise ValueError(f"{path}: {why}") from None
     try: return make_scenario(data)
     except ValueError as why: raise ValueError(f"{path}: {why}") from None
     except RecursionError: raise ValueError(f"{path}: nested too deeply") from None
@@ -77,16 +83,21 @@ def make_scenario(
 ) -> Scenario:
     "The same from a value."
     data = _numbers(data)
-    _known(data, ('says', 'host', 'mode', 'cr3', 'vcpus', 'memory', 'tables', 'stores', 'prefetch', 'limit', 'events'), 'scenario')
+    _known(data, ('says', 'host', 'mode', 'cr3', 'vcpus', 'memory', 'tables', 'stores', 'prefetch', 'limit', 'events'),
+           'scenario')
     host, mode = data.get('host', 'svm shadow'), data.get('mode', '4-level')
-    if not isinstance(host, str) or host not in HOST_KINDS: raise ValueError(f"host: {host!r}, must be one of {', '.join(HOST_KINDS)}")
-    if not isinstance(mode, str) or mode not in MODES: raise ValueError(f"mode: {mode!r}, must be one of {', '.join(MODES)}")
+    if not isinstance(host, str) or host not in HOST_KINDS:
+        raise ValueError(f"host: {host!r}, must be one of {', '.join(HOST_KINDS)}")
+    if not isinstance(mode, str) or mode not in MODES:
+        raise ValueError(f"mode: {mode!r}, must be one of {', '.join(MODES)}")
     memory = _memory(data.get('memory', [dict(base=0, size=8 << 20)]), HOST_KINDS[host]())
     taken = {}
     for i, one in enumerate(_need(data.get('tables', []), list, 'tables')): _tables(memory, one, f'tables[{i}]', taken)
     for i, one in enumerate(_need(data.get('stores', []), list, 'stores')): _put(memory, one, f'stores[{i}]')
-    machine = new_machine(HOST_KINDS[host](), memory, mode, _need(data.get('cr3', 0x1000), int, 'cr3', 0, (1 << 52) - 1),
-                          _need(data.get('vcpus', 1), int, 'vcpus', 1, 16), prefetch=_need(data.get('prefetch', True), bool, 'prefetch'))
+    machine = new_machine(HOST_KINDS[host](), memory, mode,
+                          _need(data.get('cr3', 0x1000), int, 'cr3', 0, (1 << 52) - 1),
+                          _need(data.get('vcpus', 1), int, 'vcpus', 1, 16),
+                          prefetch=_need(data.get('prefetch', True), bool, 'prefetch'))
     if 'limit' in data: machine.vm.n_max = _need(data['limit'], int, 'limit', 1, 1 << 30)
     events = _need(data.get('events', []), list, 'events')
     if len(events) > MAX_EVENTS: raise ValueError(f"events: {len(events):,}, at most {MAX_EVENTS:,}")
@@ -110,7 +121,8 @@ def _memory(slots, host):
         base, size = (_need(one.get(name), int, f'{where}.{name}') for name in ('base', 'size'))
         total += size
         if total > MAX_MEMORY: raise ValueError(f"{where}: {total:,} bytes in all, at most {MAX_MEMORY:,}")
-        if base + size > 1 << host.maxphyaddr: raise ValueError(f"{where}: ends at {base + size:#x}, beyond MAXPHYADDR {host.maxphyaddr}")
+        if base + size > 1 << host.maxphyaddr:
+            raise ValueError(f"{where}: ends at {base + size:#x}, beyond MAXPHYADDR {host.maxphyaddr}")
         try: add_ram(memory, base, size, _need(one.get('readonly', False), bool, f'{where}.readonly'))
         except ValueError as why: raise ValueError(f"{where}: {why}") from None
     return memory
@@ -124,12 +136,16 @@ def _tables(memory, one, where, taken):
     fmt, root = FORMATS[name], _need(one.get('root'), int, f'{where}.root')
     aligned = 32 if FORMATS[name] is PAE else PAGE_SIZE
     if root % aligned: raise ValueError(f"{where}.root: {root:#x}, must be a multiple of {aligned:#x}")
-    frames = [_need(gfn, int, f'{where}.frames[{n}]', 0, 1 << 40) for n, gfn in enumerate(_need(one.get('frames', []), list, f'{where}.frames'))]
-    for gfn, place in [(root >> PAGE_SHIFT, f'{where}.root'), *((gfn, f'{where}.frames[{n}]') for n, gfn in enumerate(frames))]:
+    frames = [_need(gfn, int, f'{where}.frames[{n}]', 0, 1 << 40)
+              for n, gfn in enumerate(_need(one.get('frames', []), list, f'{where}.frames'))]
+    for gfn, place in [(root >> PAGE_SHIFT, f'{where}.root'),
+                       *((gfn, f'{where}.frames[{n}]') for n, gfn in enumerate(frames))]:
         before = taken.setdefault(gfn, place)
         both_roots = before.endswith('root') and place.endswith('root')      # One root may be filled twice
-        if before is not place and not both_roots: raise ValueError(f"{place}: frame {gfn:#x} is a table of {before} already")
-    for i, line in enumerate(_need(one.get('map', []), list, f'{where}.map')): _map(memory, root, fmt, frames, line, f'{where}.map[{i}]')
+        if before is not place and not both_roots:
+            raise ValueError(f"{place}: frame {gfn:#x} is a table of {before} already")
+    for i, line in enumerate(_need(one.get('map', []), list, f'{where}.map')):
+        _map(memory, root, fmt, frames, line, f'{where}.map[{i}]')
 
 def _map(memory, root, fmt, frames, line, where):
     _known(line, ('at', 'to', 'bits', 'upper', 'level', 'pages'), where)
@@ -139,7 +155,8 @@ def _map(memory, root, fmt, frames, line, where):
     size = page_size(min(level, fmt.root_level), fmt)
     if gva % size: raise ValueError(f"{where}.at: {gva:#x}, must be a multiple of {size:#x}, the size of the page")
     for name, value, at in (('bits', bits, level), ('upper', upper, 1)):
-        if level <= fmt.root_level and value & frame_mask(at, fmt): raise ValueError(f"{where}.{name}: {value:#x} has bits of the address, which is 'to'")
+        if level <= fmt.root_level and value & frame_mask(at, fmt):
+            raise ValueError(f"{where}.{name}: {value:#x} has bits of the address, which is 'to'")
     for page in range(_need(line.get('pages', 1), int, f'{where}.pages', 1, 1 << 18)):
         addr = gva + page * size
         width = f"{fmt.address_bits} bits{', sign-extended' if fmt.signed else ''}"
@@ -180,14 +197,16 @@ def play(
         except KvmBug as bug: broken = with_state(machine.vm, bug)
         except ValueError as why: raise ValueError(f"events[{number - 1}]: {why}") from None
         finally: machine.vm.watch = None
-        if not broken and checks is not None: broken = next((broken_invariant(machine.vm, *one) for one in checks(machine.vm)), '')
+        if not broken and checks is not None:
+            broken = next((broken_invariant(machine.vm, *one) for one in checks(machine.vm)), '')
         vcpu = machine.vcpus[event.get('vcpu', 0)]
         yield Played(number, event, answer, tuple(did), cached_roots(vcpu, None, (vcpu.mmu_is,)), *_told(broken))
         if broken: return
 
 def _told(bug):
     if not bug: return '', ''
-    named = '' if bug.kind == 'broken invariant' else 'invariant ' if bug.kind.startswith('invariant') else f"{bug.kind}: "
+    named = ('' if bug.kind == 'broken invariant' else 'invariant ' if bug.kind.startswith('invariant')
+             else f"{bug.kind}: ")
     return f"{type(bug).__name__}: {named}{bug}", bug.state
 
 # %% ../../nbs/mmu/30_play.ipynb #b72c3bfa
@@ -197,25 +216,31 @@ def did_text(
     "What KVM did, in a line."
     facts = dict(did.facts)
     sp, index = facts.pop('sp', None), facts.pop('index', None)
-    words = [f"{name} {value:#x}" if type(value) is int and value > 9 else f"{name} {value}" for name, value in facts.items()]
-    if sp is not None: words.insert(0, f"level {sp.role.level} table of frame {sp.gfn:#x}" + (f" slot {index}" if index is not None else ''))
+    words = [f"{name} {value:#x}" if type(value) is int and value > 9 else f"{name} {value}"
+             for name, value in facts.items()]
+    if sp is not None:
+        words.insert(0, f"level {sp.role.level} table of frame {sp.gfn:#x}"
+                     + (f" slot {index}" if index is not None else ''))
     return f"{did.what.removeprefix('kvm_mmu_')}: {', '.join(words)}"
 
 def event_text(event: dict) -> str:
     "An event in a line."
     rest = {key: value for key, value in event.items() if key not in ('do', 'vcpu', 'meanwhile', 'says')}
-    words = [f"{key} {value:#x}" if type(value) is int and value > 9 else f"{key} {value}" for key, value in rest.items()]
+    words = [f"{key} {value:#x}" if type(value) is int and value > 9 else f"{key} {value}"
+             for key, value in rest.items()]
     return event.get('says') or ' '.join([event['do'], *words])
 
 def answer_text(answer) -> str:
     "What became of it, in a few words."
     if answer is None: return 'done'
-    if isinstance(answer, frozenset): return f"frames {', '.join(f'{gfn:#x}' for gfn in sorted(answer))}" if answer else 'no frames'
+    if isinstance(answer, frozenset):
+        return f"frames {', '.join(f'{gfn:#x}' for gfn in sorted(answer))}" if answer else 'no frames'
     what = getattr(answer, 'what', None)
     if what is None: return str(answer)
     fault = getattr(answer, 'fault', None)
     told = f"{fault.what} at {fault.addr:#x}, code {fault.error_code:#x}" if fault is not None else what
-    return told + (f", {answer.exits} exit{'s' * (answer.exits > 1)}" if answer.exits else '') + (', emulated' if answer.emulated else '')
+    return (told + (f", {answer.exits} exit{'s' * (answer.exits > 1)}" if answer.exits else '')
+            + (', emulated' if answer.emulated else ''))
 
 # %% ../../nbs/mmu/30_play.ipynb #667c645a
 def draw_play(

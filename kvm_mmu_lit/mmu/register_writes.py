@@ -39,7 +39,8 @@ def load_pdptrs(
     "Read the four PDPTE registers again. Without TDP a change costs the current root. KVM: `load_pdptrs` (x86.c)."
     vcpu.did('load_pdptrs', cr3=cr3)
     mmu = vcpu.walk_mmu
-    at = translate_gpa(vcpu, mmu, cr3, int(Pferr.USER | Pferr.WRITE), Walked(cr3, 0))     # Of an L2 with nested paging: behind L1's tables
+    # Of an L2 with nested paging: behind L1's tables
+    at = translate_gpa(vcpu, mmu, cr3, int(Pferr.USER | Pferr.WRITE), Walked(cr3, 0))
     pdptes = None if at is None else vcpu.vm.read_pdptes(at)
     rsvd = pdptr_rsvd(vcpu)
     ok = pdptes is not None and not any(pdpte & 1 and pdpte & rsvd for pdpte in pdptes)
@@ -60,8 +61,10 @@ def cr3_refused(
     value: int,        # Without bit 63
 ) -> 'GeneralProtection | None':
     "Why no CR3 may hold this; with PAE paging the PDPTEs are loaded on the way."
-    if value >> vcpu.host.maxphyaddr: return GeneralProtection(f"CR3 {value:#x} has bits above MAXPHYADDR {vcpu.host.maxphyaddr}")
-    if vcpu.is_pae_paging and not load_pdptrs(vcpu, value): return GeneralProtection(f"CR3 {value:#x}: its PDPTEs cannot be loaded")
+    if value >> vcpu.host.maxphyaddr:
+        return GeneralProtection(f"CR3 {value:#x} has bits above MAXPHYADDR {vcpu.host.maxphyaddr}")
+    if vcpu.is_pae_paging and not load_pdptrs(vcpu, value):
+        return GeneralProtection(f"CR3 {value:#x}: its PDPTEs cannot be loaded")
 
 def set_cr3(
     vcpu: Vcpu,

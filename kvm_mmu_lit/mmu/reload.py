@@ -102,7 +102,9 @@ def unload(
 def destroy_mmus(
     vcpu: Vcpu,
 ):
-    "The vCPU ends: its roots are dropped, and then the pages only it had. KVM: `kvm_mmu_destroy`, `free_mmu_pages` (mmu/mmu.c)."
+    """The vCPU ends: its roots are dropped, and then the pages only it had.
+
+    KVM: `kvm_mmu_destroy`, `free_mmu_pages` (mmu/mmu.c)."""
     unload(vcpu)
     for mmu in (vcpu.root_mmu, vcpu.guest_mmu):
         mmu.pae_root = mmu.pml4_root = mmu.pml5_root = mmu.pml4_word = mmu.pml5_word = 0
@@ -154,7 +156,9 @@ def flush_local(
 def serve_requests(
     vcpu: Vcpu,
 ):
-    "What was asked for since the guest last ran, in KVM's order. KVM: `vcpu_enter_guest` (its first part), `kvm_vcpu_flush_tlb_all` (x86.c)."
+    """What was asked for since the guest last ran, in KVM's order.
+
+    KVM: `vcpu_enter_guest` (its first part), `kvm_vcpu_flush_tlb_all` (x86.c)."""
     if not vcpu.requests: return
     if take(vcpu, 'MMU_FREE_OBSOLETE_ROOTS'): free_obsolete_roots(vcpu)
     if take(vcpu, 'MMU_SYNC'): sync_roots(vcpu)

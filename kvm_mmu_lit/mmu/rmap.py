@@ -51,7 +51,9 @@ def page_access(sp: ShadowPage, index: int) -> int:
 def set_translation(sp: ShadowPage, index: int, gfn: int, access: int):
     "Remember what the guest's entry said. KVM: `kvm_mmu_page_set_translation`, `kvm_mmu_page_set_access` (mmu/mmu.c)."
     if sp.has_gptes: sp.translation[index] = gfn << PAGE_SHIFT | access
-    else: kvm_bug_on(gfn != page_gfn(sp, index), f"slot {index} of {sp.role} maps frame {gfn:#x}, must be {page_gfn(sp, index):#x}")
+    else:
+        kvm_bug_on(gfn != page_gfn(sp, index),
+                   f"slot {index} of {sp.role} maps frame {gfn:#x}, must be {page_gfn(sp, index):#x}")
 
 # %% ../../nbs/mmu/09_rmap.ipynb #92b5aece
 def host_frame(
@@ -84,7 +86,8 @@ def spte_set(
     spte: int,
 ):
     "Fill a slot that maps nothing. KVM: `mmu_spte_set` (mmu/mmu.c)."
-    kvm_bug_on(is_present(sp.sptes.get(index, 0)), f"slot {index} of table {sp.spt:#x} is filled while it maps something")
+    kvm_bug_on(is_present(sp.sptes.get(index, 0)),
+               f"slot {index} of table {sp.spt:#x} is filled while it maps something")
     sp.sptes[index] = spte
 
 def spte_update(
@@ -147,7 +150,8 @@ def rmap_remove(
     head = heads.get(key)
     if head == sptep: del heads[key]
     else:
-        kvm_bug_on(type(head) is not list or sptep not in head, f"no list knows entry {sptep:#x} of frame {page_gfn(sp, index):#x}")
+        kvm_bug_on(type(head) is not list or sptep not in head,
+                   f"no list knows entry {sptep:#x} of frame {page_gfn(sp, index):#x}")
         head.remove(sptep)
         if not head: del heads[key]
 
@@ -156,7 +160,9 @@ def rmap_entries(
     gfn: int,
     level: int,
 ) -> list:             # Of host addresses
-    "The leaf entries of a size that map a frame. KVM: `gfn_to_rmap`, `rmap_get_first`, `rmap_get_next`, `pte_list_count` (mmu/mmu.c)."
+    """The leaf entries of a size that map a frame.
+
+    KVM: `gfn_to_rmap`, `rmap_get_first`, `rmap_get_next`, `pte_list_count` (mmu/mmu.c)."""
     head = vm.rmaps.get(level, {}).get(gfn >> 9 * (level - 1))
     return [] if head is None else [head] if type(head) is int else list(head)
 
@@ -221,7 +227,9 @@ def write_protect_gfn(
     gfn: int,
     min_level: int = 1,
 ) -> bool:                 # Flush
-    "No entry of any size may write this frame. KVM: `kvm_mmu_slot_gfn_write_protect`, `rmap_write_protect`, `kvm_vcpu_write_protect_gfn` (mmu/mmu.c)."
+    """No entry of any size may write this frame.
+
+    KVM: `kvm_mmu_slot_gfn_write_protect`, `rmap_write_protect`, `kvm_vcpu_write_protect_gfn` (mmu/mmu.c)."""
     flush = False
     for level in range(min_level, 4):
         for sptep in rmap_entries(vm, gfn, level): flush |= write_protect_spte(vm, *entry_at(vm, sptep), True)
@@ -237,7 +245,9 @@ def _disallow_large(vm, gfn, by):
         if not vm.no_large[key]: del vm.no_large[key]
 
 def is_tracked(vm: Vm, gfn: int) -> bool:
-    "A table above level 1 shadows it: every write must be seen. KVM: `kvm_slot_page_track_is_active` (mmu/page_track.c)."
+    """A table above level 1 shadows it: every write must be seen.
+
+    KVM: `kvm_slot_page_track_is_active` (mmu/page_track.c)."""
     return gfn in vm.tracked
 
 def account_shadowed(
@@ -246,7 +256,8 @@ def account_shadowed(
 ):
     """A guest's table is shadowed from now on: write-protect its frame, and map it with no large page.
 
-    KVM: `account_shadowed`, `kvm_mmu_gfn_disallow_lpage` (mmu/mmu.c), `kvm_slot_page_track_add_page` (mmu/page_track.c)."""
+    KVM: `account_shadowed`, `kvm_mmu_gfn_disallow_lpage` (mmu/mmu.c), `kvm_slot_page_track_add_page`
+    (mmu/page_track.c)."""
     vm.indirect += 1
     _disallow_large(vm, sp.gfn, 1)
     if sp.role.level > 1: vm.tracked[sp.gfn] = vm.tracked.get(sp.gfn, 0) + 1
@@ -256,7 +267,10 @@ def unaccount_shadowed(
     vm: Vm,
     sp: ShadowPage,
 ):
-    "The reverse. KVM: `unaccount_shadowed`, `kvm_mmu_gfn_allow_lpage` (mmu/mmu.c), `kvm_slot_page_track_remove_page` (mmu/page_track.c)."
+    """The reverse.
+
+    KVM: `unaccount_shadowed`, `kvm_mmu_gfn_allow_lpage` (mmu/mmu.c), `kvm_slot_page_track_remove_page`
+    (mmu/page_track.c)."""
     vm.indirect -= 1
     _disallow_large(vm, sp.gfn, -1)
     if sp.role.level < 2: return
@@ -271,10 +285,13 @@ def has_rmaps(vm: Vm) -> bool:
 def list_bytes(
     vm: Vm,
 ) -> int:      # Of heads and counters
-    "What the lists cost before anything is in them. KVM: `memslot_rmap_alloc` (x86.c), `kvm_page_track_write_tracking_alloc` (mmu/page_track.c)."
+    """What the lists cost before anything is in them.
+
+    KVM: `memslot_rmap_alloc` (x86.c), `kvm_page_track_write_tracking_alloc` (mmu/page_track.c)."""
     if not has_rmaps(vm): return 0
     def heads(slot, level): return (slot.end_gfn - 1 >> 9 * (level - 1)) - (slot.base_gfn >> 9 * (level - 1)) + 1
-    return sum(8 * heads(slot, level) for slot in vm.memory.slots for level in (1, 2, 3)) + sum(2 * slot.npages for slot in vm.memory.slots)
+    return (sum(8 * heads(slot, level) for slot in vm.memory.slots for level in (1, 2, 3))
+            + sum(2 * slot.npages for slot in vm.memory.slots))
 
 # %% ../../nbs/mmu/09_rmap.ipynb #ca0858ec
 EVENTS_OF_A_FRAME = ('nothing', 'writes are logged', 'a level-2 table', 'the host takes the page')
@@ -285,7 +302,8 @@ def show_frame(
     event: str = 'nothing',    # Of `EVENTS_OF_A_FRAME`: what the frame meets
 ) -> Graph:
     "Frame 0x40, everything that maps it, and what is left of that after an event."
-    if not 1 <= tables <= 4 or not 1 <= slots <= 4: raise ValueError(f"{tables} tables with {slots} slots: draw 1..4 of each")
+    if not 1 <= tables <= 4 or not 1 <= slots <= 4:
+        raise ValueError(f"{tables} tables with {slots} slots: draw 1..4 of each")
     vm = Vm(svm_host(4, npt=False), ram((0, 4 * MiB)))
     role = PageRole(level=1, access=7)
     for gfn in range(0x10, 0x10 + tables):
@@ -297,7 +315,8 @@ def show_frame(
     return draw_rmap(vm, 0x40)
 
 def _meet(vm, event):
-    if event not in EVENTS_OF_A_FRAME: raise ValueError(f"event {event!r}: choose one of {', '.join(EVENTS_OF_A_FRAME)}")
+    if event not in EVENTS_OF_A_FRAME:
+        raise ValueError(f"event {event!r}: choose one of {', '.join(EVENTS_OF_A_FRAME)}")
     if event == 'writes are logged':
         for sptep in rmap_entries(vm, 0x40, 1): write_protect_spte(vm, *entry_at(vm, sptep), False)
     if event == 'a level-2 table': account_shadowed(vm, ShadowPage(0x40, PageRole(level=2, access=7), vm.alloc_page()))

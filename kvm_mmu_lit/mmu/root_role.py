@@ -41,7 +41,8 @@ class Host:
     ad: bool = True            # TDP tables have accessed and dirty bits
     me_value: int = 0          # The encryption bit of entries, when memory is encrypted
     flush_on_reuse: bool = False   # Module parameter: a cached root is synced and flushed before it is used
-    mixes_cr4: bool = False    # Without NPT, #VMEXIT spoils L1's CR4 when one of L1 and L2 pages alone, as SVM of 6.1 does
+    # Without NPT, #VMEXIT spoils L1's CR4 when one of L1 and L2 pages alone, as SVM of 6.1 does
+    mixes_cr4: bool = False
 
     def __post_init__(self):
         for wrong, why in _no_such_host(self):
@@ -80,7 +81,8 @@ def svm_host(
 ) -> Host:
     "An AMD machine. NPT walks as deep as the host's own tables. KVM: `svm_hardware_setup` (svm/svm.c)."
     depth = levels if npt else 0
-    return Host(32 if levels == 3 else 64, 'npt' if npt else 'off', 'svm', levels, forced_level=depth, max_level=depth, **more)
+    return Host(32 if levels == 3 else 64, 'npt' if npt else 'off', 'svm', levels, forced_level=depth, max_level=depth,
+                **more)
 
 def vmx_host(
     levels: int = 4,       # Of the host: 3 makes it a 32-bit one
@@ -104,14 +106,17 @@ def tdp_root_role(
     asked: CpuRole,        # Only `smm` and `guest_mode` are read
 ) -> PageRole:
     "The root of a TDP MMU: no register of the guest moves it. KVM: `kvm_calc_tdp_mmu_root_page_role` (mmu/mmu.c)."
-    return PageRole(level=tdp_level(host), direct=1, access=int(ACC_ALL), efer_nx=1, cr0_wp=1, ad_disabled=int(not host.ad),
+    return PageRole(level=tdp_level(host), direct=1, access=int(ACC_ALL), efer_nx=1, cr0_wp=1,
+                    ad_disabled=int(not host.ad),
                     guest_mode=asked.base.guest_mode, smm=asked.base.smm)
 
 # %% ../../nbs/mmu/02_root_role.ipynb #8bf83f47
 def shadow_root_role(
     asked: CpuRole,
 ) -> PageRole:
-    "The root of a shadow MMU: the guest's base role, at least three levels, NX on. KVM: `kvm_init_shadow_mmu` (mmu/mmu.c)."
+    """The root of a shadow MMU: the guest's base role, at least three levels, NX on.
+
+    KVM: `kvm_init_shadow_mmu` (mmu/mmu.c)."""
     return replace(asked.base, level=max(asked.base.level, PT32E_ROOT_LEVEL), efer_nx=1)
 
 # %% ../../nbs/mmu/02_root_role.ipynb #7a086938
@@ -135,7 +140,9 @@ def shadow_ept_roles(
     ad: bool,              # EPTP bit 6
     execonly: bool,        # The nested EPT may map execute-only pages
 ) -> tuple:                # (CpuRole, PageRole)
-    "Roles of the MMU that shadows an L1's EPT; no register matters. KVM: `kvm_calc_shadow_ept_root_page_role` (mmu/mmu.c)."
+    """Roles of the MMU that shadows an L1's EPT; no register matters.
+
+    KVM: `kvm_calc_shadow_ept_root_page_role` (mmu/mmu.c)."""
     if level not in (4, 5): raise ValueError(f"an EPTP of {level} levels: EPT has 4 or 5")
     base = PageRole(level=level, access=int(ACC_ALL), ad_disabled=int(not ad), guest_mode=1)
     return CpuRole(base, ExtendedRole(valid=1, execonly=int(execonly))), base
@@ -157,7 +164,8 @@ def show_root_moves(
     moved = {(name, change.field) for name, before, after in flips for change in diff_roles(before, after)}
     rows = [field for field, _, _ in ROLE_FIELDS if any(field == other for _, other in moved)]
     cells = [[(name, field) in moved for name in free] for field in rows] or [[False] * len(free)]
-    return Grid(rows or ['(no field)'], [name.partition('.')[2] or name for name in free], cells, f"{kind} root, {host}", 'changed')
+    return Grid(rows or ['(no field)'], [name.partition('.')[2] or name for name in free], cells,
+                f"{kind} root, {host}", 'changed')
 
 def _root_of(kind, host, on, asked):
     if kind == 'shadow': return shadow_root_role(asked)
@@ -232,7 +240,8 @@ def _mmus_of(host):
             root = tdp_root_role(host, asked) if host.has_tdp else shadow_root_role(asked)
             name = f"{'TDP' if host.has_tdp else 'shadow'}, {mode} guest{who}"
             yield MmuCase(name, host, 'root_mmu', mode, asked, root, root_storage(asked, root, host.uses_tdp_mmu), why)
-        if host.has_tdp: yield MmuCase(f"L2's own walk, {mode}", host, 'nested_mmu', mode, asked, PageRole(), 'none', why)
+        if host.has_tdp:
+            yield MmuCase(f"L2's own walk, {mode}", host, 'nested_mmu', mode, asked, PageRole(), 'none', why)
         if host.tdp == 'npt' and mode != 'nonpaging': yield _shadow_npt(host, mode, why)
         if host.tdp == 'ept' and mode in ('4-level', '5-level'): yield from _shadow_epts(host, mode)
 
@@ -258,7 +267,8 @@ def mmu_table(
     caption: str = '',
 ) -> Table:
     "MMUs as a table: what the guest asked for, what KVM builds, where the root lives."
-    rows = [(str(m.host), m.mmu, m.name, m.cpu_role.base.level, m.root_role.level, m.root_role.direct, f"{m.root_role.word:#x}",
+    rows = [(str(m.host), m.mmu, m.name, m.cpu_role.base.level, m.root_role.level, m.root_role.direct,
+             f"{m.root_role.word:#x}",
              m.storage, m.unreachable or m.case or '') for m in mmus]
     header = ('host', 'mmu', 'what', 'asked', 'built', 'direct', 'root role', 'root lives in', 'case')
     start = 1 if caption and len({m.host for m in mmus}) == 1 else 0      # One host is for the caption to name
@@ -283,7 +293,8 @@ def show_cases(
     "Which of the five cases each host and mode is, 0 for none."
     rows, cells = [], []
     for host in all_hosts():
-        row = {m.mode: m.case for m in all_mmus() if m.host == host and m.mmu == ('guest_mmu' if nested else 'root_mmu')}
+        row = {m.mode: m.case for m in all_mmus() if m.host == host
+               and m.mmu == ('guest_mmu' if nested else 'root_mmu')}
         if not row: continue
         rows.append(f"{host}{f' of {host.max_level}' if host.tdp == 'ept' else ''}")
         cells.append([row.get(mode) for mode in MODES])

@@ -160,7 +160,7 @@ def first_shadow_root(
 # %% ../../nbs/mmu/14_roots.ipynb #7613057e
 def alloc_shadow_roots(
     vcpu: Vcpu,
-) -> bool:                 # False: it lies in no memory slot, and a triple fault was requested; or there may be no further table
+) -> bool:  # False: it lies in no memory slot, and a triple fault was requested; or there may be no further table
     "A root that shadows the guest's. KVM: `mmu_alloc_shadow_roots`, `mmu_check_root` (mmu/mmu.c)."
     mmu, pgd, asked = vcpu.mmu, guest_pgd(vcpu), vcpu.mmu.cpu_role.base
     pdptrs = get_pdptrs(vcpu) if asked.level == PT32E_ROOT_LEVEL else ()

@@ -27,7 +27,8 @@ from .cpu_role import MODES
 from .direct_fault import direct_page_fault, handle_mmio
 from .guest_tables import Walked, guest_tables, walk_addr
 from .invlpg import inject_page_fault, pte_prefetch
-from .page_fault import (RSVD, U, W, Fault, base_gfn, faultin, get_child, hugepage_adjust, is_guest_table_write, is_stale, last_entry, link,
+from .page_fault import (RSVD, U, W, Fault, base_gfn, faultin, get_child, hugepage_adjust,
+                                        is_guest_table_write, is_stale, last_entry, link,
                                         set_spte, shadow_walk, tell_requested)
 from .reload import enter_guest
 from .root_role import svm_host
@@ -46,7 +47,9 @@ def gpte_changed(vcpu: Vcpu, tables, walked: Walked, level: int) -> bool:
     return read_entry(vcpu.vm.memory, gpa, tables.size) != walked.ptes[tables.fmt.root_level - level]
 
 def writes_own_table(tables, walked: Walked, user: bool) -> tuple:
-    "(The page must be mapped small, the very frame is a table of this walk). KVM: `FNAME(is_self_change_mapping)` (mmu/paging_tmpl.h)."
+    """(The page must be mapped small, the very frame is a table of this walk).
+
+    KVM: `FNAME(is_self_change_mapping)` (mmu/paging_tmpl.h)."""
     wp = tables.fmt.is_ept or tables.walker.regs.cr0 >> 16 & 1
     if not (walked.pte_access & ACC_WRITE or not wp and not user): return False, False
     mask = ~((1 << 9 * (walked.level - 1)) - 1)
@@ -76,7 +79,9 @@ def fetch(
     if not level: return 'EFAULT'          # The root's own entry is empty: 6.1 warns and gives up
     while True:
         sp.write_flooding = 0
-        if vm.nx_huge_pages: fault.pfn, fault.goal_level = disallowed_hugepage_adjust(sp.sptes.get(index, 0), level, fault.goal_level, fault.gfn, fault.pfn)
+        if vm.nx_huge_pages:
+            fault.pfn, fault.goal_level = disallowed_hugepage_adjust(sp.sptes.get(index, 0), level, fault.goal_level,
+                                                                     fault.gfn, fault.pfn)
         if level == fault.goal_level: break
         _direct_step(vcpu, fault, walked, level, sp, index)
         level, sp, index = next(way)
@@ -93,7 +98,9 @@ def _direct_step(vcpu, fault, walked, level, sp, index):
     child.nx_huge |= fault.huge_page_disallowed and fault.req_level >= level
 
 def validate_direct(vm: Vm, sp: ShadowPage, index: int, access: int):
-    "The guest's large page has other rights now (it got dirty): the table below it must not stay. KVM: `validate_direct_spte` (mmu/mmu.c)."
+    """The guest's large page has other rights now (it got dirty): the table below it must not stay.
+
+    KVM: `validate_direct_spte` (mmu/mmu.c)."""
     spte = sp.sptes.get(index, 0)
     if not is_present(spte) or is_large(spte): return
     child = vm.pages[spte & SPTE_ADDRESS]
@@ -112,11 +119,14 @@ def _guest_boxes(vcpu, gva):
             pte = vcpu.mmu.pdptrs[index]
         else:
             index, gfn = walked.index(level, tables.fmt), table >> PAGE_SHIFT
-            pte, title = read_entry(vcpu.vm.memory, table + index * tables.size, tables.size), f"level {level}, frame {gfn:#x}"
-        boxes.append((level, Box(title, ((index, str(Hex(pte)), 'taken' if pte & tables.present else 'refused'),)), gfn))
+            pte, title = read_entry(vcpu.vm.memory, table + index * tables.size,
+                                    tables.size), f"level {level}, frame {gfn:#x}"
+        boxes.append((level, Box(title, ((index, str(Hex(pte)), 'taken' if pte & tables.present else 'refused'),)),
+                      gfn))
         if not pte & tables.present: return [*boxes, (level - 1, Box('nothing', kind='refused'), None)]
         if level == 1 or level < 4 and gfn is not None and pte & 0x80:
-            return [*boxes, (level - 1, Box(f"frame {pte >> PAGE_SHIFT & (1 << 36) - 1:#x}", kind='frame', note='a large page' if level > 1 else ''), None)]
+            return [*boxes, (level - 1, Box(f"frame {pte >> PAGE_SHIFT & (1 << 36) - 1:#x}", kind='frame',
+                                            note='a large page' if level > 1 else ''), None)]
         table, level = pte & SPTE_ADDRESS, level - 1
 
 def _shadow_boxes(vcpu, gva):
@@ -139,7 +149,8 @@ def draw_both(
     "The guest's tables down to an address, KVM's below them; a dashed line leads from a guest's table to its shadow."
     upper, lower = _guest_boxes(vcpu, gva), _shadow_boxes(vcpu, gva)
     top, boxes = max(upper[0][0], lower[0][0]), []
-    for level, box, _ in upper + lower: boxes.append(Box(box.title, box.rows, box.kind, box.note, box.lane, top - level))
+    for level, box, _ in upper + lower:
+        boxes.append(Box(box.title, box.rows, box.kind, box.note, box.lane, top - level))
     links = [(i, len(upper) + k, '') for i, (at, _, gfn) in enumerate(upper) for k, (level, _, of) in enumerate(lower)
              if gfn is not None and (at, gfn) == (level, of)]
     return Chain(boxes, caption or f"two ways to {gva:#x}", ("the guest's tables", "KVM's tables"), links)
@@ -149,7 +160,9 @@ def shadow_page_fault(
     vcpu: Vcpu,
     fault: Fault,
 ) -> str:                  # One of `RET_PF`, or an error for userspace
-    "The address must be walked. KVM: `FNAME(page_fault)` (mmu/paging_tmpl.h), `shadow_page_table_clear_flood` (mmu/mmu.c)."
+    """The address must be walked.
+
+    KVM: `FNAME(page_fault)` (mmu/paging_tmpl.h), `shadow_page_table_clear_flood` (mmu/mmu.c)."""
     vm, mmu = vcpu.vm, vcpu.mmu
     walked = walk_addr(vcpu, mmu, fault.addr, fault.error_code & ~RSVD)
     if walked.fault is not None:
@@ -171,7 +184,10 @@ def shadow_page_fault(
     return fetch(vcpu, fault, walked)
 
 def rewrite_for_wp0(vcpu: Vcpu, fault: Fault, walked: Walked):
-    "CR0.WP=0: the supervisor writes a read-only page. Hardware always runs with WP=1, so it gets a page only it may write. KVM: `FNAME(page_fault)` (mmu/paging_tmpl.h)."
+    """CR0.WP=0: the supervisor writes a read-only page.
+
+    Hardware always runs with WP=1, so it gets a page only it may write. KVM: `FNAME(page_fault)`
+    (mmu/paging_tmpl.h)."""
     role = vcpu.mmu.cpu_role
     if not fault.write or walked.pte_access & ACC_WRITE or role.base.cr0_wp or fault.user or not fault.has_slot: return
     walked.pte_access = (walked.pte_access | ACC_WRITE) & ~ACC_USER
@@ -184,7 +200,8 @@ def page_fault(
     vcpu: Vcpu,
     addr: int,             # CR2, or with TDP a guest-physical address
     error_code: int,
-) -> tuple:                # (what is to be done: 'RETRY', 'EMULATE', or an error for userspace: 'EFAULT', 'ENOSPC'; one of `RET_PF`, the error, or '' when no handler was asked)
+# ('RETRY', 'EMULATE' or userspace's 'EFAULT' or 'ENOSPC'; a `RET_PF`, the error, or '' if no handler was asked)
+) -> tuple:
     "The way into the MMU. KVM: `kvm_mmu_page_fault`, `kvm_mmu_do_page_fault` (mmu/mmu.c)."
     vm, mmu = vcpu.vm, vcpu.mmu
     kvm_bug_on(not mmu.root.valid, f"a page fault at {addr:#x}, and there is no root")
@@ -194,7 +211,8 @@ def page_fault(
     if result == 'EMULATE' and error_code & RSVD: return _done(vcpu, 'EMULATE', '')
     asked = result == 'INVALID'
     if asked:
-        fault = Fault(addr, error_code & 0xffff_ffff, is_tdp=mmu.fault == 'tdp', max_level=2 if mmu.fault == 'nonpaging' else 3)
+        fault = Fault(addr, error_code & 0xffff_ffff, is_tdp=mmu.fault == 'tdp',
+                      max_level=2 if mmu.fault == 'nonpaging' else 3)
         handler = direct_page_fault if direct else shadow_page_fault
         result = handler(vcpu, fault)
         vcpu.writes_own_table = fault.writes_own_table
@@ -233,7 +251,8 @@ def draw_change(
     vm, gpa, new = vcpu.vm, {4: 0x1000, 3: 0x2000, 2: 0x3010, 1: 0x4000}[level], {1: 0x10_1007}.get(level, 0)
     def note(who, what, answer=''):
         spte, pte = last_entry(vcpu, 0x40_0000)[2], read_entry(vm.memory, gpa, 8)
-        rows.append((len(rows) + 1, who, what, (f"{pte:#x}", f"host frame {spte_pfn(spte):#x}" if is_present(spte) else 'nothing', answer)))
+        rows.append((len(rows) + 1, who, what,
+                     (f"{pte:#x}", f"host frame {spte_pfn(spte):#x}" if is_present(spte) else 'nothing', answer)))
     def other(name):
         if name not in ('guest tables walked', 'faulted in'): return
         note('vCPU 0', {'guest tables walked': 'has walked the tables', 'faulted in': 'has the host frame'}[name])
@@ -243,7 +262,8 @@ def draw_change(
             note('vCPU 1', f"changes the entry of level {level}")
     vm.interleave = other
     for n in (1, 2): note('vCPU 0', f"is done with fault {n}", page_fault(vcpu, 0x40_0000, U)[1])
-    return Timeline((f"entry of level {level}", 'shadow', 'answer'), rows, f"another vCPU changes level {level} during a fault")
+    return Timeline((f"entry of level {level}", 'shadow', 'answer'), rows,
+                    f"another vCPU changes level {level} during a fault")
 
 # %% ../../nbs/mmu/21_shadow_fault.ipynb #01a9e10d
 def wp0_pair(
@@ -262,7 +282,8 @@ def draw_wp0(
     gva: int,
 ) -> Table:
     "The pair, right by right."
-    rows = [(who, f"{spte:#x}", *(int(bool(spte & bit)) for bit in (2, 4))) for who, spte in zip(('supervisor writes', 'user reads'), wp0_pair(vcpu, gva))]
+    rows = [(who, f"{spte:#x}", *(int(bool(spte & bit)) for bit in (2, 4)))
+            for who, spte in zip(('supervisor writes', 'user reads'), wp0_pair(vcpu, gva))]
     return Table(('after', 'entry', 'W', 'U'), rows, f"one page at {gva:#x}, CR0.WP=0")
 
 # %% ../../nbs/mmu/21_shadow_fault.ipynb #a8e62b71
@@ -279,4 +300,5 @@ def show_both(
     vcpu = example_pages(0x10_0000 | LEAVES[leaf], wp)
     _, answer = page_fault(vcpu, 0x40_0000, W * write | U * user)
     told = vcpu.injected and f"; the guest gets a #PF with code {vcpu.injected.error_code:#x}"
-    return draw_both(vcpu, 0x40_0000, f"{leaf}, {'user' if user else 'supervisor'} {'writes' if write else 'reads'}, WP={int(wp)}: {answer}{told or ''}")
+    return draw_both(vcpu, 0x40_0000, f"{leaf}, {'user' if user else 'supervisor'} {'writes' if write else 'reads'}, "
+                                      f"WP={int(wp)}: {answer}{told or ''}")

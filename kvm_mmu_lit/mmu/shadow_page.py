@@ -40,7 +40,8 @@ class ShadowPage:
     unsync_slots: set = field(default_factory=set)   # Which entries these are; their number is `unsync_children`
     write_flooding: int = 0    # Guest writes to its table since it was last walked
     sptes: dict = field(default_factory=dict)        # Slot -> entry; a slot that is not there holds 0
-    translation: dict = field(default_factory=dict)  # Slot -> frame << 12 | rights the guest's entry gave, when there is one
+    # Slot -> frame << 12 | rights the guest's entry gave, when there is one
+    translation: dict = field(default_factory=dict)
     parents: list = field(default_factory=list)      # Host addresses of the entries that lead here
     ptep: int = 0              # The one entry that leads here, when the TDP MMU owns the page
     nx_huge: bool = False      # It is there only because large pages may not be executed
@@ -61,7 +62,7 @@ class Moved(dict):
 
     def __init__(self, frames=()):
         super().__init__()
-        self.gfns, self.newest, self.within = {}, 0, set()     # `within`: (level, number) of large pages with such a frame
+        self.gfns, self.newest, self.within = {}, 0, set()  # `within`: (level, number) of large pages with such a frame
         for gfn, there in dict(frames).items(): self[gfn] = there
 
     def __setitem__(self, gfn: Gfn, there: tuple):
@@ -73,7 +74,9 @@ class Moved(dict):
 # %% ../../nbs/mmu/06_shadow_page.ipynb #b4e693ef
 @dataclass
 class Vm:
-    "A virtual machine: memory, vCPUs, and every table KVM built for it. KVM: `struct kvm`, `struct kvm_arch` (asm/kvm_host.h)."
+    """A virtual machine: memory, vCPUs, and every table KVM built for it.
+
+    KVM: `struct kvm`, `struct kvm_arch` (asm/kvm_host.h)."""
     host: Host
     memory: GuestMemory
     policy: object = None          # How roots are kept: a `RootPolicy`; None for what 6.1 does
@@ -85,12 +88,13 @@ class Vm:
     next_page: int = 1 << 20       # Host address of the next table
     masks: object = None           # `SpteMasks`: where the bits of its entries lie; None for the host's
     rmaps: dict = field(default_factory=dict)      # Level -> frame -> host addresses of the leaf entries that map it
-    tracked: dict = field(default_factory=dict)    # Frame -> tables above level 1 that shadow it: it may not be writable
+    tracked: dict = field(default_factory=dict)  # Frame -> tables above level 1 that shadow it: it may not be writable
     no_large: dict = field(default_factory=dict)   # (level, first frame) -> reasons not to map it with one large page
     n_used: int = 0                # Tables in use, roots that wait for their last reference among them
     n_max: 'int | None' = None     # Most there may be; None: no limit
     indirect: int = 0              # Tables that shadow a guest's
-    shadow_root_allocated: bool = False    # A guest's tables were shadowed once: beside the TDP MMU the slots got their lists then
+    # A guest's tables were shadowed once: beside the TDP MMU the slots got their lists then
+    shadow_root_allocated: bool = False
     slot_pfns: dict = field(default_factory=dict)  # First frame of a slot -> host frame behind it
     host_levels: dict = field(default_factory=dict)    # First frame of a slot -> largest page of the host's own mapping
     moved: Moved = field(default_factory=Moved)    # Frames whose page the host exchanged
@@ -253,7 +257,8 @@ def show_quadrants(
     path = quadrant_path(gva)
     pair = [slot for _, slot in shadow_slots(2, path.pde)]
     first, half = path.directory * 256, path.half * 512
-    halves = [(slot, f"PDE {path.pde}, {('lower', 'upper')[slot & 1]} half", 'taken' * (slot == path.pd_slot)) for slot in pair]
+    halves = [(slot, f"PDE {path.pde}, {('lower', 'upper')[slot & 1]} half", 'taken' * (slot == path.pd_slot))
+              for slot in pair]
     quarters = [(i, f"PDEs {256 * i}..{256 * i + 255}", 'taken' if i == path.directory else '') for i in range(4)]
     return Chain((
         Box('guest page directory', ((path.pde, 'PDE', 'taken'),), entries=1024),
@@ -261,7 +266,8 @@ def show_quadrants(
         Box('frame', kind='frame', note='the page of the guest'),
         Box('pae_root', quarters, 'shadow', lane=1, column=0, entries=4),
         Box(f'level 2, quadrant {path.directory}', halves, 'shadow', lane=1, entries=512),
-        Box(f'level 1, quadrant {path.half}', ((path.pt_slot, f'PTE {path.pte}', 'taken'),), 'shadow', lane=1, entries=512),
+        Box(f'level 1, quadrant {path.half}', ((path.pt_slot, f'PTE {path.pte}', 'taken'),), 'shadow', lane=1,
+            entries=512),
         Box('frame', kind='frame', note='the same page, in host memory', lane=1)),
         f"gva {Hex(number(gva))} of a 2-level guest", ('the guest', 'KVM'),
         ((0, 4, f"PDEs {first}..{first + 255}"), (1, 5, f"PTEs {half}..{half + 511}")))

@@ -32,7 +32,8 @@ from .vcpu import Outcome
 HOSTS = {   # name -> engine -> host
     'NPT': {'TDP MMU': svm_host(4), 'direct MMU': svm_host(4, tdp_mmu=False), 'shadow MMU': svm_host(4, npt=False)},
     'EPT': {'TDP MMU': vmx_host(4, 4), 'direct MMU': vmx_host(4, 4, tdp_mmu=False), 'shadow MMU': vmx_host(4, 0)},
-    'EPT without A/D': {'TDP MMU': vmx_host(4, 4, ad=False), 'direct MMU': vmx_host(4, 4, ad=False, tdp_mmu=False), 'shadow MMU': vmx_host(4, 0)}}
+    'EPT without A/D': {'TDP MMU': vmx_host(4, 4, ad=False), 'direct MMU': vmx_host(4, 4, ad=False, tdp_mmu=False),
+                        'shadow MMU': vmx_host(4, 0)}}
 ENGINES = tuple(HOSTS['NPT'])
 FIRST, SECOND, RAM_END = 0x1000, 0x2000, 0x100_0000        # The guest's two top tables; the end of its memory
 SMALL, READ_ONLY, DEVICE, NOTHING, LARGE = 0x40_0000, 0x41_0000, 0x41_1000, 0x41_2000, 0x80_0000
@@ -44,10 +45,13 @@ def side_machine(
     large: bool = False,   # Does the host back the guest with pages of 2 MiB?
 ) -> Machine:
     "The guest of this chapter on one engine."
-    if below not in HOSTS or engine not in ENGINES: raise ValueError(f"{engine!r} on {below!r}: one of {', '.join(ENGINES)} on one of {', '.join(HOSTS)}")
+    if below not in HOSTS or engine not in ENGINES:
+        raise ValueError(f"{engine!r} on {below!r}: one of {', '.join(ENGINES)} on one of {', '.join(HOSTS)}")
     memory, free = ram((0, RAM_END)), list(range(3, 16))
     for root in (FIRST, SECOND):
-        for page in range(16): map_page(memory, root, LONG4, SMALL + (page << PAGE_SHIFT), 0x10_0000 + (page << PAGE_SHIFT), free, 0x7, 0x7)
+        for page in range(16):
+            map_page(memory, root, LONG4, SMALL + (page << PAGE_SHIFT), 0x10_0000 + (page << PAGE_SHIFT), free, 0x7,
+                     0x7)
         map_page(memory, root, LONG4, READ_ONLY, 0x11_0000, free, 0x5, 0x7)
         map_page(memory, root, LONG4, DEVICE, 0xfee0_0000, free, 0x7, 0x7)
         map_page(memory, root, LONG4, LARGE, 0x40_0000, free, 0x7, 0x7, 2)
@@ -68,13 +72,16 @@ class Cost:
 
     def __add__(self, other): return Cost(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
 
-    def __str__(self): return ' '.join(f"{getattr(self, one.name)}{letter}" for one, letter in zip(fields(self), 'xterf') if getattr(self, one.name)) or '-'
+    def __str__(self):
+        return ' '.join(f"{getattr(self, one.name)}{letter}" for one, letter in zip(fields(self), 'xterf')
+                        if getattr(self, one.name)) or '-'
 
 def entries_now(machine: Machine) -> dict:
     "(Table, slot) -> entry of KVM's tables, without the bits the processor writes."
     masks = machine.vm.masks
     marks = masks.accessed | masks.dirty
-    return {(spt, index): spte & ~marks for spt, sp in machine.vm.pages.items() for index, spte in sp.sptes.items() if spte}
+    return {(spt, index): spte & ~marks for spt, sp in machine.vm.pages.items() for index, spte in sp.sptes.items()
+            if spte}
 
 def counted(
     machine: Machine,
@@ -89,7 +96,8 @@ def counted(
     after = entries_now(machine)
     changed = sum(before.get(at) != after.get(at) for at in before.keys() | after.keys())
     exits = seen.count('page_fault') + (event['do'] in ('set_cr3', 'invlpg') and not vm.host.has_tdp)
-    return answer, Cost(exits, len(set(vm.pages) - pages), changed, seen.count('kvm_mmu_paging_element'), vm.flushes - flushes)
+    return answer, Cost(exits, len(set(vm.pages) - pages), changed, seen.count('kvm_mmu_paging_element'),
+                        vm.flushes - flushes)
 
 def visible(event: dict, answer) -> str:
     "The part of an answer that the guest, or for its own events the host, can see."
@@ -103,19 +111,27 @@ def _guest(do, **more): return dict(do=do, vcpu=0, **more)
 def leaf_at(gva: int, root: int = FIRST) -> int:
     "Where the guest's last entry for one of its small pages is."
     memory, table = side_machine(ENGINES[0]).vm.memory, root
-    for level in (4, 3, 2): table = int.from_bytes(read_gpa(memory, table + 8 * (gva >> 3 + 9 * level & 511), 8), 'little') & SPTE_ADDRESS
+    for level in (4, 3, 2):
+        table = int.from_bytes(read_gpa(memory, table + 8 * (gva >> 3 + 9 * level & 511), 8), 'little') & SPTE_ADDRESS
     return table + 8 * (gva >> PAGE_SHIFT & 511)
 
 STORY = (
-    ('reads a page', _guest('read', at=SMALL, user=True)), ('writes it', _guest('write', at=SMALL, value=0x11, user=True)),
-    ('reads the next page', _guest('read', at=SMALL + 0x1000, user=True)), ('reads the large page', _guest('read', at=LARGE, user=True)),
-    ('reads a page of it further on', _guest('read', at=LARGE + 0x5000, user=True)), ('writes a read-only page', _guest('write', at=READ_ONLY, value=0x22, user=True)),
+    ('reads a page', _guest('read', at=SMALL, user=True)),
+    ('writes it', _guest('write', at=SMALL, value=0x11, user=True)),
+    ('reads the next page', _guest('read', at=SMALL + 0x1000, user=True)),
+    ('reads the large page', _guest('read', at=LARGE, user=True)),
+    ('reads a page of it further on', _guest('read', at=LARGE + 0x5000, user=True)),
+    ('writes a read-only page', _guest('write', at=READ_ONLY, value=0x22, user=True)),
     ('reads a device', _guest('read', at=DEVICE, user=True)), ('reads nothing', _guest('read', at=NOTHING, user=True)),
-    ('makes the page writable', _guest('write', at=leaf_at(READ_ONLY), value=0x11_0007)), ('INVLPG', _guest('invlpg', at=READ_ONLY)),
-    ('writes it again', _guest('write', at=READ_ONLY, value=0x33, user=True)), ('goes to its other address space', _guest('set_cr3', value=SECOND)),
-    ('reads the first page there', _guest('read', at=SMALL, user=True)), ('comes back', _guest('set_cr3', value=FIRST)), ('reads the first page', _guest('read', at=SMALL, user=True)),
+    ('makes the page writable', _guest('write', at=leaf_at(READ_ONLY), value=0x11_0007)),
+    ('INVLPG', _guest('invlpg', at=READ_ONLY)),
+    ('writes it again', _guest('write', at=READ_ONLY, value=0x33, user=True)),
+    ('goes to its other address space', _guest('set_cr3', value=SECOND)),
+    ('reads the first page there', _guest('read', at=SMALL, user=True)), ('comes back', _guest('set_cr3', value=FIRST)),
+    ('reads the first page', _guest('read', at=SMALL, user=True)),
     ('host swaps it out', dict(do='unmap', start=0x100, end=0x101)), ('reads it', _guest('read', at=SMALL, user=True)),
-    ('host merges it', dict(do='change_pte', gfn=0x100)), ('writes it', _guest('write', at=SMALL, value=0x44, user=True)))
+    ('host merges it', dict(do='change_pte', gfn=0x100)),
+    ('writes it', _guest('write', at=SMALL, value=0x44, user=True)))
 
 def play_side(
     engine: str,
@@ -140,9 +156,12 @@ def show_sides(
     rows = []
     for n, (what, _) in enumerate(events):
         seen = {played[engine][1][n] for engine in ENGINES}
-        rows.append((n + 1, what, seen.pop() if len(seen) == 1 else 'differs', *(str(played[engine][2][n]) for engine in ENGINES)))
+        rows.append((n + 1, what, seen.pop() if len(seen) == 1 else 'differs',
+                     *(str(played[engine][2][n]) for engine in ENGINES)))
     rows.append(('', 'together', '', *(str(sum(played[engine][2], Cost())) for engine in ENGINES)))
-    return Table(('', 'step', 'what can be seen', *ENGINES), rows, f"{below}{', large host pages' if large else ''}: x exits, t tables made, e entries, r reads of guest entries, f flushes")
+    return Table(('', 'step', 'what can be seen', *ENGINES), rows,
+                 f"{below}{', large host pages' if large else ''}: x exits, t tables made, e entries, r reads of guest "
+                 f"entries, f flushes")
 
 # %% ../../nbs/mmu/32_side_by_side.ipynb #f784d528
 def draw_built(
@@ -156,12 +175,15 @@ def draw_built(
         nodes.append(Node(engine, engine, 'neutral'))
         for sp in pages:
             leaves = sum(is_present(spte) and is_last(spte, sp.role.level) for spte in sp.sptes.values())
-            what = f"level {sp.role.level}" + (f", shadows {sp.gfn:#x}" if sp.has_gptes else f", from {sp.gfn:#x}") + (f"\n{leaves} {'leaf' if leaves == 1 else 'leaves'}" if leaves else '')
+            what = (f"level {sp.role.level}" + (f", shadows {sp.gfn:#x}" if sp.has_gptes else f", from {sp.gfn:#x}")
+                    + (f"\n{leaves} {'leaf' if leaves == 1 else 'leaves'}" if leaves else ''))
             nodes.append(Node(f"{engine} {sp.spt:#x}", what, 'shadow'))
-            if sp.role.level == machine.vm.vcpus[0].mmu.root_role.level: edges.append(Edge(engine, f"{engine} {sp.spt:#x}"))
+            if sp.role.level == machine.vm.vcpus[0].mmu.root_role.level:
+                edges.append(Edge(engine, f"{engine} {sp.spt:#x}"))
             for index, spte in sorted(sp.sptes.items()):
                 child = machine.vm.pages.get(spte & SPTE_ADDRESS)
-                if is_present(spte) and not is_last(spte, sp.role.level) and child is not None and child.sptes: edges.append(Edge(f"{engine} {sp.spt:#x}", f"{engine} {child.spt:#x}", str(index), 'shadow'))
+                if is_present(spte) and not is_last(spte, sp.role.level) and child is not None and child.sptes:
+                    edges.append(Edge(f"{engine} {sp.spt:#x}", f"{engine} {child.spt:#x}", str(index), 'shadow'))
     return Graph(nodes, edges, caption=caption)
 
 def show_engines(
@@ -171,7 +193,8 @@ def show_engines(
 ) -> Graph:
     "What the engines have after some steps."
     machines = {engine: play_side(engine, STORY[:steps], below, large)[0] for engine in ENGINES}
-    return draw_built(machines, f"{below}{', large host pages' if large else ''}, after step {steps}: {STORY[steps - 1][0]}")
+    return draw_built(machines,
+                      f"{below}{', large host pages' if large else ''}, after step {steps}: {STORY[steps - 1][0]}")
 
 # %% ../../nbs/mmu/32_side_by_side.ipynb #59b540aa
 def generated(
@@ -181,7 +204,8 @@ def generated(
     "A story from a seed."
     rng, events = random.Random(seed), []
     for _ in range(steps):
-        page = rng.choice([SMALL + (rng.randrange(16) << PAGE_SHIFT), READ_ONLY, DEVICE, NOTHING, LARGE + (rng.randrange(8) << PAGE_SHIFT)])
+        page = rng.choice([SMALL + (rng.randrange(16) << PAGE_SHIFT), READ_ONLY, DEVICE, NOTHING,
+                           LARGE + (rng.randrange(8) << PAGE_SHIFT)])
         do = rng.choice(('read', 'read', 'write', 'write', 'fetch', 'edit', 'cr3', 'unmap', 'merge', 'age'))
         if do in ('read', 'fetch'): events.append(_guest(do, at=page, user=rng.random() < 0.6))
         if do == 'write': events.append(_guest('write', at=page, value=rng.getrandbits(32), user=rng.random() < 0.6))
@@ -195,7 +219,8 @@ def generated(
 def _edits(rng, gva):
     "The guest gives a page other rights or another frame, in the first address space."
     entry = 0x10_0000 + (rng.randrange(16) << PAGE_SHIFT) | rng.choice((0x7, 0x5, 0x3, 0x0))
-    return [_guest('set_cr3', value=FIRST), _guest('write', at=leaf_at(gva), value=entry), _guest('invlpg', at=gva), _guest('set_cr3', value=FIRST)]
+    return [_guest('set_cr3', value=FIRST), _guest('write', at=leaf_at(gva), value=entry), _guest('invlpg', at=gva),
+            _guest('set_cr3', value=FIRST)]
 
 def seen_by_guest(events: tuple, seen: tuple) -> tuple:
     "Without what the host is told: whether a page was used lately."
@@ -203,12 +228,18 @@ def seen_by_guest(events: tuple, seen: tuple) -> tuple:
 
 # %% ../../nbs/mmu/32_side_by_side.ipynb #732506ea
 DIRTYING = (
-    ('reads a page', _guest('read', at=SMALL, user=True)), ('writes another', _guest('write', at=SMALL + 0x1000, value=1, user=True)),
-    ('writes the large page', _guest('write', at=LARGE + 0x3000, value=1, user=True)), ('migration begins', dict(do='start_dirty_log', slot=0)),
-    ('reads the page', _guest('read', at=SMALL, user=True)), ('writes the other', _guest('write', at=SMALL + 0x1000, value=2, user=True)),
-    ('writes far into the large page', _guest('write', at=LARGE + 0x7000, value=1, user=True)), ('migration asks', dict(do='get_dirty_log', slot=0)),
-    ('reads the other', _guest('read', at=SMALL + 0x1000, user=True)), ('migration asks', dict(do='get_dirty_log', slot=0)),
-    ('writes it', _guest('write', at=SMALL + 0x1000, value=3, user=True)), ('migration asks', dict(do='get_dirty_log', slot=0)))
+    ('reads a page', _guest('read', at=SMALL, user=True)),
+    ('writes another', _guest('write', at=SMALL + 0x1000, value=1, user=True)),
+    ('writes the large page', _guest('write', at=LARGE + 0x3000, value=1, user=True)),
+    ('migration begins', dict(do='start_dirty_log', slot=0)),
+    ('reads the page', _guest('read', at=SMALL, user=True)),
+    ('writes the other', _guest('write', at=SMALL + 0x1000, value=2, user=True)),
+    ('writes far into the large page', _guest('write', at=LARGE + 0x7000, value=1, user=True)),
+    ('migration asks', dict(do='get_dirty_log', slot=0)),
+    ('reads the other', _guest('read', at=SMALL + 0x1000, user=True)),
+    ('migration asks', dict(do='get_dirty_log', slot=0)),
+    ('writes it', _guest('write', at=SMALL + 0x1000, value=3, user=True)),
+    ('migration asks', dict(do='get_dirty_log', slot=0)))
 
 def show_dirty(
     below: str = 'NPT',        # A name in `HOSTS`
@@ -218,8 +249,10 @@ def show_dirty(
     played, rows = {engine: play_side(engine, DIRTYING, below, large) for engine in ENGINES}, []
     for n, (what, event) in enumerate(DIRTYING):
         asks = event['do'] == 'get_dirty_log'
-        rows.append((what, *((_frames(played[engine][1][n]) if asks else str(played[engine][2][n])) for engine in ENGINES)))
-    return Table(('step', *ENGINES), rows, f"{below}{', large host pages' if large else ''}: costs, and the frames in the log")
+        rows.append((what,
+                     *((_frames(played[engine][1][n]) if asks else str(played[engine][2][n])) for engine in ENGINES)))
+    return Table(('step', *ENGINES), rows,
+                 f"{below}{', large host pages' if large else ''}: costs, and the frames in the log")
 
 def _frames(text): return ' '.join(f"{frame:#x}" for frame in sorted(eval_frames(text))) or 'none'
 
@@ -249,4 +282,5 @@ def show_ages() -> Table:
         for engine in ENGINES:
             page, table = ages(engine, below), ages(engine, below, frame=leaf_at(SMALL) >> PAGE_SHIFT)
             rows.append((below, engine, *page[:3], str(page[3]), *table[:2]))
-    return Table(('below', 'engine', 'used', 'used again', 'not since', 'cost', 'its table used', 'again'), rows, 'was the page used, and the table that leads to it?')
+    return Table(('below', 'engine', 'used', 'used again', 'not since', 'cost', 'its table used', 'again'), rows,
+                 'was the page used, and the table that leads to it?')

@@ -87,7 +87,9 @@ def with_mmio(
     mask: int,         # Which bits are fixed; may hold bit 63, 51:12 and 2:0
     access: int,       # Rights an MMIO entry remembers
 ) -> SpteMasks:
-    "How MMIO is remembered; a mask that collides with generation or L1TF bits switches it off. KVM: `kvm_mmu_set_mmio_spte_mask` (mmu/spte.c)."
+    """How MMIO is remembered; a mask that collides with generation or L1TF bits switches it off.
+
+    KVM: `kvm_mmu_set_mmio_spte_mask` (mmu/spte.c)."""
     allowed = 1 << 63 | SPTE_ADDRESS | 7
     kvm_bug_on(mask & ~allowed, f"MMIO mask {mask:#x} has bits outside {allowed:#x}")
     moved = masks.nonpresent_or_rsvd << L1TF_LENGTH
@@ -102,7 +104,8 @@ def ept_masks(
 ) -> SpteMasks:
     "EPT: R, W, X and a memory type; misconfiguration 110 marks MMIO. KVM: `kvm_mmu_set_ept_masks` (mmu/spte.c)."
     masks = replace(base or base_masks(), present=0 if execonly else 1, user=1, x=4, nx=0,
-                    accessed=has_ad << 8, dirty=has_ad << 9, acc_track=7, memtype=0x78, host_writable=1 << 57, mmu_writable=1 << 58, is_ept=True)
+                    accessed=has_ad << 8, dirty=has_ad << 9, acc_track=7, memtype=0x78, host_writable=1 << 57,
+                    mmu_writable=1 << 58, is_ept=True)
     return with_mmio(masks, 6, 7, 0)
 
 def svm_adjust_mmio_mask(
@@ -192,26 +195,37 @@ def is_executable(masks: SpteMasks, spte: int) -> bool:
     return spte & (masks.x | masks.nx) == masks.x
 
 def has_volatile_bits(masks: SpteMasks, spte: int) -> bool:
-    "Hardware or a fast fault may change it at any time: it must be exchanged atomically. KVM: `spte_has_volatile_bits` (mmu/spte.c)."
+    """Hardware or a fast fault may change it at any time: it must be exchanged atomically.
+
+    KVM: `spte_has_volatile_bits` (mmu/spte.c)."""
     if not is_writable(spte) and is_mmu_writable(masks, spte) or is_access_track(masks, spte): return True
     if not ad_enabled(spte): return False
     return not spte & masks.accessed or is_writable(spte) and not spte & masks.dirty
 
 # %% ../../nbs/mmu/04_spte.ipynb #cb251be3
 _X86_FIELDS = (   # (high, low, name, kind, meaning)
-    (63, 63, 'NX', 'right', 'no execution'), (62, 54, '-', 'ignored', 'nobody reads it'), (53, 52, 'A/D', 'shadow', 'always 0 here'),
+    (63, 63, 'NX', 'right', 'no execution'), (62, 54, '-', 'ignored', 'nobody reads it'),
+    (53, 52, 'A/D', 'shadow', 'always 0 here'),
     (51, 12, 'pfn', 'frame', 'the host frame'), (11, 11, 'MMU_PRESENT', 'shadow', 'KVM: it maps something'),
-    (10, 10, 'MMU_WRITABLE', 'shadow', 'KVM may give W back'), (9, 9, 'HOST_WRITABLE', 'shadow', 'the host page may be written'),
-    (8, 8, '-', 'ignored', 'nobody reads it'), (7, 7, 'PS', 'status', 'a large page (at level 1: PAT)'), (6, 6, 'D', 'status', 'written'), (5, 5, 'A', 'status', 'accessed'),
-    (4, 4, 'PCD', 'status', 'not cached'), (3, 3, 'PWT', 'status', 'write-through'), (2, 2, 'U', 'right', 'user'), (1, 1, 'W', 'right', 'write'),
+    (10, 10, 'MMU_WRITABLE', 'shadow', 'KVM may give W back'),
+    (9, 9, 'HOST_WRITABLE', 'shadow', 'the host page may be written'),
+    (8, 8, '-', 'ignored', 'nobody reads it'), (7, 7, 'PS', 'status', 'a large page (at level 1: PAT)'),
+    (6, 6, 'D', 'status', 'written'), (5, 5, 'A', 'status', 'accessed'),
+    (4, 4, 'PCD', 'status', 'not cached'), (3, 3, 'PWT', 'status', 'write-through'), (2, 2, 'U', 'right', 'user'),
+    (1, 1, 'W', 'right', 'write'),
     (0, 0, 'P', 'right', 'present for the processor'))
 _EPT_FIELDS = (
     (63, 59, '-', 'ignored', 'nobody reads it'), (58, 58, 'MMU_WRITABLE', 'shadow', 'KVM may give W back'),
-    (57, 57, 'HOST_WRITABLE', 'shadow', 'the host page may be written'), (56, 56, 'saved X', 'shadow', 'X of a tracked entry'), (55, 55, '-', 'ignored', 'nobody reads it'),
-    (54, 54, 'saved R', 'shadow', 'R of a tracked entry'), (53, 52, 'A/D', 'shadow', '0 A and D in use, 1 not, 2 in use and W taken to log'),
-    (51, 12, 'pfn', 'frame', 'the host frame'), (11, 11, 'MMU_PRESENT', 'shadow', 'KVM: it maps something'), (10, 10, '-', 'ignored', 'nobody reads it'),
-    (9, 9, 'D', 'status', 'written'), (8, 8, 'A', 'status', 'accessed'), (7, 7, 'PS', 'status', 'a large page'), (6, 6, 'IPAT', 'status', "the guest's PAT is ignored"),
-    (5, 3, 'MT', 'status', 'memory type: 0 UC, 6 WB'), (2, 2, 'X', 'right', 'execute'), (1, 1, 'W', 'right', 'write'), (0, 0, 'R', 'right', 'read'))
+    (57, 57, 'HOST_WRITABLE', 'shadow', 'the host page may be written'),
+    (56, 56, 'saved X', 'shadow', 'X of a tracked entry'), (55, 55, '-', 'ignored', 'nobody reads it'),
+    (54, 54, 'saved R', 'shadow', 'R of a tracked entry'),
+    (53, 52, 'A/D', 'shadow', '0 A and D in use, 1 not, 2 in use and W taken to log'),
+    (51, 12, 'pfn', 'frame', 'the host frame'), (11, 11, 'MMU_PRESENT', 'shadow', 'KVM: it maps something'),
+    (10, 10, '-', 'ignored', 'nobody reads it'),
+    (9, 9, 'D', 'status', 'written'), (8, 8, 'A', 'status', 'accessed'), (7, 7, 'PS', 'status', 'a large page'),
+    (6, 6, 'IPAT', 'status', "the guest's PAT is ignored"),
+    (5, 3, 'MT', 'status', 'memory type: 0 UC, 6 WB'), (2, 2, 'X', 'right', 'execute'), (1, 1, 'W', 'right', 'write'),
+    (0, 0, 'R', 'right', 'read'))
 
 def spte_fields(
     masks: SpteMasks,
@@ -229,7 +243,8 @@ def _mmio_bit(masks, bit):
     if 3 <= bit <= 10: return 'gen 7:0', 'status', 'generation of the slots, low part'
     if 52 <= bit <= 62: return 'gen 18:8', 'status', 'generation of the slots, high part'
     if masks.nonpresent_or_rsvd >> bit & 1: return 'L1TF', 'reserved', 'all set: the address lies beyond memory'
-    if masks.nonpresent_or_rsvd << L1TF_LENGTH >> bit & 1: return 'moved gfn', 'frame', 'the address bits that made room'
+    if masks.nonpresent_or_rsvd << L1TF_LENGTH >> bit & 1:
+        return 'moved gfn', 'frame', 'the address bits that made room'
     if masks.lower_gfn >> bit & 1: return 'gfn', 'frame', "the guest's frame"
     return ('MMU_PRESENT', 'shadow', 'KVM: it maps something') if bit == 11 else ('-', 'ignored', 'nobody reads it')
 
@@ -253,7 +268,8 @@ def draw_spte(
     spte, masks = number(value), masks or (ept_masks() if ept else base_masks())
     if not 0 <= spte < 1 << 64: raise ValueError(f"entry {spte:#x}: an entry has 64 bits")
     rows = ((f.high, f.low, f.name, f.value(spte), f.kind, f.meaning) for f in spte_fields(masks, spte))
-    return BitStrip(f"{Hex(spte)}{', EPT' if masks.is_ept else ''}{', MMIO' if is_mmio(masks, spte) else ''}", 64, tuple(rows))
+    return BitStrip(f"{Hex(spte)}{', EPT' if masks.is_ept else ''}{', MMIO' if is_mmio(masks, spte) else ''}", 64,
+                    tuple(rows))
 
 # %% ../../nbs/mmu/04_spte.ipynb #e9c12ca3
 def check_writable(
@@ -274,7 +290,9 @@ def writable_state(
 
 # %% ../../nbs/mmu/04_spte.ipynb #54363888
 def mark_access_track(masks: SpteMasks, spte: int) -> int:
-    "Prepare to notice the next access: clear A, or put R and X aside and take every right. KVM: `mark_spte_for_access_track` (mmu/spte.c)."
+    """Prepare to notice the next access: clear A, or put R and X aside and take every right.
+
+    KVM: `mark_spte_for_access_track` (mmu/spte.c)."""
     if ad_enabled(spte): return spte & ~masks.accessed
     if is_access_track(masks, spte): return spte
     check_writable(masks, spte)

@@ -22,7 +22,8 @@ from .contexts import Vcpu, init_mmu, kvm_bug_on
 from .cpu_role import MODES, PageRole
 from .guest_tables import guest_tables, read_gpte
 from .make_spte import make_mmio_spte, make_spte, mmio_gfn
-from .rmap import (account_shadowed, drop_spte, host_frame, is_logged, mark_dirty, page_gfn, rmap_add, set_translation,
+from .rmap import (account_shadowed, drop_spte, host_frame, is_logged, mark_dirty, page_gfn, rmap_add,
+                                  set_translation,
                                   spte_clear, spte_update, write_protect_gfn)
 from .root_role import svm_host
 from .shadow_page import ShadowPage, Vm, add_shadow_page, is_obsolete_sp
@@ -54,7 +55,9 @@ def build_leaf(
     return spte, wrprot
 
 def account_page(vm: Vm, sp: ShadowPage):
-    "A table is in use: it counts, and the guest table it shadows is watched. KVM: `kvm_account_mmu_page`, `kvm_mmu_alloc_shadow_page` (mmu/mmu.c)."
+    """A table is in use: it counts, and the guest table it shadows is watched.
+
+    KVM: `kvm_account_mmu_page`, `kvm_mmu_alloc_shadow_page` (mmu/mmu.c)."""
     vm.n_used += 1
     if sp.has_gptes and not sp.role.invalid: account_shadowed(vm, sp)
 
@@ -85,7 +88,9 @@ def written_entries(
     sp: ShadowPage,
     gpa: int,          # Of a store into the table it shadows
 ) -> tuple:            # Slots, none when the store falls into another part
-    "Which slots a store concerns: two when a 4-byte entry maps as much as two of them. KVM: `get_written_sptes` (mmu/mmu.c)."
+    """Which slots a store concerns: two when a 4-byte entry maps as much as two of them.
+
+    KVM: `get_written_sptes` (mmu/mmu.c)."""
     at = gpa & 0xfff
     if not sp.role.has_4_byte_gpte: return at >> 3,
     quadrant, index = divmod(at // 4, 256 if sp.role.level == 2 else 512)
@@ -117,7 +122,9 @@ def pte_write(
     gpa: int,
     size: int,         # Bytes stored; the memory already holds them
 ):
-    "The guest stored into a frame, and KVM saw it. KVM: `kvm_mmu_pte_write`, `mmu_pte_write_fetch_gpte` (mmu/mmu.c), `kvm_page_track_write` (mmu/page_track.c)."
+    """The guest stored into a frame, and KVM saw it.
+
+    KVM: `kvm_mmu_pte_write`, `mmu_pte_write_fetch_gpte` (mmu/mmu.c), `kvm_page_track_write` (mmu/page_track.c)."""
     vm, zapped, flush = vcpu.vm, [], False
     if not vm.indirect: return
     if vcpu.is_pae and size == 4: gpa, size = gpa & ~7, 8
@@ -153,10 +160,13 @@ def sync_page(
     vcpu: Vcpu,
     sp: ShadowPage,
 ) -> int:              # -1: it cannot be done, zap it; 1: flush; 0: nothing to flush
-    "Hold every entry against the guest's. KVM: `FNAME(sync_page)` (mmu/paging_tmpl.h), `nonpaging_sync_page` (mmu/mmu.c)."
+    """Hold every entry against the guest's.
+
+    KVM: `FNAME(sync_page)` (mmu/paging_tmpl.h), `nonpaging_sync_page` (mmu/mmu.c)."""
     mmu, vm = vcpu.mmu, vcpu.vm
     if mmu.fault in ('nonpaging', 'tdp'): return -1
-    kvm_bug_on(sp.role.direct or (sp.role.word ^ mmu.root_role.word) & ~SYNC_IGNORES, f"{sp.role} is synced by an MMU of role {mmu.root_role}")
+    kvm_bug_on(sp.role.direct or (sp.role.word ^ mmu.root_role.word) & ~SYNC_IGNORES,
+               f"{sp.role} is synced by an MMU of role {mmu.root_role}")
     tables, flush = guest_tables(vcpu, mmu), False
     for index in sorted(sp.sptes):
         if not sp.sptes.get(index, 0): continue
@@ -181,7 +191,9 @@ def _sync_entry(vcpu, tables, sp, index, gpte):
     return spte_update(vm, sp, index, spte)
 
 def drop_invalid(vm: Vm, tables, sp: ShadowPage, index: int, gpte: int) -> bool:
-    "No leaf may be made of this guest entry: what was made of it goes. KVM: `FNAME(prefetch_invalid_gpte)` (mmu/paging_tmpl.h)."
+    """No leaf may be made of this guest entry: what was made of it goes.
+
+    KVM: `FNAME(prefetch_invalid_gpte)` (mmu/paging_tmpl.h)."""
     if not tables.is_invalid(gpte): return False
     drop_spte(vm, sp, index)
     return True
@@ -197,7 +209,9 @@ def sync_children(
     vcpu: Vcpu,
     parent: ShadowPage,
 ):
-    "Write-protect every stale table below, then bring it up to date. KVM: `mmu_sync_children`, `kvm_vcpu_write_protect_gfn` (mmu/mmu.c)."
+    """Write-protect every stale table below, then bring it up to date.
+
+    KVM: `mmu_sync_children`, `kvm_vcpu_write_protect_gfn` (mmu/mmu.c)."""
     vm, zapped, flush = vcpu.vm, [], False
     vcpu.did('sync_children', sp=parent.spt, gfn=parent.gfn, role=parent.role.word)
     while found := unsync_walk(vm, parent):
@@ -240,7 +254,9 @@ def get_shadow_page(
     gfn: int,
     role: PageRole,
 ) -> ShadowPage:
-    "Find a table or make it. KVM: `__kvm_mmu_get_shadow_page`, `kvm_mmu_get_shadow_page`, `kvm_mmu_alloc_shadow_page` (mmu/mmu.c)."
+    """Find a table or make it.
+
+    KVM: `__kvm_mmu_get_shadow_page`, `kvm_mmu_get_shadow_page`, `kvm_mmu_alloc_shadow_page` (mmu/mmu.c)."""
     vm, sp = vcpu.vm, find_shadow_page(vcpu, gfn, role)
     created = sp is None
     if created:
@@ -266,7 +282,8 @@ def draw_life(
     return Timeline(('table', f'slot {index}'), rows)
 
 # %% ../../nbs/mmu/13_sync.ipynb #dab5e21b
-EDITS = {'read-only': 0x40_065, 'another frame': 0x41_067, 'nothing': 0, 'the same again': 0x40_067, 'not used yet': 0x40_047}
+EDITS = {'read-only': 0x40_065, 'another frame': 0x41_067, 'nothing': 0, 'the same again': 0x40_067,
+         'not used yet': 0x40_047}
 
 def show_edit(
     edit: str = 'read-only',   # Of `EDITS`: what becomes of the guest's entry
@@ -279,7 +296,8 @@ def show_edit(
     def note(who, what):
         gpte, spte = read_gpte(vm, sp, 3), sp.sptes.get(3, 0)
         shadow = f"frame {page_gfn(sp, 3):#x}{', W' if spte & SPTE_WRITABLE else ''}" if spte else 'empty'
-        rows.append((len(rows) + 1, who, what, (f"{gpte:#x}", 'out of sync' if sp.unsync else 'in sync', shadow, vm.flushes)))
+        rows.append((len(rows) + 1, who, what,
+                     (f"{gpte:#x}", 'out of sync' if sp.unsync else 'in sync', shadow, vm.flushes)))
     note('KVM', 'has shadowed the table')
     if not seen:
         try_to_unsync(vm, 0x11, True, False)
@@ -290,7 +308,8 @@ def show_edit(
         pte_write(vcpu, 0x11_018, 8)
         note('KVM', 'empties the slot')
     else: _flush_and_sync(vcpu, sp, note)
-    return Timeline(("guest's entry", 'table', 'shadow entry', 'flushes'), rows, f"slot 3 becomes {edit}, {'seen' if seen else 'unseen'}")
+    return Timeline(("guest's entry", 'table', 'shadow entry', 'flushes'), rows,
+                    f"slot 3 becomes {edit}, {'seen' if seen else 'unseen'}")
 
 def _flush_and_sync(vcpu, sp, note):
     "What `sync_children` does for one table, step by step."

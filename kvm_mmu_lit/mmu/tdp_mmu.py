@@ -24,7 +24,8 @@ from .contexts import kvm_bug_on
 from .cpu_role import PageRole
 from .make_spte import make_nonleaf_spte
 from .shadow_page import ShadowPage, Vm, add_shadow_page, request_all
-from .spte import (REMOVED_SPTE, SPTE_ADDRESS, check_writable, is_accessed, is_dirty, is_large, is_last, is_mmio,
+from .spte import (REMOVED_SPTE, SPTE_ADDRESS, check_writable, is_accessed, is_dirty, is_large, is_last,
+                                  is_mmio,
                                   is_present, is_writable, spte_pfn)
 
 # %% ../../nbs/mmu/07_tdp_mmu.ipynb #613a35bd
@@ -169,7 +170,9 @@ def tdp_iterate(
     end: int,              # Frame after the last
     min_level: int = 1,    # Lowest level to look at
 ):
-    "Each entry over [start, end), in preorder: one `TdpIter` that moves. KVM: `for_each_tdp_pte_min_level` (mmu/tdp_iter.h)."
+    """Each entry over [start, end), in preorder: one `TdpIter` that moves.
+
+    KVM: `for_each_tdp_pte_min_level` (mmu/tdp_iter.h)."""
     it = TdpIter(vm, root, min_level, start)
     while it.valid and it.gfn < end:
         yield it
@@ -185,7 +188,9 @@ def tdp_leaf(
     root: ShadowPage,
     gfn: int,
 ) -> tuple:                # (table, slot, entry, level): the last on the way, present or not
-    "Where the walk for one frame ends. KVM: `kvm_tdp_mmu_get_walk`, `kvm_tdp_mmu_fast_pf_get_last_sptep` (mmu/tdp_mmu.c)."
+    """Where the walk for one frame ends.
+
+    KVM: `kvm_tdp_mmu_get_walk`, `kvm_tdp_mmu_fast_pf_get_last_sptep` (mmu/tdp_mmu.c)."""
     for it in tdp_iterate(vm, root, gfn, gfn + 1): found = it.sp, it.index, it.old_spte, it.level
     return found
 
@@ -216,7 +221,8 @@ def handle_changed_spte(
     if was_leaf and is_dirty(masks, old) and (not now or not is_dirty(masks, new) or moved):
         vm.did('kvm_set_pfn_dirty', pfn=spte_pfn(old))
     if not was or was_leaf: return
-    kvm_bug_on(now and not is_leaf and moved, f"the table at frame {gfn:#x} gives way to another one, and was never cut off")
+    kvm_bug_on(now and not is_leaf and moved,
+               f"the table at frame {gfn:#x} gives way to another one, and was never cut off")
     if is_leaf or not now: _remove_table(vm, child_of(vm, old, level), shared)
 
 def _account_accessed(vm, level, old, new):
@@ -234,7 +240,9 @@ def _account_dirty(vm, level, gfn, old, new):
 
 # %% ../../nbs/mmu/07_tdp_mmu.ipynb #22b4e244
 def _remove_table(vm, sp, shared):
-    "A table nothing leads to any more, and all below it. KVM: `handle_removed_pt`, `tdp_mmu_unlink_sp` (mmu/tdp_mmu.c)."
+    """A table nothing leads to any more, and all below it.
+
+    KVM: `handle_removed_pt`, `tdp_mmu_unlink_sp` (mmu/tdp_mmu.c)."""
     vm.did('kvm_mmu_prepare_zap_page', sp=sp)
     del vm.pages[sp.spt]
     for index in range(512):
@@ -274,8 +282,11 @@ def tdp_set_spte_atomic(
     old: int,              # What the caller saw
     new: int,
 ) -> bool:                 # False: somebody was faster, nothing changed
-    "Change an entry if it is still what it was. KVM: `tdp_mmu_set_spte_atomic` (mmu/tdp_mmu.c), `is_removed_spte` (mmu/spte.h)."
-    kvm_bug_on(old == REMOVED_SPTE, f"slot {index} of {sp.spt:#x} is being taken away by another vCPU, which must finish it")
+    """Change an entry if it is still what it was.
+
+    KVM: `tdp_mmu_set_spte_atomic` (mmu/tdp_mmu.c), `is_removed_spte` (mmu/spte.h)."""
+    kvm_bug_on(old == REMOVED_SPTE,
+               f"slot {index} of {sp.spt:#x} is being taken away by another vCPU, which must finish it")
     vm.point('tdp exchange')
     if sp.sptes.get(index, 0) != old: return False
     _write(sp, index, new)

@@ -26,10 +26,13 @@ from .cpu_role import PageRole
 from .make_spte import changed_pfn_spte, make_spte, split_spte
 from .root_role import svm_host
 from .shadow_page import ShadowPage, Vm
-from .spte import (REMOVED_SPTE, SPTE_ADDRESS, SPTE_WRITABLE, ad_enabled, ad_need_write_protect, is_accessed, is_large,
+from .spte import (REMOVED_SPTE, SPTE_ADDRESS, SPTE_WRITABLE, ad_enabled, ad_need_write_protect,
+                                  is_accessed, is_large,
                                   is_last, is_present, is_writable, mark_access_track, spte_pfn)
-from .tdp_mmu import (MAX_GFN, child_of, pages_of, tdp_free_root, tdp_get_root, tdp_init_child, tdp_iterate, tdp_leaf,
-                                     tdp_leaves, tdp_link, tdp_map, tdp_roots, tdp_set_spte, tdp_set_spte_atomic, tdp_zap_spte_atomic)
+from .tdp_mmu import (MAX_GFN, child_of, pages_of, tdp_free_root, tdp_get_root, tdp_init_child,
+                                     tdp_iterate, tdp_leaf,
+                                     tdp_leaves, tdp_link, tdp_map, tdp_roots, tdp_set_spte, tdp_set_spte_atomic,
+                                     tdp_zap_spte_atomic)
 
 # %% ../../nbs/mmu/08_tdp_ranges.ipynb #10ddb3fb
 def tdp_split_huge_pages(
@@ -64,7 +67,9 @@ def max_mapping_level(
     while level > 1:
         first, size = gfn & -pages_of(level), pages_of(level)
         moved = (level, gfn // size) in vm.moved.within        # Then the host maps small pages here
-        if (level, gfn // size) not in vm.no_large and not moved and slot.base_gfn <= first and first + size <= slot.end_gfn: break
+        if ((level, gfn // size) not in vm.no_large and not moved and slot.base_gfn <= first
+                and first + size <= slot.end_gfn):
+            break
         level -= 1
     return level
 
@@ -77,7 +82,8 @@ def tdp_zap_collapsible(
     for root in tdp_roots(vm, valid_only=True):
         for it in tdp_iterate(vm, root, start, end, 2):
             while child_of(vm, it.old_spte, it.level) and it.level <= 3 and start <= it.gfn < end:
-                if max_mapping_level(vm, it.gfn) < it.level or tdp_zap_spte_atomic(vm, it.sp, it.index, it.old_spte): break
+                if max_mapping_level(vm, it.gfn) < it.level or tdp_zap_spte_atomic(vm, it.sp, it.index, it.old_spte):
+                    break
                 it.reread()
 
 # %% ../../nbs/mmu/08_tdp_ranges.ipynb #cb85aae2
@@ -88,7 +94,9 @@ def disallowed_hugepage_adjust(
     gfn: int,
     pfn: int,          # Of the large page
 ) -> tuple:            # (pfn, goal)
-    "Where a table stands already, map no large page, go one level lower. KVM: `disallowed_hugepage_adjust` (mmu/mmu.c)."
+    """Where a table stands already, map no large page, go one level lower.
+
+    KVM: `disallowed_hugepage_adjust` (mmu/mmu.c)."""
     if level == 1 or level != goal or not is_present(spte) or is_large(spte): return pfn, goal
     return pfn | gfn & pages_of(level) - pages_of(level - 1), goal - 1
 
@@ -123,7 +131,9 @@ def tdp_zap_root(
     root: ShadowPage,
     shared: bool = True,
 ):
-    "Empty a root, in two passes: no step may be too long. KVM: `tdp_mmu_zap_root`, `__tdp_mmu_zap_root` (mmu/tdp_mmu.c)."
+    """Empty a root, in two passes: no step may be too long.
+
+    KVM: `tdp_mmu_zap_root`, `__tdp_mmu_zap_root` (mmu/tdp_mmu.c)."""
     for zap_level in (3, root.role.level):
         for it in tdp_iterate(vm, root, 0, MAX_GFN, zap_level):
             while is_present(it.old_spte) and it.level <= zap_level and not _zap_entry(vm, it, shared): it.reread()

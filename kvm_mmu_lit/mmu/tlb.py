@@ -20,7 +20,8 @@ from ..draw.timeline import Timeline
 from ..guest.addresses import PAGE_SHIFT
 from ..guest.registers import Cr0, Efer, Rflags
 from .contexts import Did, Vcpu
-from .hardware import FETCH, PG, SMAP, SMEP, USER, WRITE, Reached, one_page_guest, shadow_access, tdp_access
+from .hardware import (FETCH, PG, SMAP, SMEP, USER, WRITE, Reached, one_page_guest, shadow_access,
+                                      tdp_access)
 from .reload import enter_guest
 from .rmap import rmap_entries, zap_rmap
 from .root_role import svm_host
@@ -33,7 +34,8 @@ class Tlb:
     "What one vCPU's processor remembers: (root, guest's CR3, page) -> what each kind of access reached."
     entries: dict = field(default_factory=dict)
     limit: int = 4096          # Then the oldest is forgotten
-    where: dict = field(default_factory=dict, compare=False, repr=False)     # A root, or a page of some size -> keys of its entries
+    # A root, or a page of some size -> keys of its entries
+    where: dict = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self):
         for key, (level, _) in self.entries.items(): self._note(key, level)
@@ -46,13 +48,16 @@ class Tlb:
         if did.what == 'flush_gva': self.forget(did['gva'])
         elif did.what == 'flush_current': self._drop(('root', vcpu.mmu.root.hpa))
         elif did.what == 'flush_l2':
-            for name in [name for name in self.where if name[0] == 'root' and _is_of_l2(vcpu, name[1])]: self._drop(name)
+            for name in [name for name in self.where if name[0] == 'root' and _is_of_l2(vcpu, name[1])]:
+                self._drop(name)
         elif did.what in ('flush_guest', 'flush_all'):
             self.entries.clear()
             self.where.clear()
 
     def forget(self, gva: int):
-        "One address, and the large page around it. KVM: `vmx_flush_tlb_gva` (vmx/vmx.c), `svm_flush_tlb_gva` (svm/svm.c)."
+        """One address, and the large page around it.
+
+        KVM: `vmx_flush_tlb_gva` (vmx/vmx.c), `svm_flush_tlb_gva` (svm/svm.c)."""
         for level in range(1, 6): self._drop((level, gva >> PAGE_SHIFT + 9 * (level - 1)))
 
     def remember(self, key: tuple, level: int) -> dict:
@@ -77,7 +82,8 @@ class Tlb:
 
 def _is_of_l2(vcpu, root):
     sp = vcpu.vm.pages.get(root) if vcpu.vm is not None else None
-    return sp is not None and bool(sp.role.guest_mode) or any(one.hpa == root for one in (vcpu.guest_mmu.root, *vcpu.guest_mmu.prev_roots))
+    return (sp is not None and bool(sp.role.guest_mode)
+            or any(one.hpa == root for one in (vcpu.guest_mmu.root, *vcpu.guest_mmu.prev_roots)))
 
 def _names(key, level): return ('root', key[0]), (level, key[2] >> 9 * (level - 1))
 
@@ -121,7 +127,8 @@ def draw_tlb(
     "What a processor remembers, a line for each page and kind of access."
     rows = [(Hex(root), Hex(cr3), Hex(page << PAGE_SHIFT), level, _kind_text(kind[0]), Hex(hpa))
             for (root, cr3, page), (level, kinds) in vcpu.tlb.entries.items() for kind, hpa in kinds.items()]
-    return Table(("KVM's root", "guest's CR3", 'page', 'level', 'access', 'leads to'), rows, caption or f"{len(vcpu.tlb.entries)} pages remembered")
+    return Table(("KVM's root", "guest's CR3", 'page', 'level', 'access', 'leads to'), rows,
+                 caption or f"{len(vcpu.tlb.entries)} pages remembered")
 
 def _kind_text(access):
     what = 'fetch' if access & FETCH else 'write' if access & WRITE else 'read'
@@ -131,7 +138,8 @@ def _kind_text(access):
 def show_stale_frame(
     flush: bool = True,        # KVM asks every vCPU for a flush
 ) -> Timeline:
-    "A frame is taken from a guest that has just used it: what the tables say, what the processor remembers, what a read reaches."
+    """A frame is taken from a guest that has just used it: what the tables say, what the processor remembers, what a
+    read reaches."""
     vcpu, rows = one_page_guest(svm_host(4, npt=False), bits=0x67), []
     vm, vcpu.tlb = vcpu.vm, Tlb()
     def note(who, what):
@@ -175,4 +183,5 @@ def draw_order(
     why: dict,             # Name -> what it does
 ) -> Table:
     "The requests in the order they are served, with what each is for."
-    return Table(('', 'KVM_REQ_', 'what it does'), [(i, name, why[name]) for i, name in enumerate(requests, 1)], 'before the guest runs')
+    return Table(('', 'KVM_REQ_', 'what it does'), [(i, name, why[name]) for i, name in enumerate(requests, 1)],
+                 'before the guest runs')

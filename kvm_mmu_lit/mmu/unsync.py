@@ -37,7 +37,9 @@ def mark_parents_unsync(
     vm: Vm,
     sp: ShadowPage,
 ):
-    "Mark every entry that leads here, and what leads there. KVM: `kvm_mmu_mark_parents_unsync`, `mark_unsync` (mmu/mmu.c)."
+    """Mark every entry that leads here, and what leads there.
+
+    KVM: `kvm_mmu_mark_parents_unsync`, `mark_unsync` (mmu/mmu.c)."""
     for sptep in sp.parents:
         parent, index = entry_at(vm, sptep)
         if index in parent.unsync_slots: continue
@@ -59,7 +61,8 @@ def linked_tables(
     "A machine whose tables are linked like this; table n shadows frame 0x10 + n."
     vm, levels = Vm(svm_host(4, npt=False), ram((0, 4 * MiB))), {0: level}
     for upper, _, lower in links: levels[lower] = levels[upper] - 1
-    sps = {n: add_shadow_page(vm, ShadowPage(0x10 + n, PageRole(level=at, access=7), vm.alloc_page())) for n, at in levels.items()}
+    sps = {n: add_shadow_page(vm, ShadowPage(0x10 + n, PageRole(level=at, access=7), vm.alloc_page()))
+           for n, at in levels.items()}
     for upper, slot, lower in links:
         sps[upper].sptes[slot] = make_nonleaf_spte(vm.masks, sps[lower].spt)
         sps[lower].parents.append(sptep_of(sps[upper], slot))
@@ -71,10 +74,13 @@ def draw_marks(
     caption: str = '',
 ) -> Graph:
     "Tables and the entries between them; what is stale, and every mark that leads there, is red."
-    nodes = [(f'{sp.spt:x}', f"level {sp.role.level}, frame {sp.gfn:#x}" + (f"\n{sp.unsync_children} marked" if sp.unsync_children else '\nunsync' if sp.unsync else ''),
+    nodes = [(f'{sp.spt:x}', f"level {sp.role.level}, frame {sp.gfn:#x}"
+              + (f"\n{sp.unsync_children} marked" if sp.unsync_children else '\nunsync' if sp.unsync else ''),
               'refused' if sp.unsync or sp.unsync_children else 'shadow') for sp in vm.pages.values()]
-    edges = [(f'{sp.spt:x}', f'{spte & SPTE_ADDRESS:x}', f"slot {index}", 'refused' if index in sp.unsync_slots else 'neutral')
-             for sp in vm.pages.values() for index, spte in sorted(sp.sptes.items()) if is_present(spte) and sp.role.level > 1]
+    edges = [(f'{sp.spt:x}', f'{spte & SPTE_ADDRESS:x}', f"slot {index}",
+              'refused' if index in sp.unsync_slots else 'neutral')
+             for sp in vm.pages.values() for index, spte in sorted(sp.sptes.items()) if is_present(spte)
+             and sp.role.level > 1]
     return Graph(nodes, edges, caption=caption)
 
 # %% ../../nbs/mmu/10_unsync.ipynb #0448b5ae
@@ -84,7 +90,9 @@ def try_to_unsync(
     can_unsync: bool,      # A fault may let go of tables, a sync may not
     prefetch: bool,        # Nobody asked for this mapping
 ) -> bool:                 # True: the frame must stay write-protected
-    "A mapping of this frame is about to be writable: let go of the tables it holds, or refuse. KVM: `mmu_try_to_unsync_pages`, `kvm_unsync_page` (mmu/mmu.c)."
+    """A mapping of this frame is about to be writable: let go of the tables it holds, or refuse.
+
+    KVM: `mmu_try_to_unsync_pages`, `kvm_unsync_page` (mmu/mmu.c)."""
     if is_tracked(vm, gfn): return True
     for sp in shadow_pages_of(vm, gfn):
         if not can_unsync: return True
@@ -106,7 +114,8 @@ def unsync_walk(
 ) -> list:             # Of (table, path): path is the (table, slot) pairs from `sp` down to it
     """Follow the marks to the stale tables; marks that lead nowhere are taken away.
 
-    KVM: `mmu_unsync_walk`, `__mmu_unsync_walk`, `mmu_pages_add`, and the iterators `mmu_pages_first`, `mmu_pages_next` (mmu/mmu.c)."""
+    KVM: `mmu_unsync_walk`, `__mmu_unsync_walk`, `mmu_pages_add`, and the iterators `mmu_pages_first`,
+    `mmu_pages_next` (mmu/mmu.c)."""
     found, seen = [], set()
     def down(table, path):
         leaves = 0
@@ -138,7 +147,9 @@ def unlink_unsync(
     sp.unsync = False
 
 def clear_parents(path: list):
-    "Take the marks away that led to a table, as far up as nothing else needs them. KVM: `mmu_pages_clear_parents` (mmu/mmu.c)."
+    """Take the marks away that led to a table, as far up as nothing else needs them.
+
+    KVM: `mmu_pages_clear_parents` (mmu/mmu.c)."""
     for table, index in reversed(path):
         clear_unsync_child(table, index)
         if table.unsync_children: return

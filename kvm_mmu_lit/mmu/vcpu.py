@@ -34,7 +34,7 @@ from .tlb import processor_access
 @dataclass(frozen=True)
 class Outcome:
     "How an access ended."
-    what: str              # 'done', 'fault', 'mmio', 'exit to L1', 'dead' or, where `KVM_RUN` fails, 'EFAULT' or 'ENOSPC'
+    what: str  # 'done', 'fault', 'mmio', 'exit to L1', 'dead' or, where `KVM_RUN` fails, 'EFAULT' or 'ENOSPC'
     gpa: int = 0           # In the memory slots' space, when it is 'done' or 'mmio'
     value: int = 0         # What was read
     fault: 'Injected | None' = None
@@ -73,7 +73,8 @@ def _touch(vcpu, found, kind, value, size, exits):
 
 def _told_by_processor(vcpu, found):
     fault = found.fault
-    if vcpu.tlb is not None and hasattr(fault, 'gva'): vcpu.tlb.forget(fault.gva)      # A page fault makes the processor forget its address
+    # A page fault makes the processor forget its address
+    if vcpu.tlb is not None and hasattr(fault, 'gva'): vcpu.tlb.forget(fault.gva)
     code = int(getattr(fault, 'error_code', 0))
     return Injected('guest', '#PF' if hasattr(fault, 'error_code') else '#GP', getattr(fault, 'gva', 0), code)
 
@@ -92,7 +93,8 @@ def handle_exit(
     vcpu.injected, vcpu.npf_info = None, found.error_code if vcpu.host.has_tdp else None
     what, _ = page_fault(vcpu, found.addr, found.error_code)
     if what in ('EFAULT', 'ENOSPC'): return what,
-    ended = _injected(vcpu) if vcpu.injected is not None else emulate(vcpu, gva, kind, value, size) if what == 'EMULATE' else ()
+    ended = (_injected(vcpu) if vcpu.injected is not None else emulate(vcpu, gva, kind, value, size)
+             if what == 'EMULATE' else ())
     vcpu.npf_info = None
     return ended
 
@@ -143,8 +145,10 @@ def store(vcpu: Vcpu, gpa: int, data: bytes):
     pte_write(vcpu, gpa, len(data))
 
 # %% ../../nbs/mmu/27_vcpu.ipynb #17bc2cc9
-_PLAIN = {'load': 'has no root, builds one', 'sync_roots': 'syncs below the root', 'load_mmu_pgd': 'hands over the root',
-          'flush_current': "flushes the root's", 'flush_all': 'flushes everything', 'flush_guest': "flushes the guest's",
+_PLAIN = {'load': 'has no root, builds one', 'sync_roots': 'syncs below the root',
+          'load_mmu_pgd': 'hands over the root',
+          'flush_current': "flushes the root's", 'flush_all': 'flushes everything',
+          'flush_guest': "flushes the guest's",
           'flush_gva': 'flushes one address'}
 
 def draw_loop(
@@ -158,13 +162,16 @@ def draw_loop(
     rows, vm, watch, interleave = [], vcpu.vm, vcpu.watch, vcpu.vm.interleave
     def row(who, what):
         left = ' '.join(name for name in REQUESTS if name in vcpu.requests)
-        rows.append(Event(len(rows) + 1, who, what, (left or '-', str(sum(not sp.role.invalid for sp in vm.pages.values())))))
+        rows.append(Event(len(rows) + 1, who, what,
+                          (left or '-', str(sum(not sp.role.invalid for sp in vm.pages.values())))))
     def see(did):
         facts = dict(did.facts)
         if did.what in _PLAIN: row('KVM', _PLAIN[did.what])
         elif did.what == 'page_fault': row('processor', f"exits: {facts['addr']:#_x}, code {facts['err']:#x}")
-        elif did.what == 'pf_ret': row('KVM', f"mends: {facts['ret']}" if facts['ret'] == 'FIXED' else f"says {facts['ret']}")
-        elif did.what == 'inject': row('KVM', f"tells of a {facts['kind']}: {facts['addr']:#_x}, code {facts['code']:#x}")
+        elif did.what == 'pf_ret':
+            row('KVM', f"mends: {facts['ret']}" if facts['ret'] == 'FIXED' else f"says {facts['ret']}")
+        elif did.what == 'inject':
+            row('KVM', f"tells of a {facts['kind']}: {facts['addr']:#_x}, code {facts['code']:#x}")
         if watch: watch(did)
     def at(name):
         if name == 'in guest': row('KVM', 'enters the guest')
@@ -174,7 +181,8 @@ def draw_loop(
     vcpu.watch, vm.interleave = see, at
     try: ended = access(vcpu, gva, kind, **more)
     finally: vcpu.watch, vm.interleave = watch, interleave
-    row('guest', ended.what + (', by KVM' if ended.emulated else '') + f": {ended.exits} exit{'s' * (ended.exits != 1)}")
+    row('guest',
+        ended.what + (', by KVM' if ended.emulated else '') + f": {ended.exits} exit{'s' * (ended.exits != 1)}")
     return Timeline(('requests left', "KVM's tables"), rows, caption)
 
 # %% ../../nbs/mmu/27_vcpu.ipynb #cce8b577

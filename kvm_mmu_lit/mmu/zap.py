@@ -20,12 +20,14 @@ from ..draw.graph import Graph
 from ..draw.timeline import Timeline
 from .contexts import Vcpu, kvm_bug_on
 from .make_spte import make_spte
-from .rmap import account_shadowed, drop_spte, entry_at, host_frame, rmap_add, spte_clear, spte_set, sptep_of, unaccount_shadowed
+from .rmap import (account_shadowed, drop_spte, entry_at, host_frame, rmap_add, spte_clear, spte_set,
+                                  sptep_of, unaccount_shadowed)
 from .shadow_page import ShadowPage, Vm, add_shadow_page, is_obsolete_sp, request_all
 from .spte import SPTE_ADDRESS, is_last, is_mmio, is_present
 from .tdp_mmu import remote_flush
 from .tdp_ranges import tdp_invalidate_all_roots, tdp_zap_invalidated_roots
-from .unsync import clear_parents, linked_tables, mark_parents_unsync, shadow_pages_of, unlink_unsync, unsync_walk
+from .unsync import (clear_parents, linked_tables, mark_parents_unsync, shadow_pages_of, unlink_unsync,
+                                    unsync_walk)
 
 # %% ../../nbs/mmu/11_zap.ipynb #4ea03659
 def example_tables(
@@ -53,7 +55,8 @@ def draw_links(
     caption: str = '',
 ) -> Graph:
     "Every table, what leads where, and what the leaves map."
-    nodes, edges = [(f'{sp.spt:x}', _table_label(sp), 'refused' if sp.role.invalid else 'shadow') for sp in vm.pages.values()], []
+    nodes, edges = [(f'{sp.spt:x}', _table_label(sp), 'refused' if sp.role.invalid else 'shadow')
+                    for sp in vm.pages.values()], []
     for sp in vm.pages.values():
         for index, spte in sorted(sp.sptes.items()):
             if not is_present(spte): continue
@@ -164,7 +167,9 @@ def zap_obsolete_pages(vm: Vm):
 def zap_all_fast(
     vm: Vm,
 ):
-    "Make every table obsolete: the generation flips, TDP roots become invalid, vCPUs are told. KVM: `kvm_mmu_zap_all_fast` (mmu/mmu.c)."
+    """Make every table obsolete: the generation flips, TDP roots become invalid, vCPUs are told.
+
+    KVM: `kvm_mmu_zap_all_fast` (mmu/mmu.c)."""
     vm.did('kvm_mmu_zap_all_fast', gen=vm.gen, used_pages=vm.n_used)
     vm.gen ^= 1
     tdp_invalidate_all_roots(vm)
@@ -208,7 +213,8 @@ def show_generations(
         note('vCPU 0', 'drops the old root')
     zap_all_fast(vm)
     note('userspace', 'deletes another')
-    return Timeline(('generation', 'old root', 'old table 0x13', 'new table'), rows, f"zap_all_fast, references to the root: {held}")
+    return Timeline(('generation', 'old root', 'old table 0x13', 'new table'), rows,
+                    f"zap_all_fast, references to the root: {held}")
 
 def _put(vm, sp):
     sp.root_count -= 1
@@ -252,7 +258,9 @@ def unprotect_gfn(
     vm: Vm,
     gfn: int,
 ) -> bool:             # A table went
-    "Stop shadowing a frame, so that the guest may write there. KVM: `kvm_mmu_unprotect_page`, `kvm_mmu_unprotect_page_virt` (mmu/mmu.c)."
+    """Stop shadowing a frame, so that the guest may write there.
+
+    KVM: `kvm_mmu_unprotect_page`, `kvm_mmu_unprotect_page_virt` (mmu/mmu.c)."""
     zapped, found = [], shadow_pages_of(vm, gfn)
     for sp in found: prepare_zap(vm, sp, zapped)
     commit_zap(vm, zapped)

@@ -19,7 +19,8 @@ from ..mmu.contexts import KvmBug
 from ..mmu.root_cache import RootPolicy
 from ..mmu.roots import get_pdptrs, guest_pgd
 from ..mmu.zap import zap_all_fast
-from .histories import Impossible, Violation, World, act, at_rest_of, check_possible, enter, events_of, start
+from .histories import (Impossible, Violation, World, act, at_rest_of, check_possible, enter,
+                                          events_of, start)
 from .states import freeze_cache, freeze_context, thaw
 
 # %% ../../nbs/review/07_answers.ipynb #4bd9adc1
@@ -57,7 +58,8 @@ class Answers:
     def __init__(self, world: World, policy: RootPolicy):
         self.world, self.policy = world, policy
         plain = (event.rpartition(': ')[2] for event in events_of(world))
-        self.own = tuple(dict.fromkeys(event for event in plain if not event.startswith('edit ')))   # Events of one vCPU, and 'zap'
+        # Events of one vCPU, and 'zap'
+        self.own = tuple(dict.fromkeys(event for event in plain if not event.startswith('edit ')))
         self.memories, self.contexts, self.signs, self.caches, self.names = (Interned() for _ in range(5))
         self.cases = {}                          # sign -> a (memory, context, event) that has it
         self.entered = Growing(1, 64, 2)         # memory, context -> context that runs, sign of entering
@@ -69,7 +71,8 @@ class Answers:
     def machine(self, memory: int, context: int, caches: 'tuple | None' = None):
         "A machine of one vCPU in this state; without caches, of a vCPU that has no roots."
         root, guest = (self.caches.values[number] for number in caches or (self.empty, self.empty))
-        return thaw((self.memories.values[memory], ((self.contexts.values[context], root, guest),)), self.world, self.policy)
+        return thaw((self.memories.values[memory], ((self.contexts.values[context], root, guest),)), self.world,
+                    self.policy)
 
     def reach(self):
         "Make room for every number there is."
@@ -98,7 +101,8 @@ def learn_enter(
     answers.reach()
     answers.entered.cells[where, context] = (number, sign)
 
-def _roles(vcpu): return vcpu.mmu_is, *((mmu.cpu_role.word, mmu.root_role.word) for mmu in (vcpu.root_mmu, vcpu.guest_mmu))
+def _roles(vcpu):
+    return vcpu.mmu_is, *((mmu.cpu_role.word, mmu.root_role.word) for mmu in (vcpu.root_mmu, vcpu.guest_mmu))
 
 def _surroundings(vcpu):
     pdptrs = get_pdptrs(vcpu) if vcpu.mmu.cpu_role.base.level == 3 else ()
@@ -125,7 +129,8 @@ def learn_act(
         return
     before = _roles(vcpu)
     answers.let(vm, what)
-    did = tuple((one.what, tuple(fact for fact in one.facts if fact[0] not in ('hpa', 'sp', 'root'))) for one in vcpu.log)
+    did = tuple((one.what, tuple(fact for fact in one.facts if fact[0] not in ('hpa', 'sp', 'root')))
+                for one in vcpu.log)
     sign = _sign(answers, ('zap',) if what == 'zap' else ('act', before, _roles(vcpu), did), memory, context, what)
     where = memory if vm.reads > seen else slice(None)
     number = answers.contexts(freeze_context(vcpu))
@@ -178,7 +183,8 @@ class Locals:
         numbers = np.arange(self.count, self.count + len(keys), dtype=np.int32)
         while self.count + len(keys) > self.rows.shape[1]: self.rows = np.hstack([self.rows, np.zeros_like(self.rows)])
         mask = np.uint64((1 << 21) - 1)
-        self.rows[:, numbers] = np.stack([keys >> np.uint64(42), keys >> np.uint64(21) & mask, keys & mask]).astype(np.int32)
+        self.rows[:, numbers] = np.stack([keys >> np.uint64(42), keys >> np.uint64(21) & mask,
+                                          keys & mask]).astype(np.int32)
         self.count += len(keys)
         self.keys, self.ids = np.concatenate([self.keys, keys]), np.concatenate([self.ids, numbers])
         order = np.argsort(self.keys, kind='stable')
@@ -187,7 +193,8 @@ class Locals:
 
     def reach(self):
         "Make room for every number there is."
-        for table in (self.after, self.broken): table.reach(len(self.answers.own), len(self.answers.memories), self.count)
+        for table in (self.after, self.broken):
+            table.reach(len(self.answers.own), len(self.answers.memories), self.count)
 
 # %% ../../nbs/review/07_answers.ipynb #436901e1
 def learn_locals(
@@ -224,7 +231,9 @@ def _acted(locals_, memory, event, context, root, guest, stopped, broken):
 def _unknown(values, known): return np.unique(values[known == UNKNOWN]).tolist()
 
 def _through(answers, sign, root, guest):
-    "Both caches through one stage: where they end, which stopped, and the violations as bits. What stops in the root MMU's never gets to the guest's."
+    """Both caches through one stage: where they end, which stopped, and the violations as bits.
+
+    What stops in the root MMU's never gets to the guest's."""
     caches, stopped, broken = [root, guest], np.zeros(len(root), bool), np.zeros(len(root), np.int32)
     for which in (0, 1):
         go = np.flatnonzero(~stopped)

@@ -73,7 +73,8 @@ class OneOffPolicy(TestPolicy):
         if vcpu.host.uses_tdp_mmu and mmu.root_role.direct or not self.wants_one_off(mmu): return False
         if mmu.root_role.level == PT32E_ROOT_LEVEL and not mmu.pae_root: mmu.pae_root = vcpu.vm.alloc_page()
         spt = mmu.pae_root if mmu.root_role.level == PT32E_ROOT_LEVEL else vcpu.vm.alloc_page()
-        sp = ShadowPage(0, mmu.root_role, spt, vcpu.vm.gen, root_count=1, hashed=False, owner=(vcpu.index, mmu.name), slots=one_off_slots(vcpu))
+        sp = ShadowPage(0, mmu.root_role, spt, vcpu.vm.gen, root_count=1, hashed=False, owner=(vcpu.index, mmu.name),
+                        slots=one_off_slots(vcpu))
         add_shadow_page(vcpu.vm, sp)
         mmu.root.hpa, mmu.root.pgd = spt, 0 if mmu.root_role.direct else guest_pgd(vcpu)
         vcpu.did('alloc_one_off', hpa=spt, role=sp.role.word)
@@ -86,10 +87,13 @@ class OneOffPolicy(TestPolicy):
     def free_current(self, vcpu: Vcpu, mmu: Mmu):
         "Free the current root with the function the test picks."
         sp = to_shadow_page(vcpu.vm, mmu.root.hpa)
-        kvm_bug_on(sp is None, f"root {mmu.root.hpa:#x} was freed behind this reference: its page was another root's too", 'one-off root freed behind a reference')
+        kvm_bug_on(sp is None, f"root {mmu.root.hpa:#x} was freed behind this reference: its page was another root's "
+                               f"too", 'one-off root freed behind a reference')
         one_off = self.frees_as_one_off(vcpu, mmu)
-        kvm_bug_on(one_off and sp.owner is None, "a shared root is freed as a one-off page: others still use it", "shared root freed as one-off")
-        kvm_bug_on(not one_off and sp.owner is not None, "a one-off page is put like a shared root: its memory is never freed", "one-off page put like a shared root")
+        kvm_bug_on(one_off and sp.owner is None, "a shared root is freed as a one-off page: others still use it",
+                   "shared root freed as one-off")
+        kvm_bug_on(not one_off and sp.owner is not None, "a one-off page is put like a shared root: its memory is "
+                                                         "never freed", "one-off page put like a shared root")
         if one_off: free_one_off(vcpu.vm, sp)
         else:
             zapped = []
@@ -106,7 +110,8 @@ def one_off_slots(
     "What the top of a per-vCPU root has to lead to at this moment."
     mmu = vcpu.mmu
     if mmu.root_role.direct: return tuple((i << 30 - PAGE_SHIFT, 0) for i in range(4))
-    if mmu.cpu_role.base.level == PT32E_ROOT_LEVEL: return tuple((pdpte >> PAGE_SHIFT, 0) if pdpte & 1 else None for pdpte in get_pdptrs(vcpu))
+    if mmu.cpu_role.base.level == PT32E_ROOT_LEVEL:
+        return tuple((pdpte >> PAGE_SHIFT, 0) if pdpte & 1 else None for pdpte in get_pdptrs(vcpu))
     return tuple((guest_pgd(vcpu) >> PAGE_SHIFT, quadrant) for quadrant in range(4))
 
 # %% ../../nbs/review/02_designs.ipynb #eeb85665
@@ -123,7 +128,8 @@ DESIGNS = (
     TestPolicy('patch 2', "free the current root if the new role wants a per-vCPU one", predicate('patch 2')),
     TestPolicy('patch 3', "the same, asking `direct` first", predicate('patch 3')),
     TestPolicy('reviewer', "free the current root if the new one has fewer than four levels", predicate('reviewer')),
-    OneOffPolicy('series', "per-vCPU roots become shadow pages; tests and freeing ask the new role", predicate('patch 3')),
+    OneOffPolicy('series', "per-vCPU roots become shadow pages; tests and freeing ask the new role",
+                 predicate('patch 3')),
     RoleBitPolicy('role bit', "per-vCPU roots become shadow pages that say so", predicate('role bit')))
 
 def design(
@@ -139,7 +145,8 @@ def design_table() -> Table:
     "What each design looks at, and what it changes."
     def roots(one): return 'shadow pages' if one.one_off_pages else "a vCPU's own pages"
     def frees(one): return '' if not one.one_off_pages else 'the page' if isinstance(one, RoleBitPolicy) else 'the test'
-    rows = [(one.name, one.test.looks_at, roots(one), frees(one), 'first' if one.roles_first else 'last', one.says) for one in DESIGNS]
+    rows = [(one.name, one.test.looks_at, roots(one), frees(one), 'first' if one.roles_first else 'last', one.says)
+            for one in DESIGNS]
     return Table(('design', 'test looks at', 'per-vCPU roots are', 'freeing asks', 'roles change', 'in short'), rows)
 
 # %% ../../nbs/review/02_designs.ipynb #0eabbbe5
@@ -150,7 +157,8 @@ def machine(
 ) -> Vcpu:
     "A vCPU under a design; L1 runs on pointer A."
     cr0, cr4, efer = MODES[l1]
-    vcpu = new_vcpu(Vm(host or svm_host(npt=False), lettered_memory(), policy), cr0=cr0, cr3=pointer('A'), cr4=cr4, efer=efer)
+    vcpu = new_vcpu(Vm(host or svm_host(npt=False), lettered_memory(), policy), cr0=cr0, cr3=pointer('A'), cr4=cr4,
+                    efer=efer)
     if vcpu.is_pae_paging: load_pdptrs(vcpu, vcpu.cr3)
     enter_guest(vcpu)
     vcpu.log.clear()
@@ -211,6 +219,8 @@ def story_table() -> Table:
         words, l1, host = STORIES[story]
         steps = tell(policy, words, l1, host)
         bug, _, why = steps[-1].note.partition(': ')
-        if bug in ('KvmBug', 'NullDereference'): return f"{'NULL' if bug == 'NullDereference' else 'BUG'} at {len(steps)}"
+        if bug in ('KvmBug', 'NullDereference'):
+            return f"{'NULL' if bug == 'NullDereference' else 'BUG'} at {len(steps)}"
         return f"found {sum(step.note.startswith('hit') for step in steps)}"
-    return Table(('story', *(one.name for one in DESIGNS)), [(story, *(end(story, one) for one in DESIGNS)) for story in STORIES])
+    return Table(('story', *(one.name for one in DESIGNS)),
+                 [(story, *(end(story, one) for one in DESIGNS)) for story in STORIES])

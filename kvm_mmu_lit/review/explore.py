@@ -50,7 +50,8 @@ class Exploration:
     def __str__(self):
         bound = "all histories" if self.complete else f"histories up to {self.depth} events"
         found = '; '.join(f"{one.name} after {len(one.events)} events: {', '.join(one.events)}" for one in self.found)
-        return f"{self.design} in {self.world.name}: {found or 'holds'} ({bound}, {self.states:,} states, {self.edges:,} events)"
+        return (f"{self.design} in {self.world.name}: {found or 'holds'} ({bound}, {self.states:,} states, "
+                f"{self.edges:,} events)")
 
 # %% ../../nbs/review/06_explore.ipynb #844ea936
 def explore(
@@ -80,9 +81,11 @@ def explore(
         frontier = fresh
         if fresh: sizes.append(len(fresh))
         if progress: progress(len(sizes) - 1, len(parents), edges)
-    examples = [counterexample(world, policy, one.name, (*_path(parents, state), event)) for one, state, event in found.values()]
+    examples = [counterexample(world, policy, one.name, (*_path(parents, state), event))
+                for one, state, event in found.values()]
     examples.sort(key=lambda example: len(example.events))
-    return Exploration(world, policy.name, len(parents), edges, len(sizes) - 1, not frontier, tuple(examples), tuple(sizes))
+    return Exploration(world, policy.name, len(parents), edges, len(sizes) - 1, not frontier, tuple(examples),
+                       tuple(sizes))
 
 def _path(parents, state):
     events = []
@@ -130,5 +133,6 @@ def show_growth(
     found = [explore(world, policy, depth=10, limit=2000) for policy in DESIGNS]
     steps = max(len(one.sizes) for one in found)
     rows = [[*one.sizes, *[None] * (steps - len(one.sizes))] for one in found]
-    return Grid([f"{one.design}{'' if one.complete else ' ...'}" for one in found], [str(n) for n in range(steps)], rows,
+    return Grid([f"{one.design}{'' if one.complete else ' ...'}" for one in found], [str(n) for n in range(steps)],
+                rows,
                 "new states by number of events", 'shadow')

@@ -80,7 +80,8 @@ class Moves:
             event = own.index(what)
             after, broken = (table.cells[event, :, :self.have] for table in (locals_.after, locals_.broken))
             self.steps.append([(vcpu, self._steps(after, places, vcpu)) for vcpu in vcpus])
-            self.breaks.append([(vcpu, self._wide(np.maximum(broken, 0), places, 0)) for vcpu in vcpus] if (broken > 0).any() else [])
+            self.breaks.append([(vcpu, self._wide(np.maximum(broken, 0), places, 0)) for vcpu in vcpus]
+                               if (broken > 0).any() else [])
             self.can[vcpus[0], :, :self.have] += after != IMPOSSIBLE
         self.can = self.can.reshape(world.vcpus, -1)
 
@@ -114,9 +115,10 @@ class Seen:
 
     def new(self, arrivals: np.ndarray) -> np.ndarray:
         "Of places in order of arrival, the positions of those never seen before, each once; a negative place is none."
-        at = np.flatnonzero(~self.seen.take(arrivals, mode='clip'))      # Negative counts as place 0, the start, which was seen
+        # Negative counts as place 0, the start, which was seen
+        at = np.flatnonzero(~self.seen.take(arrivals, mode='clip'))
         place, order = arrivals[at], np.arange(len(at), dtype=np.int32)
-        self.first[place[::-1]] = order[::-1]                            # Written backwards, so the first to arrive stays
+        self.first[place[::-1]] = order[::-1]  # Written backwards, so the first to arrive stays
         at = at[self.first[place] == order]
         self.seen[arrivals[at]] = True
         return at
@@ -130,9 +132,11 @@ class Search:
         answers, (versions, frozen) = self.locals.answers, freeze(start(world, policy), world)
         for memory in product((0, 1), repeat=len(versions)): answers.memories(memory)
         # Every vCPU starts alike, as local state 0, and memory as 0: the start is place 0.
-        for context, root, guest in frozen: self.locals.number(np.array([[answers.contexts(context)], [answers.caches(root)], [answers.caches(guest)]]))
+        for context, root, guest in frozen:
+            self.locals.number(np.array([[answers.contexts(context)], [answers.caches(root)], [answers.caches(guest)]]))
         answers.reach()
-        self.levels, self.parents, self.events = [np.zeros(1, np.int32)], [np.zeros(1, np.int32)], [np.zeros(1, np.uint8)]
+        self.levels, self.parents, self.events = ([np.zeros(1, np.int32)], [np.zeros(1, np.int32)],
+                                                  [np.zeros(1, np.uint8)])
         self.found, self.edges, self.places = {}, 0, Places(len(answers.memories), world.vcpus, 0)
         self.make_room()
 
@@ -190,10 +194,12 @@ def expand(
         place = here
         for vcpu, table in steps: place = place + table[seats[vcpu]]
         after[:, n] = place
-        if moves.breaks[n]: _note(search, np.bitwise_or.reduce([table[seats[vcpu]] for vcpu, table in moves.breaks[n]]), base, n)
+        if moves.breaks[n]:
+            _note(search, np.bitwise_or.reduce([table[seats[vcpu]] for vcpu, table in moves.breaks[n]]), base, n)
     search.edges += sum(int(can[seat].sum()) for can, seat in zip(moves.can, seats))
     at = search.seen.new(after.reshape(-1))
-    return after.reshape(-1)[at], (base + at // len(search.names)).astype(np.int32), (at % len(search.names)).astype(np.uint8)
+    return (after.reshape(-1)[at], (base + at // len(search.names)).astype(np.int32),
+            (at % len(search.names)).astype(np.uint8))
 
 def _note(search, broken, base, event):
     "Keep the first history to each kind of violation: the earliest state, then the earliest event."
@@ -212,7 +218,8 @@ def explore_fast(
 ) -> Exploration:
     "The same search as `explore`, whole frontiers at a time."
     search, states = Search(world, policy), 1
-    while len(search.levels[-1]) and (depth is None or len(search.levels) <= depth) and states < limit and search.learn():
+    while (len(search.levels[-1]) and (depth is None or len(search.levels) <= depth) and states < limit
+            and search.learn()):
         search.step()
         states += len(search.levels[-1])
         if progress: progress(len(search.levels) - 1 - (not len(search.levels[-1])), states, search.edges)
@@ -228,7 +235,9 @@ def report(
             yield search.names[events[state]]
             state = parents[state]
     first = sorted(search.found.items(), key=lambda item: item[1])
-    found = [counterexample(search.world, search.policy, name, (*reversed([*history(state)]), search.names[event])) for name, (state, event) in first]
+    found = [counterexample(search.world, search.policy, name, (*reversed([*history(state)]), search.names[event]))
+             for name, (state, event) in first]
     found.sort(key=lambda one: len(one.events))
     complete, sizes = not search.sizes[-1], tuple(size for size in search.sizes if size)
-    return Exploration(search.world, search.policy.name, sum(sizes), search.edges, len(sizes) - 1, complete, tuple(found), sizes)
+    return Exploration(search.world, search.policy.name, sum(sizes), search.edges, len(sizes) - 1, complete,
+                       tuple(found), sizes)

@@ -66,7 +66,8 @@ def _no_such_world(world):
     modes = world.l1 + world.l2
     yield not world.l1 or set(modes) - set(MODES), f"modes are {', '.join(MODES)}"
     yield world.host.bits == 32 and {'4-level', '5-level'} & set(modes), "a 32-bit host runs no 64-bit guest"
-    yield not world.host.has_tdp and world.host.levels < 5 and '5-level' in modes, "guests get LA57 only from a host that uses it"
+    yield (not world.host.has_tdp and world.host.levels < 5 and '5-level' in modes,
+           "guests get LA57 only from a host that uses it")
     yield world.nested_paging and not world.host.has_tdp, "nested paging needs TDP"
     yield not 1 <= world.pointers <= 4, f"{world.pointers} pointers, 1..4"
     yield not 1 <= world.vcpus <= 4, f"{world.vcpus} vCPUs, 1..4"
@@ -102,13 +103,17 @@ def l2_kinds(
 # %% ../../nbs/review/04_histories.ipynb #b6c94d84
 @lru_cache
 def worlds() -> tuple:     # Of `World`
-    "The worlds of the review: every host and kind of nesting in which a root can be a vCPU's own, and those beside them."
+    """The worlds of the review: every host and kind of nesting in which a root can be a vCPU's own, and those beside
+    them."""
     npt, ept = dict(l2=('4-level',), nested_paging=True, pointers=3), dict(nested_paging=True, pointers=4)
     return (
-        World('shadow paging, 4-level SVM host', svm_host(4, npt=False), ('4-level', 'PAE', '2-level', 'nonpaging'), ('PAE', '4-level', 'nonpaging'), shared_pointer=True),
-        World('shadow paging, 5-level SVM host', svm_host(5, npt=False), ('5-level', '4-level', 'PAE'), ('5-level', 'PAE')),
+        World('shadow paging, 4-level SVM host', svm_host(4, npt=False), ('4-level', 'PAE', '2-level', 'nonpaging'),
+              ('PAE', '4-level', 'nonpaging'), shared_pointer=True),
+        World('shadow paging, 5-level SVM host', svm_host(5, npt=False), ('5-level', '4-level', 'PAE'),
+              ('5-level', 'PAE')),
         World('shadow paging, 4-level VMX host', vmx_host(4, 0), ('4-level', 'PAE'), ('PAE', '4-level', '2-level')),
-        World('shadow paging, 32-bit SVM host', svm_host(3, npt=False), ('PAE', '2-level', 'nonpaging'), ('PAE', '2-level')),
+        World('shadow paging, 32-bit SVM host', svm_host(3, npt=False), ('PAE', '2-level', 'nonpaging'),
+              ('PAE', '2-level')),
         World('shadow paging, PCIDs', svm_host(4, npt=False), ('4-level',), pcid=True, pointers=4),
         World('NPT, 4-level host', svm_host(4), ('4-level', 'PAE', '2-level'), **npt),
         World('NPT, 5-level host', svm_host(5), ('5-level', '4-level', 'PAE', '2-level'), **npt),
@@ -116,7 +121,8 @@ def worlds() -> tuple:     # Of `World`
         World('NPT, L2 without it', svm_host(4), ('4-level', 'PAE'), ('PAE', '4-level')),
         World('EPT, 4-level host', vmx_host(4, 4), ('4-level',), ('4-level',), **ept),
         World('EPT, 5-level host', vmx_host(5, 5), ('5-level',), ('PAE',), **ept),
-        World('two vCPUs, shadow paging', svm_host(4, npt=False), ('4-level',), ('PAE', '4-level'), pointers=1, vcpus=2),
+        World('two vCPUs, shadow paging', svm_host(4, npt=False), ('4-level',), ('PAE', '4-level'), pointers=1,
+              vcpus=2),
         World('two vCPUs, NPT', svm_host(4), ('4-level', 'PAE'), ('4-level',), nested_paging=True, pointers=1, vcpus=2))
 
 def world(
@@ -130,14 +136,16 @@ def world(
 # %% ../../nbs/review/04_histories.ipynb #b4c0942e
 def small_worlds() -> tuple:     # Of `World`
     "The same worlds with fewer pointers: a search of seconds that finds the same kinds of violations."
-    return tuple(replace(one, pointers=min(one.pointers, 1 if one.l2 and not one.nested_paging else 2)) for one in worlds())
+    return tuple(replace(one, pointers=min(one.pointers, 1 if one.l2 and not one.nested_paging else 2))
+                 for one in worlds())
 
 # %% ../../nbs/review/04_histories.ipynb #149377b0
 def show_worlds(
     over: 'tuple | None' = None,    # Of `World`; all of the review
 ) -> Table:
     "Worlds and their bounds."
-    rows = [(one.name, ', '.join(one.l1), ', '.join(one.l2) + (' (nested paging)' if one.nested_paging else ''), one.pointers,
+    rows = [(one.name, ', '.join(one.l1), ', '.join(one.l2) + (' (nested paging)' if one.nested_paging else ''),
+             one.pointers,
              ' '.join(one.editable), one.vcpus, len(events_of(one))) for one in over or worlds()]
     return Table(('world', 'L1', 'L2', 'pointers', 'edited', 'vCPUs', 'events'), rows)
 
@@ -185,7 +193,8 @@ def _cr3(vcpu, world, rest):
 def _mode(vcpu, world, rest):
     cr0, cr4, efer = MODES[' '.join(rest)]
     steps = [set_cr0(vcpu, vcpu.cr0 & ~Cr0.PG)] if vcpu.cr0 & Cr0.PG else []
-    steps += [set_cr4(vcpu, cr4), set_efer(vcpu, efer & ~Efer.LMA), set_cr3(vcpu, pointer('A', world)), set_cr0(vcpu, cr0)]
+    steps += [set_cr4(vcpu, cr4), set_efer(vcpu, efer & ~Efer.LMA), set_cr3(vcpu, pointer('A', world)),
+              set_cr0(vcpu, cr0)]
     if any(steps): raise ValueError(f"mode {' '.join(rest)}: {[str(step) for step in steps if step]}")
 
 def _vmrun(vcpu, world, rest):
@@ -253,7 +262,8 @@ def happen(
     event: str,        # One of `events_of`
 ) -> tuple:            # Of `Violation`, empty when all is well
     "Let one event happen, and ask every invariant. An event that cannot happen now is `Impossible`."
-    if event not in events_of(world): raise Impossible(f"{event!r} is no event of this world: {', '.join(events_of(world))}")
+    if event not in events_of(world):
+        raise Impossible(f"{event!r} is no event of this world: {', '.join(events_of(world))}")
     index, _, what = event.rpartition(': ')
     if not index and (what == 'zap' or what.startswith('edit ')): return _outside(vm, what)
     vcpu, found = vm.vcpus[int(index or 0)], []

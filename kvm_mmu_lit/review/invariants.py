@@ -71,17 +71,21 @@ def passthrough_is_a_fifth_level(role: PageRole) -> str:
 # %% ../../nbs/review/03_invariants.ipynb #8783a9c8
 def computed_role_is_valid(case: MmuCase) -> str:
     "2. A computed `cpu_role` has its valid bit, so it is never 0."
-    return '' if case.cpu_role.ext.valid and case.cpu_role.word else f"cpu_role {case.cpu_role.word:#x} looks uncomputed"
+    return ('' if case.cpu_role.ext.valid and case.cpu_role.word
+            else f"cpu_role {case.cpu_role.word:#x} looks uncomputed")
 
 def four_byte_roots_are_per_vcpu(case: MmuCase) -> str:
-    "4. A root over 4-byte entries is not direct, and always the vCPU's own: hashed tables of them have two levels at most."
+    """4. A root over 4-byte entries is not direct, and always the vCPU's own: hashed tables of them have two levels at
+    most."""
     role = case.root_role
-    return f"{role} is direct or shared" if role.has_4_byte_gpte and (role.direct or not has_per_vcpu_root(case)) else ''
+    return (f"{role} is direct or shared" if role.has_4_byte_gpte and (role.direct or not has_per_vcpu_root(case))
+            else '')
 
 def owners_have_three_levels(case: MmuCase) -> str:
     "7. An MMU that owns a root builds three levels or more; `nested_mmu` builds none."
     owns = case.mmu != 'nested_mmu'
-    return '' if (case.root_role.level >= 3 if owns else case.root_role == PageRole()) else f"{case.mmu} builds {case.root_role}"
+    return ('' if (case.root_role.level >= 3 if owns else case.root_role == PageRole())
+            else f"{case.mmu} builds {case.root_role}")
 
 def tdp_root_ignores_the_guest(case: MmuCase) -> str:
     "8. No register of the guest moves a TDP root's role."
@@ -100,11 +104,13 @@ def all_agree_at_rest(case: MmuCase) -> str:
     if case.storage == 'none': return ''
     patch, linux, reviewer = (predicate(name).test(at_rest(case)) for name in ('patch 2', '6.1', 'reviewer'))
     if patch != linux: return f"{case.name}: 6.1 says {linux}, the patch {patch}"
-    return '' if (reviewer != linux) == (case.case == 5) else f"{case.name}: the reviewer's test says {reviewer}, 6.1 {linux}"
+    return ('' if (reviewer != linux) == (case.case == 5)
+            else f"{case.name}: the reviewer's test says {reviewer}, 6.1 {linux}")
 
 # %% ../../nbs/review/03_invariants.ipynb #6a6a06fb
 def child_inherits(parent: PageRole, child: PageRole) -> str:
-    "9. A child's role differs from its parent's in level, access, direct and passthrough; in quadrant too over 4-byte entries. 6. It never has passthrough."
+    """9. A child's role differs from its parent's in level, access, direct and passthrough; in quadrant too over 4-byte
+    entries. 6. It never has passthrough."""
     may = {'level', 'access', 'direct', 'passthrough'} | ({'quadrant'} if parent.has_4_byte_gpte else set())
     moved = [change.field for change in diff_roles(parent, child) if change.field not in may]
     if moved: return f"the child of {parent} has another {moved[0]}"
@@ -117,7 +123,8 @@ def root_lives_where_it_should(vcpu: Vcpu) -> str:
     if not mmu.root.valid: return ''
     own = mmu.root_role.level == 3 or (not mmu.root_role.direct and mmu.cpu_role.base.level < PT64_ROOT_4LEVEL)
     kind = kind_of_root(vcpu.vm, mmu, mmu.root)
-    return '' if (kind in _PER_VCPU) == own else f"the root is a {kind}, for {mmu.cpu_role.base.level} levels asked and {mmu.root_role.level} built"
+    return ('' if (kind in _PER_VCPU) == own
+            else f"the root is a {kind}, for {mmu.cpu_role.base.level} levels asked and {mmu.root_role.level} built")
 
 # %% ../../nbs/review/03_invariants.ipynb #a8eec19e
 def no_per_vcpu_root_is_cached(vm: Vm, mmu: Mmu) -> str:
@@ -145,13 +152,16 @@ def slots_belong_to_a_root(vm: Vm, mmu: Mmu) -> str:
     "22. `pae_root` holds entries only while the current root is a per-vCPU one."
     filled = [i for i, word in enumerate(mmu.pae_words) if word]
     kind = kind_of_root(vm, mmu, mmu.root)
-    return f"pae_root[{filled[0]}] of {mmu.name} is filled while the current root is a {kind}" if filled and kind not in _PER_VCPU else ''
+    return (f"pae_root[{filled[0]}] of {mmu.name} is filled while the current root is a {kind}" if filled
+            and kind not in _PER_VCPU else '')
 
 def upper_pages_lead_down(vm: Vm, mmu: Mmu) -> str:
     "23. `pml5_root[0]` leads to `pml4_root`, `pml4_root[0]` to `pae_root`."
     kind, mask = kind_of_root(vm, mmu, mmu.root), ~0xfff
-    if kind in ('pml4_root', 'pml5_root') and mmu.pml4_word & mask != mmu.pae_root: return "pml4_root[0] does not lead to pae_root"
-    return "pml5_root[0] does not lead to pml4_root" if kind == 'pml5_root' and mmu.pml5_word & mask != mmu.pml4_root else ''
+    if kind in ('pml4_root', 'pml5_root') and mmu.pml4_word & mask != mmu.pae_root:
+        return "pml4_root[0] does not lead to pae_root"
+    return ("pml5_root[0] does not lead to pml4_root" if kind == 'pml5_root' and mmu.pml5_word & mask != mmu.pml4_root
+            else '')
 
 # %% ../../nbs/review/03_invariants.ipynb #477817f3
 def references_are_counted(vm: Vm) -> str:
@@ -159,10 +169,13 @@ def references_are_counted(vm: Vm) -> str:
     held = {}
     for vcpu in vm.vcpus:
         for mmu in (vcpu.root_mmu, vcpu.guest_mmu):
-            words = [root.hpa for root in (mmu.root, *mmu.prev_roots) if root.valid] + [word & 0xf_ffff_ffff_f000 for word in mmu.pae_words if word]
+            words = ([root.hpa for root in (mmu.root, *mmu.prev_roots) if root.valid]
+                     + [word & 0xf_ffff_ffff_f000 for word in mmu.pae_words if word])
             for hpa in words: held[hpa] = held.get(hpa, 0) + 1
     for sp in vm.pages.values():
-        if sp.root_count != held.get(sp.spt, 0): return f"table {sp.role} of frame {sp.gfn:#x} counts {sp.root_count} references, there are {held.get(sp.spt, 0)}"
+        if sp.root_count != held.get(sp.spt, 0):
+            return (f"table {sp.role} of frame {sp.gfn:#x} counts {sp.root_count} references, there are "
+                    f"{held.get(sp.spt, 0)}")
     return ''
 
 # %% ../../nbs/review/03_invariants.ipynb #17a92738
@@ -170,13 +183,17 @@ def root_serves_the_guest(vcpu: Vcpu) -> str:
     "The loaded root is of the kind, the role and the pointer that the guest's registers ask for, and not obsolete."
     vm, mmu = vcpu.vm, vcpu.mmu
     kind, wanted = kind_of_root(vm, mmu, mmu.root), root_storage(mmu.cpu_role, mmu.root_role, vcpu.host.uses_tdp_mmu)
-    if kind != wanted and not (kind == 'one-off page' and wanted in _PER_VCPU): return f"the loaded root is a {kind}, the guest needs a {wanted}"
-    if not mmu.root_role.direct and mmu.root.pgd != guest_pgd(vcpu): return f"the loaded root is for pointer {mmu.root.pgd:#x}, the guest's is {guest_pgd(vcpu):#x}"
+    if kind != wanted and not (kind == 'one-off page' and wanted in _PER_VCPU):
+        return f"the loaded root is a {kind}, the guest needs a {wanted}"
+    if not mmu.root_role.direct and mmu.root.pgd != guest_pgd(vcpu):
+        return f"the loaded root is for pointer {mmu.root.pgd:#x}, the guest's is {guest_pgd(vcpu):#x}"
     sp = to_shadow_page(vm, mmu.root.hpa)
     if sp is None: return ''
     if is_obsolete_sp(vm, sp): return "the loaded root was zapped"
-    if sp.role != mmu.root_role: return f"the loaded root has role {sp.role.word:#x}, the guest needs {mmu.root_role.word:#x}"
-    return '' if sp.owner is not None or mmu.root_role.direct or sp.gfn == guest_pgd(vcpu) >> PAGE_SHIFT else f"the loaded root shadows frame {sp.gfn:#x}"
+    if sp.role != mmu.root_role:
+        return f"the loaded root has role {sp.role.word:#x}, the guest needs {mmu.root_role.word:#x}"
+    return ('' if sp.owner is not None or mmu.root_role.direct or sp.gfn == guest_pgd(vcpu) >> PAGE_SHIFT
+            else f"the loaded root shadows frame {sp.gfn:#x}")
 
 def slots_follow_the_pdptes(vcpu: Vcpu) -> str:
     "A per-vCPU root leads where the PDPTEs that count at this moment say."
@@ -186,7 +203,8 @@ def slots_follow_the_pdptes(vcpu: Vcpu) -> str:
     wanted = tuple(pdpte >> PAGE_SHIFT if pdpte & 1 else None for pdpte in get_pdptrs(vcpu))
     if kind == 'one-off page': found = tuple(slot and slot[0] for slot in to_shadow_page(vcpu.vm, mmu.root.hpa).slots)
     else: found = tuple(to_shadow_page(vcpu.vm, word).gfn if word else None for word in mmu.pae_words)
-    return '' if found == wanted else f"the loaded root leads to frames {_frames(found)}, the PDPTEs to {_frames(wanted)}"
+    return ('' if found == wanted
+            else f"the loaded root leads to frames {_frames(found)}, the PDPTEs to {_frames(wanted)}")
 
 def _frames(gfns): return ' '.join('-' if gfn is None else f'{gfn:#x}' for gfn in gfns)
 
@@ -212,7 +230,8 @@ def hit_keeps_the_older(before: tuple, after: tuple, hit: bool) -> str:
     "16. A hit at prev_roots[i] leaves the roots beyond i, and the old current becomes prev_roots[0]."
     if not hit or not before[0] or before[0] not in after or after[0] == before[0]: return ''
     i = before.index(after[0])
-    return '' if after[1] == before[0] and after[i + 1:] == before[i + 1:] else f"a hit at prev_roots[{i - 1}] moved more than it should"
+    return ('' if after[1] == before[0] and after[i + 1:] == before[i + 1:]
+            else f"a hit at prev_roots[{i - 1}] moved more than it should")
 
 def miss_without_current_changes_nothing(before: tuple, after: tuple, hit: bool) -> str:
     "17. Without a current root a miss leaves the cache alone."
@@ -241,14 +260,17 @@ def seen_of(
 ) -> Seen:
     "Write a moment down."
     mmus = (vcpu.root_mmu, vcpu.guest_mmu)
-    return Seen(tuple((m.cpu_role, m.root_role) for m in (*mmus, vcpu.nested_mmu)), tuple(map(entries_of, mmus)), tuple(tuple(m.pae_words) for m in mmus),
-                {spt: (sp.role, sp.root_count) for spt, sp in vcpu.vm.pages.items()}, vcpu.cr3, bool(vcpu.cr4 & Cr4.PCIDE),
+    return Seen(tuple((m.cpu_role, m.root_role) for m in (*mmus, vcpu.nested_mmu)), tuple(map(entries_of, mmus)),
+                tuple(tuple(m.pae_words) for m in mmus),
+                {spt: (sp.role, sp.root_count) for spt, sp in vcpu.vm.pages.items()}, vcpu.cr3,
+                bool(vcpu.cr4 & Cr4.PCIDE),
                 vcpu.host.has_tdp, vcpu.is_pae_paging, tuple(vcpu.log))
 
 # %% ../../nbs/review/03_invariants.ipynb #ce5174d1
 def repeated_init_is_idle(before: Seen, after: Seen) -> str:
     "10. Computing the roles again, with nothing changed, changes nothing."
-    same = (before.roles, before.entries, before.words, before.pages) == (after.roles, after.entries, after.words, after.pages)
+    same = (before.roles, before.entries, before.words,
+            before.pages) == (after.roles, after.entries, after.words, after.pages)
     return '' if same else "a second init changed the MMU"
 
 def cached_roles_stay(before: Seen, after: Seen) -> str:
@@ -262,17 +284,20 @@ def cached_roles_stay(before: Seen, after: Seen) -> str:
 def zapped_root_is_not_found(before: Seen, after: Seen) -> str:
     "20. A lookup never returns a root with the invalid bit."
     for old, new in zip(before.entries, after.entries):
-        if new[0] and new[0] != old[0] and new[0][1] in after.pages and after.pages[new[0][1]][0].invalid: return f"zapped root {new[0][1]:#x} was put in place"
+        if new[0] and new[0] != old[0] and new[0][1] in after.pages and after.pages[new[0][1]][0].invalid:
+            return f"zapped root {new[0][1]:#x} was put in place"
     return ''
 
 def unload_leaves_nothing(before: Seen, after: Seen) -> str:
     "21. After an unload no root is left, and `pae_root` is empty."
-    return "a root is left" if any(map(any, after.entries)) else "pae_root is not empty" if any(map(any, after.words)) else ''
+    return ("a root is left" if any(map(any, after.entries)) else "pae_root is not empty" if any(map(any, after.words))
+            else '')
 
 # %% ../../nbs/review/03_invariants.ipynb #8b498d6b
 def slots_are_put_once_each(before: Seen, after: Seen) -> str:
     "24. Freeing a per-vCPU root puts the table of every slot once for each slot that leads to it."
-    put = [word & 0xf_ffff_ffff_f000 for old, new in zip(before.words, after.words) for word, left in zip(old, new) if word and not left]
+    put = [word & 0xf_ffff_ffff_f000 for old, new in zip(before.words, after.words) for word, left in zip(old, new)
+           if word and not left]
     for hpa in set(put):
         fell = before.pages[hpa][1] - after.pages.get(hpa, (None, 0))[1]
         if fell != put.count(hpa): return f"table {hpa:#x} was put {fell} times for {put.count(hpa)} slots"
@@ -294,36 +319,54 @@ def flushed_pcid_is_gone(before: Seen, after: Seen) -> str:
 INVARIANTS = (
     Invariant(0, 'wrong root', "The guest runs on the root its registers ask for.", root_serves_the_guest, 'entry'),
     Invariant(0, 'outdated PDPTEs', "A per-vCPU root leads where the PDPTEs say.", slots_follow_the_pdptes, 'entry'),
-    Invariant(27, 'per-vCPU root cached', "No per-vCPU root is ever among the previous roots.", no_per_vcpu_root_is_cached, 'mmu', stops=False),
+    Invariant(27, 'per-vCPU root cached', "No per-vCPU root is ever among the previous roots.",
+              no_per_vcpu_root_is_cached, 'mmu', stops=False),
     Invariant(13, 'cached root gone', "Every previous root has a page behind it.", no_cached_root_is_gone, 'mmu'),
-    Invariant(12, 'root cached twice', "No two roots serve the same pointer and role.", no_root_is_cached_twice, 'mmu', stops=False),
-    Invariant(22, 'pae_root filled without a root', "pae_root is filled only while the current root is a per-vCPU one.", slots_belong_to_a_root, 'mmu', stops=False),
-    Invariant(23, 'upper page leads astray', "pml5_root leads to pml4_root, pml4_root to pae_root.", upper_pages_lead_down, 'mmu'),
+    Invariant(12, 'root cached twice', "No two roots serve the same pointer and role.", no_root_is_cached_twice, 'mmu',
+              stops=False),
+    Invariant(22, 'pae_root filled without a root', "pae_root is filled only while the current root is a per-vCPU one.",
+              slots_belong_to_a_root, 'mmu', stops=False),
+    Invariant(23, 'upper page leads astray', "pml5_root leads to pml4_root, pml4_root to pae_root.",
+              upper_pages_lead_down, 'mmu'),
     Invariant(14, 'references miscounted', "Every reference to a table is counted once.", references_are_counted, 'vm'),
     Invariant(15, 'hit lost a root', "A hit keeps every root but a current one that had to go.", hit_rotates, 'switch'),
     Invariant(15, 'miss lost a root', "A miss drops the oldest root and no other.", miss_drops_the_oldest, 'switch'),
-    Invariant(16, 'hit disturbed older roots', "A hit leaves the older roots where they are.", hit_keeps_the_older, 'switch'),
-    Invariant(17, 'miss disturbed the cache', "Without a current root a miss changes nothing.", miss_without_current_changes_nothing, 'switch'),
-    Invariant(18, 'miss left a root', "After a miss there is no current root, after a hit there is one.", miss_leaves_no_root, 'switch'),
+    Invariant(16, 'hit disturbed older roots', "A hit leaves the older roots where they are.", hit_keeps_the_older,
+              'switch'),
+    Invariant(17, 'miss disturbed the cache', "Without a current root a miss changes nothing.",
+              miss_without_current_changes_nothing, 'switch'),
+    Invariant(18, 'miss left a root', "After a miss there is no current root, after a hit there is one.",
+              miss_leaves_no_root, 'switch'),
     Invariant(1, 'field out of its bits', "Every field of a role lies in its own bits.", role_fits_its_bits, 'role'),
     Invariant(2, 'role looks uncomputed', "A computed role has its valid bit.", computed_role_is_valid, 'case'),
     Invariant(3, 'WP and not WP', "smep_andnot_wp and smap_andnot_wp exclude cr0_wp.", wp_bits_exclude_wp, 'role'),
-    Invariant(4, 'shared root of 4-byte entries', "A root over 4-byte entries is per-vCPU and not direct.", four_byte_roots_are_per_vcpu, 'case'),
-    Invariant(5, 'quadrant out of place', "Quadrants are of 4-byte tables, levels 1 and 2.", quadrants_are_of_4_byte_tables, 'role'),
-    Invariant(6, 'passthrough out of place', "passthrough is a shadow page of level 5.", passthrough_is_a_fifth_level, 'role'),
+    Invariant(4, 'shared root of 4-byte entries', "A root over 4-byte entries is per-vCPU and not direct.",
+              four_byte_roots_are_per_vcpu, 'case'),
+    Invariant(5, 'quadrant out of place', "Quadrants are of 4-byte tables, levels 1 and 2.",
+              quadrants_are_of_4_byte_tables, 'role'),
+    Invariant(6, 'passthrough out of place', "passthrough is a shadow page of level 5.", passthrough_is_a_fifth_level,
+              'role'),
     Invariant(7, 'shallow root', "Who owns a root builds three levels or more.", owners_have_three_levels, 'case'),
-    Invariant(8, 'guest moves a TDP root', "No register of the guest moves a TDP root's role.", tdp_root_ignores_the_guest, 'case'),
-    Invariant(9, 'child of another kind', "A child inherits all but level, rights, direct, passthrough and quadrant.", child_inherits, 'child'),
-    Invariant(10, 'second init not idle', "Computing roles twice is computing them once.", repeated_init_is_idle, 'event'),
-    Invariant(11, 'root in the wrong place', "A root is per-vCPU exactly where roles say so.", root_lives_where_it_should, 'root'),
-    Invariant(19, 'cached role changed', "A cached root keeps its role, but for the invalid bit.", cached_roles_stay, 'event'),
+    Invariant(8, 'guest moves a TDP root', "No register of the guest moves a TDP root's role.",
+              tdp_root_ignores_the_guest, 'case'),
+    Invariant(9, 'child of another kind', "A child inherits all but level, rights, direct, passthrough and quadrant.",
+              child_inherits, 'child'),
+    Invariant(10, 'second init not idle', "Computing roles twice is computing them once.", repeated_init_is_idle,
+              'event'),
+    Invariant(11, 'root in the wrong place', "A root is per-vCPU exactly where roles say so.",
+              root_lives_where_it_should, 'root'),
+    Invariant(19, 'cached role changed', "A cached root keeps its role, but for the invalid bit.", cached_roles_stay,
+              'event'),
     Invariant(20, 'zapped root found', "A zapped root is never found.", zapped_root_is_not_found, 'event'),
     Invariant(21, 'unload left something', "After an unload nothing is left.", unload_leaves_nothing, 'event'),
-    Invariant(24, 'slot put twice', "Freeing a per-vCPU root puts each slot's table once.", slots_are_put_once_each, 'event'),
+    Invariant(24, 'slot put twice', "Freeing a per-vCPU root puts each slot's table once.", slots_are_put_once_each,
+              'event'),
     Invariant(25, 'forms differ', "The patch's two forms agree on every role that occurs.", two_forms_agree, 'case'),
-    Invariant(26, 'tests differ at rest', "At rest the tests agree, but the reviewer's in case 5.", all_agree_at_rest, 'case'),
+    Invariant(26, 'tests differ at rest', "At rest the tests agree, but the reviewer's in case 5.", all_agree_at_rest,
+              'case'),
     Invariant(28, 'same CR3 switched', "Loading the same CR3 does not switch.", same_pointer_changes_nothing, 'event'),
-    Invariant(29, 'flushed PCID cached', "A flushing load leaves no previous root of its PCID.", flushed_pcid_is_gone, 'event'))
+    Invariant(29, 'flushed PCID cached', "A flushing load leaves no previous root of its PCID.", flushed_pcid_is_gone,
+              'event'))
 
 # %% ../../nbs/review/03_invariants.ipynb #b19fb6d2
 def in_scope(
@@ -340,7 +383,8 @@ def broken_in(
     vm = vcpu.vm
     found = [one.name for one in in_scope('entry') if one.check(vcpu)]
     found += [one.name for one in in_scope('mmu') for mmu in (vcpu.root_mmu, vcpu.guest_mmu) if one.check(vm, mmu)]
-    return tuple(dict.fromkeys(found + [one.name for one in in_scope('vm') if not vm.policy.one_off_pages and one.check(vm)]))
+    return tuple(dict.fromkeys(found + [one.name for one in in_scope('vm') if not vm.policy.one_off_pages
+                                        and one.check(vm)]))
 
 def show_broken(
     story: str = 'out and back, twice',    # A name in `STORIES`

@@ -39,139 +39,267 @@ class Mutant:
 
     def applied(self, text: str) -> str:
         "The module with the mistake in it."
-        if text.count(self.old) != 1: raise ValueError(f"{self.name}: {self.old!r} stands {text.count(self.old)} times in mmu/{self.module}.py, must be once")
+        if text.count(self.old) != 1:
+            raise ValueError(f"{self.name}: {self.old!r} stands {text.count(self.old)} times in mmu/{self.module}.py, "
+                             f"must be once")
         return text.replace(self.old, self.new)
 
 # %% ../../nbs/review/20_mutants.ipynb #d8fa8403
 _M = Mutant
 TABLE_MUTANTS = (
-    _M('wrprot skipped', 'make_spte', 'elif protect is not None and protect():', 'elif protect is not None and protect() and False:', "a frame that holds a guest table becomes writable"),
-    _M('wrprot not asked', 'make_spte', 'elif protect is not None and protect():', 'elif False:', "tables of the frame are neither let go of nor protected"),
-    _M('wrprot for a while', 'make_spte', 'wrprot, spte = True, spte & ~(SPTE_WRITABLE | masks.mmu_writable)', 'wrprot, spte = True, spte & ~SPTE_WRITABLE', "a fast fault may give the right to write back"),
-    _M('user granted', 'make_spte', '(masks.user if access & ACC_USER else 0)', 'masks.user', "supervisor pages are open to user code"),
-    _M('NX lost', 'make_spte', '(masks.x if access & ACC_EXEC else masks.nx) |', 'masks.x |', "every page may be executed"),
-    _M('host not asked', 'make_spte', 'if host_writable and access & ACC_WRITE:', 'if access & ACC_WRITE:', "a page the host keeps read-only is written"),
-    _M('table taken for a leaf', 'make_spte', 'if is_last(old_spte, role.level) and is_writable(old_spte): pass', 'if is_writable(old_spte): pass', "a large page replaces a table and its frames are not looked at"),
-    _M('saved rights stay', 'spte', "return spte & ~masks.acc_track & ~(5 << SPTE_SAVED_SHIFT) | saved", "return spte & ~masks.acc_track | saved", "the next ageing finds rights put aside already"),
-    _M('update without flush', 'rmap', 'flush = is_mmu_writable(masks, old) and not is_writable(new)', 'flush = False', "the TLB goes on writing"),
-    _M('MMU_WRITABLE stays', 'rmap', 'gone = SPTE_WRITABLE | (vm.masks.mmu_writable if pt_protect else 0)', 'gone = SPTE_WRITABLE', "a fast fault makes a table writable"),
-    _M('large pages forgotten', 'rmap', 'for level in range(min_level, 4):', 'for level in range(min_level, 2):', "a table is written through a large page"),
-    _M('large page over a table', 'rmap', '_disallow_large(vm, sp.gfn, 1)', '_disallow_large(vm, sp.gfn, 0)', "nothing keeps a large page away from a table"),
-    _M('new table without flush', 'rmap', 'if write_protect_gfn(vm, sp.gfn): remote_flush(vm)', 'write_protect_gfn(vm, sp.gfn)', "the TLB writes into a table that counts as in sync"),
-    _M('new table not protected', 'rmap', 'if write_protect_gfn(vm, sp.gfn): remote_flush(vm)', 'pass', "a table in sync is writable"),
-    _M('tracking counts to one', 'rmap', 'vm.tracked[sp.gfn] = vm.tracked.get(sp.gfn, 0) + 1', 'vm.tracked[sp.gfn] = 1', "the second table of a frame loses its protection with the first"),
-    _M('leaf stays listed', 'rmap', "    rmap_remove(vm, sp, index)\n    spte_clear", "    spte_clear", "the reverse map names an empty entry"),
-    _M('marks stop', 'unsync', 'if parent.unsync_children == 1: mark_parents_unsync(vm, parent)', 'pass', "from the root nothing leads to the stale table"),
-    _M('no marks', 'unsync', "        mark_parents_unsync(vm, sp)\n", "        pass\n", "a flush does not find the stale table"),
-    _M('tracked let go', 'unsync', 'if is_tracked(vm, gfn): return True', 'pass', "a table above level 1 would go out of sync"),
-    _M('sync lets go', 'unsync', 'if not can_unsync: return True', 'if not can_unsync: continue', "a sync makes another table writable and tells nobody"),
-    _M('zap without flush', 'zap', "    remote_flush(vm)\n    for sp in zapped:", "    for sp in zapped:", "the TLB uses what tables said that are freed"),
-    _M('parents stay', 'zap', 'for sptep in list(sp.parents): drop_parent_pte(vm, sp, *entry_at(vm, sptep))', 'pass', "entries lead to a freed table"),
-    _M('stale children stay', 'zap', 'count = zap_unsync_children(vm, sp, zapped) if sp.role.level > 1 else 0', 'count = 0', "stale tables outlive the table above them"),
-    _M('holders not told', 'zap', "if not was_obsolete: request_all(vm, 'MMU_FREE_OBSOLETE_ROOTS')", 'pass', "a vCPU runs on a zapped root"),
-    _M('tracking stays', 'zap', 'if not sp.role.invalid and sp.has_gptes and sp.hashed: unaccount_shadowed(vm, sp)', 'pass', "a frame stays write-protected for nothing"),
+    _M('wrprot skipped', 'make_spte', 'elif protect is not None and protect():',
+       'elif protect is not None and protect() and False:', "a frame that holds a guest table becomes writable"),
+    _M('wrprot not asked', 'make_spte', 'elif protect is not None and protect():', 'elif False:',
+       "tables of the frame are neither let go of nor protected"),
+    _M('wrprot for a while', 'make_spte', 'wrprot, spte = True, spte & ~(SPTE_WRITABLE | masks.mmu_writable)',
+       'wrprot, spte = True, spte & ~SPTE_WRITABLE', "a fast fault may give the right to write back"),
+    _M('user granted', 'make_spte', '(masks.user if access & ACC_USER else 0)', 'masks.user',
+       "supervisor pages are open to user code"),
+    _M('NX lost', 'make_spte', '(masks.x if access & ACC_EXEC else masks.nx) |', 'masks.x |',
+       "every page may be executed"),
+    _M('host not asked', 'make_spte', 'if host_writable and access & ACC_WRITE:', 'if access & ACC_WRITE:',
+       "a page the host keeps read-only is written"),
+    _M('table taken for a leaf', 'make_spte', 'if is_last(old_spte, role.level) and is_writable(old_spte): pass',
+       'if is_writable(old_spte): pass', "a large page replaces a table and its frames are not looked at"),
+    _M('saved rights stay', 'spte', "return spte & ~masks.acc_track & ~(5 << SPTE_SAVED_SHIFT) | saved",
+       "return spte & ~masks.acc_track | saved", "the next ageing finds rights put aside already"),
+    _M('update without flush', 'rmap', 'flush = is_mmu_writable(masks, old) and not is_writable(new)', 'flush = False',
+       "the TLB goes on writing"),
+    _M('MMU_WRITABLE stays', 'rmap', 'gone = SPTE_WRITABLE | (vm.masks.mmu_writable if pt_protect else 0)',
+       'gone = SPTE_WRITABLE', "a fast fault makes a table writable"),
+    _M('large pages forgotten', 'rmap', 'for level in range(min_level, 4):', 'for level in range(min_level, 2):',
+       "a table is written through a large page"),
+    _M('large page over a table', 'rmap', '_disallow_large(vm, sp.gfn, 1)', '_disallow_large(vm, sp.gfn, 0)',
+       "nothing keeps a large page away from a table"),
+    _M('new table without flush', 'rmap', 'if write_protect_gfn(vm, sp.gfn): remote_flush(vm)',
+       'write_protect_gfn(vm, sp.gfn)', "the TLB writes into a table that counts as in sync"),
+    _M('new table not protected', 'rmap', 'if write_protect_gfn(vm, sp.gfn): remote_flush(vm)', 'pass',
+       "a table in sync is writable"),
+    _M('tracking counts to one', 'rmap', 'vm.tracked[sp.gfn] = vm.tracked.get(sp.gfn, 0) + 1', 'vm.tracked[sp.gfn] = 1',
+       "the second table of a frame loses its protection with the first"),
+    _M('leaf stays listed', 'rmap', "    rmap_remove(vm, sp, index)\n    spte_clear", "    spte_clear",
+       "the reverse map names an empty entry"),
+    _M('marks stop', 'unsync', 'if parent.unsync_children == 1: mark_parents_unsync(vm, parent)', 'pass',
+       "from the root nothing leads to the stale table"),
+    _M('no marks', 'unsync', "        mark_parents_unsync(vm, sp)\n", "        pass\n",
+       "a flush does not find the stale table"),
+    _M('tracked let go', 'unsync', 'if is_tracked(vm, gfn): return True', 'pass',
+       "a table above level 1 would go out of sync"),
+    _M('sync lets go', 'unsync', 'if not can_unsync: return True', 'if not can_unsync: continue',
+       "a sync makes another table writable and tells nobody"),
+    _M('zap without flush', 'zap', "    remote_flush(vm)\n    for sp in zapped:", "    for sp in zapped:",
+       "the TLB uses what tables said that are freed"),
+    _M('parents stay', 'zap', 'for sptep in list(sp.parents): drop_parent_pte(vm, sp, *entry_at(vm, sptep))', 'pass',
+       "entries lead to a freed table"),
+    _M('stale children stay', 'zap', 'count = zap_unsync_children(vm, sp, zapped) if sp.role.level > 1 else 0',
+       'count = 0', "stale tables outlive the table above them"),
+    _M('holders not told', 'zap', "if not was_obsolete: request_all(vm, 'MMU_FREE_OBSOLETE_ROOTS')", 'pass',
+       "a vCPU runs on a zapped root"),
+    _M('tracking stays', 'zap', 'if not sp.role.invalid and sp.has_gptes and sp.hashed: unaccount_shadowed(vm, sp)',
+       'pass', "a frame stays write-protected for nothing"),
     _M('zapped still counted', 'zap', 'vm.n_used -= 1', 'pass', "KVM runs out of tables it has"),
 )
 
 # %% ../../nbs/review/20_mutants.ipynb #7231ba49
 GUEST_MUTANTS = (
-    _M('clean is writable', 'guest_tables', 'return rights & ~ACC_WRITE if self.have_ad and not gpte & self.dirty else rights', 'return rights', "the first write leaves no D bit"),
-    _M('unused is used', 'guest_tables', 'if not gpte & self.present or self.have_ad and not gpte & self.accessed: return True', 'if not gpte & self.present: return True', "an access leaves no A bit"),
-    _M('rights of one level', 'guest_tables', 'acc &= pte ^ nx', 'acc = pte ^ nx', "a table is shared by ways with different rights"),
-    _M('D not set', 'guest_tables', 'new = pte | tables.accessed | (tables.dirty if write and level == walked.level else 0)', 'new = pte | tables.accessed', "the write never ends"),
-    _M('lost race not noticed', 'guest_tables', 'if not cmpxchg_entry(vm.memory, real, tables.size, pte, new): return False', 'cmpxchg_entry(vm.memory, real, tables.size, pte, new)', "an entry is used that the guest has changed"),
-    _M('frame not compared', 'sync', 'if not access and not vm.masks.present or gfn != page_gfn(sp, index):', 'if not access and not vm.masks.present:', "after the flush the old frame is still reached"),
-    _M('sync ignores upper rights', 'sync', 'gfn, access = tables.gfn(gpte), int(sp.role.access) & tables.access(gpte)', 'gfn, access = tables.gfn(gpte), tables.access(gpte)', "the level above no longer counts"),
+    _M('clean is writable', 'guest_tables', 'return rights & ~ACC_WRITE if self.have_ad and not gpte & self.dirty else '
+                                            'rights', 'return rights', "the first write leaves no D bit"),
+    _M('unused is used', 'guest_tables', 'if not gpte & self.present or self.have_ad and not gpte & self.accessed: '
+                                         'return True', 'if not gpte & self.present: return True',
+       "an access leaves no A bit"),
+    _M('rights of one level', 'guest_tables', 'acc &= pte ^ nx', 'acc = pte ^ nx',
+       "a table is shared by ways with different rights"),
+    _M('D not set', 'guest_tables', 'new = pte | tables.accessed | (tables.dirty if write and level == walked.level '
+                                    'else 0)', 'new = pte | tables.accessed', "the write never ends"),
+    _M('lost race not noticed', 'guest_tables', 'if not cmpxchg_entry(vm.memory, real, tables.size, pte, new): return '
+                                                'False', 'cmpxchg_entry(vm.memory, real, tables.size, pte, new)',
+       "an entry is used that the guest has changed"),
+    _M('frame not compared', 'sync', 'if not access and not vm.masks.present or gfn != page_gfn(sp, index):',
+       'if not access and not vm.masks.present:', "after the flush the old frame is still reached"),
+    _M('sync ignores upper rights', 'sync', 'gfn, access = tables.gfn(gpte), int(sp.role.access) & tables.access(gpte)',
+       'gfn, access = tables.gfn(gpte), tables.access(gpte)', "the level above no longer counts"),
     _M('sync owes no flush', 'sync', 'return int(flush)', 'return 0', "the other vCPU goes on with the old entry"),
-    _M('stale tables not protected', 'sync', 'for child, _ in found: protected |= write_protect_gfn(vm, child.gfn)', 'pass', "a table in sync is writable"),
-    _M('protected without flush', 'sync', 'if protected: remote_flush_or_zap(vm, zapped, True)', 'pass', "another vCPU stores into the table while it is being synced"),
-    _M('synced without flush', 'sync', "            clear_parents(path)\n    remote_flush_or_zap(vm, zapped, flush)", "            clear_parents(path)\n    remote_flush_or_zap(vm, zapped, False)", "what was synced away is still in a TLB"),
-    _M('store without flush', 'sync', 'flush |= is_present(sp.sptes.get(index, 0))', 'pass', "an entry the guest overwrote is still in a TLB"),
-    _M('found and not synced', 'sync', 'result = kvm_sync_page(vcpu, sp, zapped) if sp.unsync else 0', 'result = 0', "a stale table is linked as it is"),
-    _M('found without flush', 'sync', 'if result > 0: remote_flush(vm)', 'pass', "what the lookup synced away is still in a TLB"),
-    _M('two uses of a frame', 'sync', 'if role.level > 1 and sp.unsync: prepare_zap(vm, sp, zapped)', 'pass', "a frame is tracked and writable"),
-    _M('half an entry', 'sync', 'return (2 * index, 2 * index + 1) if sp.role.level == 2 else (index,)', 'return (index,)', "a 4-byte entry maps two slots, one is dropped"),
-    _M('wrong half', 'sync', 'if quadrant != sp.role.quadrant: return ()', 'pass', "a store is taken for one into another part"),
-    _M('invalid entry stays', 'sync', "    drop_spte(vm, sp, index)\n    return True\n\ndef kvm_sync_page", "    return True\n\ndef kvm_sync_page", "a page the guest took away is still reached"),
-    _M('flooding never', 'sync', 'return sp.write_flooding >= 3', 'return False', "a frame that is a table no longer stays protected"),
+    _M('stale tables not protected', 'sync', 'for child, _ in found: protected |= write_protect_gfn(vm, child.gfn)',
+       'pass', "a table in sync is writable"),
+    _M('protected without flush', 'sync', 'if protected: remote_flush_or_zap(vm, zapped, True)', 'pass',
+       "another vCPU stores into the table while it is being synced"),
+    _M('synced without flush', 'sync', "            clear_parents(path)\n    remote_flush_or_zap(vm, zapped, flush)",
+       "            clear_parents(path)\n    remote_flush_or_zap(vm, zapped, False)",
+       "what was synced away is still in a TLB"),
+    _M('store without flush', 'sync', 'flush |= is_present(sp.sptes.get(index, 0))', 'pass',
+       "an entry the guest overwrote is still in a TLB"),
+    _M('found and not synced', 'sync', 'result = kvm_sync_page(vcpu, sp, zapped) if sp.unsync else 0', 'result = 0',
+       "a stale table is linked as it is"),
+    _M('found without flush', 'sync', 'if result > 0: remote_flush(vm)', 'pass',
+       "what the lookup synced away is still in a TLB"),
+    _M('two uses of a frame', 'sync', 'if role.level > 1 and sp.unsync: prepare_zap(vm, sp, zapped)', 'pass',
+       "a frame is tracked and writable"),
+    _M('half an entry', 'sync', 'return (2 * index, 2 * index + 1) if sp.role.level == 2 else (index,)',
+       'return (index,)', "a 4-byte entry maps two slots, one is dropped"),
+    _M('wrong half', 'sync', 'if quadrant != sp.role.quadrant: return ()', 'pass',
+       "a store is taken for one into another part"),
+    _M('invalid entry stays', 'sync', "    drop_spte(vm, sp, index)\n    return True\n\ndef kvm_sync_page",
+       "    return True\n\ndef kvm_sync_page", "a page the guest took away is still reached"),
+    _M('flooding never', 'sync', 'return sp.write_flooding >= 3', 'return False',
+       "a frame that is a table no longer stays protected"),
 )
 
 # %% ../../nbs/review/20_mutants.ipynb #b2e1d00b
 FAULT_MUTANTS = (
-    _M('stale child unmarked', 'page_fault', 'if (child.unsync or child.unsync_children) and index not in sp.unsync_slots:', 'if False:', "a stale table is linked and no flush finds it"),
-    _M('any child will do', 'page_fault', 'child.gfn == gfn and child.role == role: return None', 'child.gfn == gfn: return None', "a table made for other rights is used"),
-    _M('child of any frame', 'page_fault', 'child.gfn == gfn and child.role == role: return None', 'child.role == role: return None', "the table of another frame is used"),
-    _M('leaf without flush', 'page_fault', "    if flush: remote_flush(vm)\n    if known", "    if known", "an entry that was replaced is still in a TLB"),
-    _M('never stale', 'page_fault', 'return bool(busy) or vm.mmu_seq != fault.mmu_seq', 'return False', "a frame the host took away meanwhile is mapped"),
-    _M('tracked not asked', 'page_fault', 'return not fault.rsvd and fault.present and fault.write and is_tracked(vm, fault.gfn)', 'return False', "a store into a tracked table walks on"),
-    _M('fast for everybody', 'fast_page_fault', 'if fault.write and is_mmu_writable(vm.masks, spte):', 'if fault.write:', "a right taken for good is given back"),
-    _M('fast exchange blind', 'fast_page_fault', 'if sp.sptes.get(index, 0) != spte: continue', 'pass', "an entry another vCPU changed is overwritten"),
-    _M('read-only memory written', 'page_fault', "return 'EMULATE' if fault.write and not fault.map_writable else 'CONTINUE'", "return 'CONTINUE'", "the fault comes again and again"),
-    _M('MMIO for ever', 'direct_fault', 'valid = vm.invalidating is None and mmio_gen(spte) == gen', 'valid = True', "memory that appeared is taken for a hole"),
-    _M('large page logged', 'page_fault', 'if fault.max_level == 1 or fault.pfn is None or is_logged(vm, fault.gfn): return', 'if fault.max_level == 1 or fault.pfn is None: return', "one write marks one page of 512"),
-    _M('large page anywhere', 'tdp_ranges', 'if (level, gfn // size) not in vm.no_large and not moved', 'if not moved', "a large page covers a table"),
-    _M('changed below', 'shadow_fault', "if gpte_changed(vcpu, tables, walked, level - 1): return 'RETRY'", 'pass', "a walk that is no longer true is mapped"),
-    _M('changed above', 'shadow_fault', "if gpte_changed(vcpu, tables, walked, 2 if top == 3 else top): return 'RETRY'", 'pass', "a walk whose top entry changed is mapped"),
-    _M('stale tables used', 'shadow_fault', 'if child is not None and child.unsync_children: sync_children(vcpu, child)', 'pass', "what is below a table that is linked again is old"),
-    _M('direct table stays', 'shadow_fault', 'if child.role.access == access: return', 'return', "a large page keeps the rights it had"),
-    _M('WP=0 for users', 'shadow_fault', 'walked.pte_access = (walked.pte_access | ACC_WRITE) & ~ACC_USER', 'walked.pte_access = walked.pte_access | ACC_WRITE', "user code writes a read-only page"),
-    _M('WP=0 and SMEP', 'shadow_fault', 'if role.ext.cr4_smep: walked.pte_access &= ~ACC_EXEC', 'pass', "the supervisor executes a user page"),
-    _M('children without rights', 'shadow_fault', 'False, walked.pt_access[level - 1])', 'False, 7)', "what the levels above refuse is allowed"),
-    _M('leaf with all rights', 'shadow_fault', 'result = set_spte(vcpu, sp, index, walked.pte_access,', 'result = set_spte(vcpu, sp, index, 7,', "what the guest refuses is allowed"),
-    _M('fault never stale', 'shadow_fault', "    if is_stale(vcpu, fault): return 'RETRY'\n    return fetch", "    return fetch", "a frame the host took away meanwhile is mapped, or a zapped root filled"),
-    _M('no room made', 'shadow_fault', "    if not make_pages_available(vm): return 'ENOSPC'\n", "", "more tables than userspace allows"),
-    _M('INVLPG without flush', 'invlpg', 'if is_present(spte): remote_flush(vm)', 'pass', "another vCPU's TLB keeps what no list knows"),
+    _M('stale child unmarked', 'page_fault',
+       'if (child.unsync or child.unsync_children) and index not in sp.unsync_slots:', 'if False:',
+       "a stale table is linked and no flush finds it"),
+    _M('any child will do', 'page_fault', 'child.gfn == gfn and child.role == role: return None',
+       'child.gfn == gfn: return None', "a table made for other rights is used"),
+    _M('child of any frame', 'page_fault', 'child.gfn == gfn and child.role == role: return None',
+       'child.role == role: return None', "the table of another frame is used"),
+    _M('leaf without flush', 'page_fault', "    if flush: remote_flush(vm)\n    if known", "    if known",
+       "an entry that was replaced is still in a TLB"),
+    _M('never stale', 'page_fault', 'return bool(busy) or vm.mmu_seq != fault.mmu_seq', 'return False',
+       "a frame the host took away meanwhile is mapped"),
+    _M('tracked not asked', 'page_fault', 'return not fault.rsvd and fault.present and fault.write and is_tracked(vm, '
+                                          'fault.gfn)', 'return False', "a store into a tracked table walks on"),
+    _M('fast for everybody', 'fast_page_fault', 'if fault.write and is_mmu_writable(vm.masks, spte):',
+       'if fault.write:', "a right taken for good is given back"),
+    _M('fast exchange blind', 'fast_page_fault', 'if sp.sptes.get(index, 0) != spte: continue', 'pass',
+       "an entry another vCPU changed is overwritten"),
+    _M('read-only memory written', 'page_fault', "return 'EMULATE' if fault.write and not fault.map_writable else "
+                                                 "'CONTINUE'", "return 'CONTINUE'", "the fault comes again and again"),
+    _M('MMIO for ever', 'direct_fault', 'valid = vm.invalidating is None and mmio_gen(spte) == gen', 'valid = True',
+       "memory that appeared is taken for a hole"),
+    _M('large page logged', 'page_fault', 'if fault.max_level == 1 or fault.pfn is None or is_logged(vm, fault.gfn): '
+                                          'return', 'if fault.max_level == 1 or fault.pfn is None: return',
+       "one write marks one page of 512"),
+    _M('large page anywhere', 'tdp_ranges', 'if ((level, gfn // size) not in vm.no_large and not moved',
+       'if (not moved',
+       "a large page covers a table"),
+    _M('changed below', 'shadow_fault', "if gpte_changed(vcpu, tables, walked, level - 1): return 'RETRY'", 'pass',
+       "a walk that is no longer true is mapped"),
+    _M('changed above', 'shadow_fault', "if gpte_changed(vcpu, tables, walked, 2 if top == 3 else top): return 'RETRY'",
+       'pass', "a walk whose top entry changed is mapped"),
+    _M('stale tables used', 'shadow_fault',
+       'if child is not None and child.unsync_children: sync_children(vcpu, child)', 'pass',
+       "what is below a table that is linked again is old"),
+    _M('direct table stays', 'shadow_fault', 'if child.role.access == access: return', 'return',
+       "a large page keeps the rights it had"),
+    _M('WP=0 for users', 'shadow_fault', 'walked.pte_access = (walked.pte_access | ACC_WRITE) & ~ACC_USER',
+       'walked.pte_access = walked.pte_access | ACC_WRITE', "user code writes a read-only page"),
+    _M('WP=0 and SMEP', 'shadow_fault', 'if role.ext.cr4_smep: walked.pte_access &= ~ACC_EXEC', 'pass',
+       "the supervisor executes a user page"),
+    _M('children without rights', 'shadow_fault', 'False, walked.pt_access[level - 1])', 'False, 7)',
+       "what the levels above refuse is allowed"),
+    _M('leaf with all rights', 'shadow_fault', 'result = set_spte(vcpu, sp, index, walked.pte_access,',
+       'result = set_spte(vcpu, sp, index, 7,', "what the guest refuses is allowed"),
+    _M('fault never stale', 'shadow_fault', "    if is_stale(vcpu, fault): return 'RETRY'\n    return fetch",
+       "    return fetch", "a frame the host took away meanwhile is mapped, or a zapped root filled"),
+    _M('no room made', 'shadow_fault', "    if not make_pages_available(vm): return 'ENOSPC'\n", "",
+       "more tables than userspace allows"),
+    _M('INVLPG without flush', 'invlpg', 'if is_present(spte): remote_flush(vm)', 'pass',
+       "another vCPU's TLB keeps what no list knows"),
     _M('INVLPG looks away', 'invlpg', 'zap_entry(vm, sp, index)', 'pass', "the stale entry stays"),
-    _M('fault keeps the entry', 'invlpg', 'if code & int(Pferr.PRESENT) and not code & int(Pferr.RSVD): invalidate_gva(vcpu, mmu, fault.gva, mmu.root.hpa)', 'pass', "the address that faulted answers from a stale entry"),
-    _M('neighbours with more rights', 'invlpg', 'gfn, access = tables.gfn(gpte), int(sp.role.access) & tables.access(gpte)', 'gfn, access = tables.gfn(gpte), tables.access(gpte)', "a prefetched page ignores the level above"),
-    _M('neighbours that are not there', 'invlpg', 'if drop_invalid(vm, tables, sp, index, gpte): return False', 'pass', "an entry that is not present is mapped"),
+    _M('fault keeps the entry', 'invlpg', 'if code & int(Pferr.PRESENT) and not code & int(Pferr.RSVD): '
+                                          'invalidate_gva(vcpu, mmu, fault.gva, mmu.root.hpa)', 'pass',
+       "the address that faulted answers from a stale entry"),
+    _M('neighbours with more rights', 'invlpg', 'gfn, access = tables.gfn(gpte), int(sp.role.access) & '
+                                                'tables.access(gpte)',
+       'gfn, access = tables.gfn(gpte), tables.access(gpte)', "a prefetched page ignores the level above"),
+    _M('neighbours that are not there', 'invlpg', 'if drop_invalid(vm, tables, sp, index, gpte): return False', 'pass',
+       "an entry that is not present is mapped"),
 )
 
 # %% ../../nbs/review/20_mutants.ipynb #1a6dda76
 ROOT_MUTANTS = (
-    _M('TDP table leaks', 'tdp_mmu', 'if is_leaf or not now: _remove_table(vm, child_of(vm, old, level), shared)', 'pass', "a table nothing leads to stays"),
-    _M('TDP zap without flush', 'tdp_mmu', "    remote_flush(vm)\n    _write(sp, index, 0)", "    _write(sp, index, 0)", "the TLB uses a table that is freed"),
-    _M('TDP protects nothing', 'tdp_ranges', 'return _change_leaves(vm, start, end, min_level, lambda spte: spte & ~SPTE_WRITABLE)', 'return False', "writes are not logged"),
-    _M('TDP write not logged', 'tdp_mmu', 'if slot and slot.base_gfn in vm.logged: vm.dirty.add(gfn)', 'pass', "a written page is missing in the log"),
-    _M('TDP unmap without flush', 'tdp_ranges', "            tdp_set_spte(vm, it.sp, it.index, 0)\n            flush = True", "            tdp_set_spte(vm, it.sp, it.index, 0)", "the TLB reaches a frame the host has given away"),
-    _M('exchange blind', 'tdp_mmu', 'if sp.sptes.get(index, 0) != old: return False', 'pass', "what another vCPU put there is lost"),
-    _M('root not held', 'roots', "    sp.root_count += 1\n    vcpu.did('alloc_root_ret'", "    vcpu.did('alloc_root_ret'", "a table is freed while it is a root"),
-    _M('root dropped unfreed', 'roots', 'if not sp.root_count and sp.role.invalid: prepare_zap(vm, sp, zapped)', 'pass', "a zapped root is never freed"),
-    _M('any role will do', 'root_cache', 'return sp.role == role', 'return True', "a root for other rules is found again"),
-    _M('any pointer will do', 'root_cache', 'if not role.direct and pgd != root.pgd: return False', 'pass', "the tables of another process"),
-    _M('per-vCPU root is kept', 'root_cache', 'return mmu.root.valid and to_shadow_page(vm, mmu.root.hpa) is None', 'return False', "a root without a shadow page among the previous ones"),
-    _M('sync not asked', 'reload', "if take(vcpu, 'MMU_SYNC'): sync_roots(vcpu)", "take(vcpu, 'MMU_SYNC')", "MOV to CR3 leaves stale tables"),
-    _M('short roots not synced', 'reload', 'for hpa in [mmu.root.hpa] if long_mode else [word for word in mmu.pae_words if word]:', 'for hpa in [mmu.root.hpa] if long_mode else []:', "stale tables below pae_root"),
-    _M('new root not synced', 'reload', "        sync_roots(vcpu)\n        load_pgd(vcpu)", "        load_pgd(vcpu)", "a root found in the hash is used with its stale tables"),
-    _M('global flush skips cached roots', 'reload', "            sync_prev_roots(vcpu)\n", "            pass\n", "a cached root answers with what was flushed"),
-    _M('PDPTEs not compared', 'register_writes', 'if not vcpu.host.has_tdp and list(pdptes) != mmu.pdptrs: free_roots(vcpu, mmu, ROOT_CURRENT)', 'pass', "pae_root shadows the old PDPTEs"),
-    _M('same root', 'register_writes', 'if value != vcpu.cr3: new_pgd(vcpu, value)', 'pass', "the tables of the process before"),
-    _M('CR3 flushes nothing', 'register_writes', "if _active_pcid(vcpu) == pcid: vcpu.requests |= {'MMU_SYNC', 'TLB_FLUSH_CURRENT'}", 'pass', "stale entries survive MOV to CR3"),
-    _M('CR0 costs nothing', 'register_writes', 'if (new ^ old) & CR0_ROLE_BITS: reset_context(vcpu)', 'pass', "tables made for WP=0 serve WP=1"),
-    _M('CR4 costs nothing', 'register_writes', 'if changed & CR4_ROLE_BITS: reset_context(vcpu)', 'pass', "tables made without SMEP serve SMEP"),
-    _M('EFER costs nothing', 'register_writes', 'if (vcpu.efer ^ old) & EFER_ROLE_BITS: reset_context(vcpu)', 'pass', "bit 63 keeps its old meaning"),
-    _M('cached PCID stays', 'register_writes', 'which = sum(ROOT_PREVIOUS(i) for i, prev in enumerate(vcpu.mmu.prev_roots) if prev.pgd & CR3_PCID_MASK == pcid)', 'which = 0', "a flush of a PCID leaves its cached root as it was"),
-    _M('VMRUN flushes nothing', 'nested_switch', "vcpu.requests |= {'MMU_SYNC', 'TLB_FLUSH_CURRENT'}\n    vcpu.guest_mode = True", "vcpu.guest_mode = True", "L2 runs on what L1 has changed"),
-    _M('#VMEXIT flushes nothing', 'nested_switch', "vcpu.requests |= {'MMU_SYNC', 'TLB_FLUSH_CURRENT'}\n    vcpu.mmu_is", "vcpu.mmu_is", "L1 runs on entries from before"),
-    _M('nCR3 ignored', 'nested_switch', 'new_pgd(vcpu, ncr3, role=shadow_npt_roles(vcpu.host, cr4, efer)[1])', 'pass', "L2 runs on other nested tables"),
-    _M('L2 without its own root', 'nested_switch', 'if not nested_paging and not early: new_pgd(vcpu, cr3)', 'pass', "L2 runs on L1's tables"),
+    _M('TDP table leaks', 'tdp_mmu', 'if is_leaf or not now: _remove_table(vm, child_of(vm, old, level), shared)',
+       'pass', "a table nothing leads to stays"),
+    _M('TDP zap without flush', 'tdp_mmu', "    remote_flush(vm)\n    _write(sp, index, 0)", "    _write(sp, index, 0)",
+       "the TLB uses a table that is freed"),
+    _M('TDP protects nothing', 'tdp_ranges', 'return _change_leaves(vm, start, end, min_level, lambda spte: spte & '
+                                             '~SPTE_WRITABLE)', 'return False', "writes are not logged"),
+    _M('TDP write not logged', 'tdp_mmu', 'if slot and slot.base_gfn in vm.logged: vm.dirty.add(gfn)', 'pass',
+       "a written page is missing in the log"),
+    _M('TDP unmap without flush', 'tdp_ranges', "            tdp_set_spte(vm, it.sp, it.index, 0)\n            flush = "
+                                                "True", "            tdp_set_spte(vm, it.sp, it.index, 0)",
+       "the TLB reaches a frame the host has given away"),
+    _M('exchange blind', 'tdp_mmu', 'if sp.sptes.get(index, 0) != old: return False', 'pass',
+       "what another vCPU put there is lost"),
+    _M('root not held', 'roots', "    sp.root_count += 1\n    vcpu.did('alloc_root_ret'",
+       "    vcpu.did('alloc_root_ret'", "a table is freed while it is a root"),
+    _M('root dropped unfreed', 'roots', 'if not sp.root_count and sp.role.invalid: prepare_zap(vm, sp, zapped)', 'pass',
+       "a zapped root is never freed"),
+    _M('any role will do', 'root_cache', 'return sp.role == role', 'return True',
+       "a root for other rules is found again"),
+    _M('any pointer will do', 'root_cache', 'if not role.direct and pgd != root.pgd: return False', 'pass',
+       "the tables of another process"),
+    _M('per-vCPU root is kept', 'root_cache', 'return mmu.root.valid and to_shadow_page(vm, mmu.root.hpa) is None',
+       'return False', "a root without a shadow page among the previous ones"),
+    _M('sync not asked', 'reload', "if take(vcpu, 'MMU_SYNC'): sync_roots(vcpu)", "take(vcpu, 'MMU_SYNC')",
+       "MOV to CR3 leaves stale tables"),
+    _M('short roots not synced', 'reload', 'for hpa in [mmu.root.hpa] if long_mode else [word for word in '
+                                           'mmu.pae_words if word]:', 'for hpa in [mmu.root.hpa] if long_mode else []:',
+       "stale tables below pae_root"),
+    _M('new root not synced', 'reload', "        sync_roots(vcpu)\n        load_pgd(vcpu)", "        load_pgd(vcpu)",
+       "a root found in the hash is used with its stale tables"),
+    _M('global flush skips cached roots', 'reload', "            sync_prev_roots(vcpu)\n", "            pass\n",
+       "a cached root answers with what was flushed"),
+    _M('PDPTEs not compared', 'register_writes',
+       'if not vcpu.host.has_tdp and list(pdptes) != mmu.pdptrs: free_roots(vcpu, mmu, ROOT_CURRENT)', 'pass',
+       "pae_root shadows the old PDPTEs"),
+    _M('same root', 'register_writes', 'if value != vcpu.cr3: new_pgd(vcpu, value)', 'pass',
+       "the tables of the process before"),
+    _M('CR3 flushes nothing', 'register_writes', "if _active_pcid(vcpu) == pcid: vcpu.requests |= {'MMU_SYNC', "
+                                                 "'TLB_FLUSH_CURRENT'}", 'pass', "stale entries survive MOV to CR3"),
+    _M('CR0 costs nothing', 'register_writes', 'if (new ^ old) & CR0_ROLE_BITS: reset_context(vcpu)', 'pass',
+       "tables made for WP=0 serve WP=1"),
+    _M('CR4 costs nothing', 'register_writes', 'if changed & CR4_ROLE_BITS: reset_context(vcpu)', 'pass',
+       "tables made without SMEP serve SMEP"),
+    _M('EFER costs nothing', 'register_writes', 'if (vcpu.efer ^ old) & EFER_ROLE_BITS: reset_context(vcpu)', 'pass',
+       "bit 63 keeps its old meaning"),
+    _M('cached PCID stays', 'register_writes', 'which = sum(ROOT_PREVIOUS(i) for i, prev in '
+                                               'enumerate(vcpu.mmu.prev_roots) if prev.pgd & CR3_PCID_MASK == pcid)',
+       'which = 0', "a flush of a PCID leaves its cached root as it was"),
+    _M('VMRUN flushes nothing', 'nested_switch',
+       "vcpu.requests |= {'MMU_SYNC', 'TLB_FLUSH_CURRENT'}\n    vcpu.guest_mode = True", "vcpu.guest_mode = True",
+       "L2 runs on what L1 has changed"),
+    _M('#VMEXIT flushes nothing', 'nested_switch',
+       "vcpu.requests |= {'MMU_SYNC', 'TLB_FLUSH_CURRENT'}\n    vcpu.mmu_is", "vcpu.mmu_is",
+       "L1 runs on entries from before"),
+    _M('nCR3 ignored', 'nested_switch', 'new_pgd(vcpu, ncr3, role=shadow_npt_roles(vcpu.host, cr4, efer)[1])', 'pass',
+       "L2 runs on other nested tables"),
+    _M('L2 without its own root', 'nested_switch', 'if not nested_paging and not early: new_pgd(vcpu, cr3)', 'pass',
+       "L2 runs on L1's tables"),
 )
 
 HOST_MUTANTS = (
-    _M('unmap without flush', 'host_events', "    if flush: remote_flush(vm)\n    vm.point('host takes", "    vm.point('host takes", "the TLB reaches a frame the host has given away"),
-    _M('merged without flush', 'host_events', "    vm.moved[gfn] = pfn, False\n    if flush: remote_flush(vm)", "    vm.moved[gfn] = pfn, False", "the TLB reaches the page the host has merged away"),
-    _M('log without flush', 'host_events', 'if found: remote_flush(vm)', 'pass', "the next write goes through the TLB, and the log does not have it"),
-    _M('log protects nothing', 'host_events', 'for gfn in sorted(found): protect_range(vm, gfn, gfn + 1)', 'pass', "a page written twice is logged once"),
-    _M('log begins without flush', 'host_events', "    protect_range(vm, slot.base_gfn, slot.end_gfn)\n    remote_flush(vm)", "    protect_range(vm, slot.base_gfn, slot.end_gfn)", "writes go on unlogged where a TLB has the right"),
-    _M('slot goes, tables stay', 'host_events', "    bump_generation(vm)\n    zap_all_fast(vm)", "    bump_generation(vm)", "memory that userspace took is still reached"),
-    _M('slots change unseen', 'host_events', 'vm.generation += 1', 'pass', "MMIO that is remembered hides the new memory"),
-    _M('NX switch zaps nothing', 'host_events', "    vm.nx_huge_pages = on\n    zap_all_fast(vm)", "    vm.nx_huge_pages = on", "large pages that may be executed stay"),
-    _M('PCIDE keeps the roots', 'register_writes', 'if not vcpu.host.has_tdp and new & ~old & Cr4.PCIDE: unload(vcpu)', 'pass', "roots built for CR3 without a PCID are found for PCID 0"),
-    _M('INVPCID of the running one', 'register_writes', 'roots += [prev.hpa for prev in mmu.prev_roots if prev.valid and prev.pgd & CR3_PCID_MASK == pcid]', 'pass', "the root of another PCID keeps the stale entry"),
-    _M('INVEPT forgets nothing', 'nested_switch', 'if which: free_roots(vcpu, mmu, which)', 'pass', "one EPTP's root is found again with what was flushed"),
-    _M('INVEPT of all forgets nothing', 'nested_switch', 'if eptp is None: return free_roots(vcpu, mmu, ROOTS_ALL)', 'if eptp is None: return', "roots are found again with what was flushed"),
-    _M('INVVPID forgets nothing', 'nested_switch', 'if not vcpu.host.has_tdp: free_guest_mode_roots(vcpu, vcpu.root_mmu)', 'pass', "L2 goes on with what L1 has flushed"),
-    _M('EPTP ignored', 'nested_switch', 'new_pgd(vcpu, eptp, role=shadow_ept_roles((eptp >> 3 & 7) + 1, bool(eptp & 1 << 6), True)[1])', 'pass', "L2 runs on another EPT"),
+    _M('unmap without flush', 'host_events', "    if flush: remote_flush(vm)\n    vm.point('host takes",
+       "    vm.point('host takes", "the TLB reaches a frame the host has given away"),
+    _M('merged without flush', 'host_events', "    vm.moved[gfn] = pfn, False\n    if flush: remote_flush(vm)",
+       "    vm.moved[gfn] = pfn, False", "the TLB reaches the page the host has merged away"),
+    _M('log without flush', 'host_events', 'if found: remote_flush(vm)', 'pass',
+       "the next write goes through the TLB, and the log does not have it"),
+    _M('log protects nothing', 'host_events', 'for gfn in sorted(found): protect_range(vm, gfn, gfn + 1)', 'pass',
+       "a page written twice is logged once"),
+    _M('log begins without flush', 'host_events', "    protect_range(vm, slot.base_gfn, slot.end_gfn)\n    "
+                                                  "remote_flush(vm)",
+       "    protect_range(vm, slot.base_gfn, slot.end_gfn)", "writes go on unlogged where a TLB has the right"),
+    _M('slot goes, tables stay', 'host_events', "    bump_generation(vm)\n    zap_all_fast(vm)",
+       "    bump_generation(vm)", "memory that userspace took is still reached"),
+    _M('slots change unseen', 'host_events', 'vm.generation += 1', 'pass',
+       "MMIO that is remembered hides the new memory"),
+    _M('NX switch zaps nothing', 'host_events', "    vm.nx_huge_pages = on\n    zap_all_fast(vm)",
+       "    vm.nx_huge_pages = on", "large pages that may be executed stay"),
+    _M('PCIDE keeps the roots', 'register_writes', 'if not vcpu.host.has_tdp and new & ~old & Cr4.PCIDE: unload(vcpu)',
+       'pass', "roots built for CR3 without a PCID are found for PCID 0"),
+    _M('INVPCID of the running one', 'register_writes',
+       'roots += [prev.hpa for prev in mmu.prev_roots if prev.valid and prev.pgd & CR3_PCID_MASK == pcid]', 'pass',
+       "the root of another PCID keeps the stale entry"),
+    _M('INVEPT forgets nothing', 'nested_switch', 'if which: free_roots(vcpu, mmu, which)', 'pass',
+       "one EPTP's root is found again with what was flushed"),
+    _M('INVEPT of all forgets nothing', 'nested_switch', 'if eptp is None: return free_roots(vcpu, mmu, ROOTS_ALL)',
+       'if eptp is None: return', "roots are found again with what was flushed"),
+    _M('INVVPID forgets nothing', 'nested_switch', 'if not vcpu.host.has_tdp: free_guest_mode_roots(vcpu, '
+                                                   'vcpu.root_mmu)', 'pass', "L2 goes on with what L1 has flushed"),
+    _M('EPTP ignored', 'nested_switch', 'new_pgd(vcpu, eptp, role=shadow_ept_roles((eptp >> 3 & 7) + 1, bool(eptp & 1 '
+                                        '<< 6), True)[1])', 'pass', "L2 runs on another EPT"),
 )
 MUTANTS = TABLE_MUTANTS + GUEST_MUTANTS + FAULT_MUTANTS + ROOT_MUTANTS + HOST_MUTANTS
 
@@ -184,10 +312,14 @@ ended = hunt(int(sys.argv[1]), int(sys.argv[2]), 125, settings=SETTINGS)
 if ended.broken: print(f"{ended.broken[:60]} | {ended.setting}, seed {ended.seed}, step {ended.steps}")
 '''
 SETTINGS = tuple(Setting(host, mode, *more) for host, mode, *more in (
-    ('shadow', '4-level', '', False, 2), ('shadow', '2-level', '', False, 2), ('NPT', '4-level', '4-level', True, 2), ('shadow, VMX', 'PAE', '', False, 2),
-    ('NPT', '4-level', '', False, 2), ('EPT', '4-level', 'PAE', True, 2, 4), ('shadow', '4-level', '4-level', False, 2), ('shadow', '4-level'),
-    ('NPT, shadow MMU', '4-level', '4-level', True, 2), ('EPT without A/D', '4-level', '', False, 2), ('NPT, shadow MMU', '4-level', '', False, 2),
-    ('NPT', '2-level', '2-level', True, 2), ('shadow', 'PAE', 'PAE', False, 1), ('shadow', 'nonpaging'), ('EPT', '5-level', '4-level', True, 1, 5),
+    ('shadow', '4-level', '', False, 2), ('shadow', '2-level', '', False, 2), ('NPT', '4-level', '4-level', True, 2),
+    ('shadow, VMX', 'PAE', '', False, 2),
+    ('NPT', '4-level', '', False, 2), ('EPT', '4-level', 'PAE', True, 2, 4), ('shadow', '4-level', '4-level', False, 2),
+    ('shadow', '4-level'),
+    ('NPT, shadow MMU', '4-level', '4-level', True, 2), ('EPT without A/D', '4-level', '', False, 2),
+    ('NPT, shadow MMU', '4-level', '', False, 2),
+    ('NPT', '2-level', '2-level', True, 2), ('shadow', 'PAE', 'PAE', False, 1), ('shadow', 'nonpaging'),
+    ('EPT', '5-level', '4-level', True, 1, 5),
     ('shadow, VMX', '4-level', 'PAE', False, 2)))
 STEPS = 2000       # Of stories for each mutant: one of every setting
 PATIENCE = 900     # Seconds; only a mutant that hangs needs as many
@@ -203,7 +335,9 @@ def with_mistake(mutant: Mutant, package: Path, work: Path) -> Path:
 def run_python(work: Path, arguments: list) -> tuple:
     "(exit status, what it printed); status None: it did not end."
     env = {**os.environ, 'PYTHONPATH': str(work), 'PYTHONDONTWRITEBYTECODE': '1', 'PYTHONHASHSEED': '0'}
-    try: done = subprocess.run([sys.executable, *arguments], cwd=work, env=env, capture_output=True, text=True, timeout=PATIENCE)
+    try:
+        done = subprocess.run([sys.executable, *arguments], cwd=work, env=env, capture_output=True, text=True,
+                              timeout=PATIENCE)
     except subprocess.TimeoutExpired: return None, ''
     return done.returncode, (done.stdout + done.stderr).strip()
 
@@ -222,13 +356,16 @@ def by_tests(work: Path, groups: list) -> str:
         status, said = run_python(work, ['-m', 'pytest', '-x', '-q', '-rfE', '-p', 'no:cacheprovider', *files])
         if status is None: return f"{files[0]}, or one after it, does not end"
         failed = [line for line in said.splitlines() if line.startswith(('FAILED', 'ERROR'))]
-        if status: return failed[0].split(' - ')[0].split(' ', 1)[1].removeprefix('tests/') if failed else f"{files[0]}: {said.splitlines()[-1][:80]}"
+        if status:
+            return (failed[0].split(' - ')[0].split(' ', 1)[1].removeprefix('tests/') if failed
+                    else f"{files[0]}: {said.splitlines()[-1][:80]}")
     return ''
 
 def checks_of(mutant: Mutant, work: Path) -> list:
     "Groups of test files: its chapter's and the stories told by hand, then what other chapters of Part II claim."
     own = [f'tests/claims/test_mmu_{mutant.module}.py', f'tests/test_{mutant.module}.py', 'tests/test_stale_tables.py']
-    return [own, sorted({f'tests/claims/{path.name}' for path in (work / 'tests' / 'claims').glob('test_mmu_*.py')} - {*own})]
+    return [own, sorted({f'tests/claims/{path.name}' for path in (work / 'tests' / 'claims').glob('test_mmu_*.py')}
+                        - {*own})]
 
 # %% ../../nbs/review/20_mutants.ipynb #9355ebe3
 def killed_by(mutant: Mutant, package: Path, seed: int = 1, steps: int = STEPS) -> dict:
@@ -239,11 +376,13 @@ def killed_by(mutant: Mutant, package: Path, seed: int = 1, steps: int = STEPS) 
         test = '' if story or mutant.lives else by_tests(work, checks_of(mutant, work))
     return dict(name=mutant.name, module=mutant.module, story=story, test=test, lives=mutant.lives)
 
-NOTHING = Mutant('no mistake', 'zap', 'MIN_FREE, REFILL = 5, 25', 'MIN_FREE, REFILL = 5, 25', "nothing: whatever kills this one proves nothing of the others")
+NOTHING = Mutant('no mistake', 'zap', 'MIN_FREE, REFILL = 5, 25', 'MIN_FREE, REFILL = 5, 25',
+                 "nothing: whatever kills this one proves nothing of the others")
 
 def fingerprint(package: Path, *more) -> str:
     "Of all that decides what becomes of a mutant; a record of another one is of no use."
-    files = [path for name in ('guest', 'mmu', 'review') for path in sorted((package / name).glob('*.py'))] + sorted((package.parent / 'tests' / 'claims').glob('test_mmu_*.py'))
+    files = ([path for name in ('guest', 'mmu', 'review') for path in sorted((package / name).glob('*.py'))]
+             + sorted((package.parent / 'tests' / 'claims').glob('test_mmu_*.py')))
     return hashlib.sha256(b''.join(path.read_bytes() for path in files) + repr(more).encode()).hexdigest()[:16]
 
 def run_mutants(
@@ -272,13 +411,16 @@ def alive(records: list) -> list:
 
 def score(records: list) -> str:
     "One line: how many died of what, of how many that can die."
-    dead, stories, may = len(records) - len(survivors(records)), sum(bool(record['story']) for record in records), len(survivors(records)) - len(alive(records))
-    said = f"mutation score {dead}/{len(records) - may}: {stories} killed by a random story, {dead - stories} by a claim or a test"
+    dead, stories, may = (len(records) - len(survivors(records)), sum(bool(record['story']) for record in records),
+                          len(survivors(records)) - len(alive(records)))
+    said = (f"mutation score {dead}/{len(records) - may}: {stories} killed by a random story, {dead - stories} by a "
+            f"claim or a test")
     said += f"; {may} of {len(records)} mutants change nothing that could be seen" if may else ''
     return said + (f"; alive: {', '.join(alive(records))}" if alive(records) else '')
 
 def mutants_table(records: list) -> Table:
     "Every mutant and its killer."
     why = {mutant.name: mutant.why for mutant in MUTANTS}
-    rows = [(r['name'], r['module'], why.get(r['name'], ''), r['story'] or r['test'] or f"lives: {r['lives'] or 'not explained'}") for r in records]
+    rows = [(r['name'], r['module'], why.get(r['name'], ''),
+             r['story'] or r['test'] or f"lives: {r['lives'] or 'not explained'}") for r in records]
     return Table(('mutant', 'module', 'what goes wrong', 'killed by'), rows, score(records))

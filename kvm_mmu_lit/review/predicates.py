@@ -32,7 +32,9 @@ def kind_of_root(
     "What a loaded or cached root is made of."
     if not root.valid: return 'none'
     sp = to_shadow_page(vm, root.hpa)
-    if sp is None: return next((name for name in ('pml5_root', 'pml4_root', 'pae_root') if getattr(mmu, name) == root.hpa), 'dangling')
+    if sp is None:
+        return next((name for name in ('pml5_root', 'pml4_root', 'pae_root') if getattr(mmu, name) == root.hpa),
+                    'dangling')
     return 'one-off page' if sp.owner is not None else 'TDP root' if sp.tdp else 'shadow page'
 
 # %% ../../nbs/review/01_predicates.ipynb #b5207ce1
@@ -112,9 +114,12 @@ def static_table(
         if m.storage == 'none': continue
         row = (m.case or 9, m.name, m.host.bits, m.storage)
         said = tuple(one.test(at_rest(m)) for one in PREDICATES)
-        if rows.setdefault(row, said) != said: raise ValueError(f"{m.name}, {m.storage}: the tests answer differently on different hosts")
-    names = [f"{f'case {case}' if case < 9 else 'no case'}: {name}, {bits}-bit host, {storage}" for case, name, bits, storage in sorted(rows)]
-    return Grid(names, [one.name for one in PREDICATES], [rows[row] for row in sorted(rows)], "says the root is per-vCPU")
+        if rows.setdefault(row, said) != said:
+            raise ValueError(f"{m.name}, {m.storage}: the tests answer differently on different hosts")
+    names = [f"{f'case {case}' if case < 9 else 'no case'}: {name}, {bits}-bit host, {storage}"
+             for case, name, bits, storage in sorted(rows)]
+    return Grid(names, [one.name for one in PREDICATES], [rows[row] for row in sorted(rows)],
+                "says the root is per-vCPU")
 
 # %% ../../nbs/review/01_predicates.ipynb #e2f1789f
 def mistaken(
@@ -124,8 +129,10 @@ def mistaken(
     "What goes wrong when a test answers so."
     per_vcpu = ask.loaded in ('pae_root', 'pml4_root', 'pml5_root', 'one-off page')
     says = one.test(ask)
-    if per_vcpu and not says: return "a per-vCPU root stays: it is looked up without a shadow page, or parked among the previous roots"
-    if says and not per_vcpu and ask.loaded != 'none': return "a root that could be kept is dropped: it will be built again"
+    if per_vcpu and not says:
+        return "a per-vCPU root stays: it is looked up without a shadow page, or parked among the previous roots"
+    if says and not per_vcpu and ask.loaded != 'none':
+        return "a root that could be kept is dropped: it will be built again"
     return ''
 
 # %% ../../nbs/review/01_predicates.ipynb #be112aab
@@ -140,7 +147,8 @@ def paired(
 def all_pairings() -> tuple:       # Of (old `MmuCase`, new `MmuCase`)
     "Every loaded root and every role it can meet before it is replaced."
     owners = [m for m in all_mmus() if m.storage != 'none']
-    return tuple((old, new) for old in owners for new in owners if old.host == new.host and old.mmu == new.mmu and _can_meet(old, new))
+    return tuple((old, new) for old in owners for new in owners if old.host == new.host and old.mmu == new.mmu
+                 and _can_meet(old, new))
 
 # %% ../../nbs/review/01_predicates.ipynb #263a9dba
 def _can_meet(old, new):
@@ -150,7 +158,8 @@ def _can_meet(old, new):
     l1, l2 = sorted((old, new), key=lambda m: m.cpu_role.base.guest_mode)
     crosses = l1.cpu_role.base.guest_mode < l2.cpu_role.base.guest_mode
     # VMX: L1 pages, and a 64-bit L2 needs a 64-bit L1.
-    vmx_forbids = old.host.vendor == 'vmx' and (l1.mode == 'nonpaging' or l2.cpu_role.ext.efer_lma > l1.cpu_role.ext.efer_lma)
+    vmx_forbids = old.host.vendor == 'vmx' and (l1.mode == 'nonpaging'
+                                                or l2.cpu_role.ext.efer_lma > l1.cpu_role.ext.efer_lma)
     return crosses and not vmx_forbids
 
 # %% ../../nbs/review/01_predicates.ipynb #b31baffc
@@ -162,10 +171,13 @@ def pairing_table(
     "How often each test is wrong, by the kind of the old root and the kind the new role wants."
     kinds, cells = ((False, False), (False, True), (True, False), (True, True)), []
     for kind in kinds:
-        asks = [paired(old, new) for old, new in all_pairings() if (has_per_vcpu_root(old), has_per_vcpu_root(new)) == kind
+        asks = [paired(old, new) for old, new in all_pairings()
+                if (has_per_vcpu_root(old), has_per_vcpu_root(new)) == kind
                 and (old.host.bits, old.host.has_tdp) == (host_bits, tdp)]
-        cells.append([sum(mistaken(one, ask).startswith('a per-vCPU' if fatal else 'a root that') for ask in asks) for one in PREDICATES])
+        cells.append([sum(mistaken(one, ask).startswith('a per-vCPU' if fatal else 'a root that') for ask in asks)
+                      for one in PREDICATES])
     name = {True: 'per-vCPU', False: 'shared'}
     rows = [f"{name[old]} root, {name[new]} wanted" for old, new in kinds]
     what = "a per-vCPU root stays" if fatal else "a shared root goes"
-    return Grid(rows, [one.name for one in PREDICATES], cells, f"{what}: pairs on {host_bits}-bit hosts, {'TDP' if tdp else 'no TDP'}")
+    return Grid(rows, [one.name for one in PREDICATES], cells,
+                f"{what}: pairs on {host_bits}-bit hosts, {'TDP' if tdp else 'no TDP'}")

@@ -28,12 +28,14 @@ def record_verdicts(
     verdicts: list,        # Of `Verdict`
 ):
     "Write verdicts down."
-    rows = [dict(design=one.design, says=one.says, worlds=[_result_json(result) for result in one.results]) for one in verdicts]
+    rows = [dict(design=one.design, says=one.says, worlds=[_result_json(result) for result in one.results])
+            for one in verdicts]
     Path(path).write_text(json.dumps({'format': FORMAT, 'verdicts': rows}, indent=1) + '\n')
 
 def _result_json(result):
     found = [dict(breaks=one.name, why=one.why, events=list(one.events)) for one in result.found]
-    return dict(world=result.world.name, states=result.states, events=result.edges, complete=result.complete, sizes=list(result.sizes), found=found)
+    return dict(world=result.world.name, states=result.states, events=result.edges, complete=result.complete,
+                sizes=list(result.sizes), found=found)
 
 # %% ../../nbs/review/10_recorded.ipynb #e86120c7
 def recorded_verdicts(
@@ -43,13 +45,16 @@ def recorded_verdicts(
     try:
         data = json.loads(Path(path).read_text())
         if data['format'] != FORMAT: raise ValueError(f"format {data['format']!r}, must be {FORMAT!r}")
-        return [Verdict(one['design'], one['says'], tuple(_result_of(one['design'], row) for row in one['worlds'])) for one in data['verdicts']]
-    except (KeyError, TypeError) as why: raise ValueError(f"{path}: no recorded verdicts: {why} is missing or of another kind") from None
+        return [Verdict(one['design'], one['says'], tuple(_result_of(one['design'], row) for row in one['worlds']))
+                for one in data['verdicts']]
+    except (KeyError, TypeError) as why:
+        raise ValueError(f"{path}: no recorded verdicts: {why} is missing or of another kind") from None
     except ValueError as why: raise ValueError(f"{path}: {why}") from None
 
 def _result_of(name, row):
     found = tuple(Counterexample(one['breaks'], one['why'], tuple(one['events'])) for one in row['found'])
-    return Exploration(world(row['world']), name, row['states'], row['events'], len(row['sizes']) - 1, row['complete'], found, tuple(row['sizes']))
+    return Exploration(world(row['world']), name, row['states'], row['events'], len(row['sizes']) - 1, row['complete'],
+                       found, tuple(row['sizes']))
 
 # %% ../../nbs/review/10_recorded.ipynb #6d3b2911
 def main(

@@ -30,10 +30,12 @@ def flushes(do: str, before: tuple, after: tuple) -> bool:
     "Register writes that make a processor forget all: some bits of CR0 and CR4."
     if do == 'set_cr0': return bool((before[0] ^ after[0]) & Cr0.PG)
     gone, new = before[2] & ~after[2], after[2] & ~before[2]
-    return do == 'set_cr4' and bool((gone | new) & (Cr4.PGE | Cr4.PAE | Cr4.PSE | Cr4.LA57) or gone & Cr4.PCIDE or new & Cr4.SMEP)
+    return do == 'set_cr4' and bool((gone | new) & (Cr4.PGE | Cr4.PAE | Cr4.PSE | Cr4.LA57) or gone & Cr4.PCIDE
+                                    or new & Cr4.SMEP)
 
 # %% ../../nbs/review/17_remembered.ipynb #6f9fb8ac
-SAMPLE = [(page, kind) for page in (*PAGES, LARGE + 0x1000, LARGE + 0x18_000, 0x18_000, 0x20_000) for kind in KINDS]      # What is looked at
+# What is looked at
+SAMPLE = [(page, kind) for page in (*PAGES, LARGE + 0x1000, LARGE + 0x18_000, 0x18_000, 0x20_000) for kind in KINDS]
 
 class Remembered:
     "What the guest's tables said, and what each vCPU's processor may still answer."
@@ -44,8 +46,10 @@ class Remembered:
     ):
         self.setting, self.vcpus = setting, vcpus
         self.known = [{} for _ in vcpus]       # vCPU -> (context, flags) -> (page, kind) -> frame, as last seen
-        self.allowed = [{} for _ in vcpus]     # vCPU -> (CR3, nested pointer, in L2) -> (page, kind) -> frames it may still reach
-        self.hazy = [False] * len(vcpus)       # L1's nested tables changed since this vCPU forgot what they said: its L2 is not judged
+        # vCPU -> (CR3, nested pointer, in L2) -> (page, kind) -> frames it may still reach
+        self.allowed = [{} for _ in vcpus]
+        # L1's nested tables changed since this vCPU forgot what they said: its L2 is not judged
+        self.hazy = [False] * len(vcpus)
 
     def of(self, n: int) -> tuple:             # (`known`, `allowed`)
         "What vCPU `n` has to do with as it is now."
@@ -57,7 +61,8 @@ class Remembered:
         known, allowed = self.of(n)
         for key in SAMPLE:
             now = truth(self.vcpus[n], *key)
-            if key in known and (known[key] != now or type(known[key]) is not type(now)): allowed.setdefault(key, set()).add(known[key])
+            if key in known and (known[key] != now or type(known[key]) is not type(now)):
+                allowed.setdefault(key, set()).add(known[key])
             known[key] = now
 
     def happened(self,
@@ -79,7 +84,9 @@ class Remembered:
 
     def _flushed_by_register(self, event, before, after):
         n, do, pcide = event['vcpu'], event['do'], before[2] & Cr4.PCIDE
-        def here(pcid): return lambda cr3, pgd, l2: (self.setting.svm or (pgd, l2) == after[4:]) and (pcid is None or pcid_of(cr3) == pcid)
+        def here(pcid):
+            return (lambda cr3, pgd, l2: (self.setting.svm or (pgd, l2) == after[4:])
+                    and (pcid is None or pcid_of(cr3) == pcid))
         if do == 'set_cr3' and pcide and event['value'] & CR3_NOFLUSH: self._kept(n, (after[1], *after[4:]))
         elif do == 'set_cr3' and self.setting.host == 'shadow, VMX' and not pcide: self._loaded(n, here(None), after[1])
         elif do == 'set_cr3': self.forget_all(n, here(pcid_of(event['value']) if pcide else None))
@@ -102,11 +109,13 @@ class Remembered:
                 flags.add(here)
                 for key, frame in known.items():
                     if frame is not None: allowed.setdefault(key, set()).add(frame)
-            for key, frames in list(self.allowed[m].get(world, {}).items()): allowed.setdefault(key, set()).update(frames)
+            for key, frames in list(self.allowed[m].get(world, {}).items()):
+                allowed.setdefault(key, set()).update(frames)
         if flags - {now}: self._by_other_rights(allowed)
 
     def _by_other_rights(self, allowed):
-        "What is remembered has rights, and they are checked under the flags of the moment: WP, SMEP and SMAP decide what the supervisor may do."
+        """What is remembered has rights, and they are checked under the flags of the moment: WP, SMEP and SMAP decide
+        what the supervisor may do."""
         for page in {page for page, _ in allowed}:
             frames = set().union(*(allowed.get((page, kind), ()) for kind in KINDS))
             for kind in (0, WRITE, FETCH): allowed.setdefault((page, kind), set()).update(frames)
@@ -127,23 +136,28 @@ class Remembered:
         for key in [key for key in self.known[n] if gone(key[0][1], *key[0][4:])]: del self.known[n][key]
 
     def _forget(self, n, gva, pcid, here):
-        "INVLPG, or a fault: the page, with VPIDs only of the one that runs. What else of a large page must go is not counted on."
+        """INVLPG, or a fault: the page, with VPIDs only of the one that runs.
+
+        What else of a large page must go is not counted on."""
         def is_meant(world): return pcid_of(world[0]) == pcid and (self.setting.svm or world[1:] == here)
         for allowed in [allowed for world, allowed in self.allowed[n].items() if is_meant(world)]:
             for key in [key for key in allowed if key[0] >> 12 == gva >> 12]: del allowed[key]
 
     def used(self, gva: int):
-        """A store may clear the marks of its own page, or of one used in the middle of it, or those its own walk made on the way.
+        """A store may clear the marks of its own page, or of one used in the middle of it, or those its own walk
+        made on the way.
 
         Until then the page was in use, and any processor may have looked ahead."""
         for n, seen in enumerate(self.known):
             for (here, _), known in seen.items():
                 allowed = self.allowed[n].setdefault((here[1], *here[4:]), {})
                 for key, frame in known.items():
-                    if type(frame) is Unmarked or key[0] >> 12 == gva >> 12 and frame is not None: allowed.setdefault(key, set()).add(frame)
+                    if type(frame) is Unmarked or key[0] >> 12 == gva >> 12 and frame is not None:
+                        allowed.setdefault(key, set()).add(frame)
 
     def reached(self, gva: int, frame: int):
-        "Where a store went that was interrupted: the tables it went by may have been new, and it may have written over them."
+        """Where a store went that was interrupted: the tables it went by may have been new, and it may have written
+        over them."""
         for n, seen in enumerate(self.known):
             for here, _ in seen:
                 allowed = self.allowed[n].setdefault((here[1], *here[4:]), {})

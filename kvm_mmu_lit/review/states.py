@@ -29,7 +29,8 @@ def freeze(
 ) -> tuple:        # (versions, ((context, root cache, guest cache), ...)), equal for states that behave alike
     "The state as plain values: tables by what they are, not where; what can no longer matter is left out."
     versions = tuple(vm.versions[FRAMES[name]] for name in world.editable)
-    vcpus = ((freeze_context(vcpu), freeze_cache(vm, vcpu.root_mmu), freeze_cache(vm, vcpu.guest_mmu)) for vcpu in vm.vcpus)
+    vcpus = ((freeze_context(vcpu), freeze_cache(vm, vcpu.root_mmu), freeze_cache(vm, vcpu.guest_mmu))
+             for vcpu in vm.vcpus)
     return versions, tuple(vcpus)
 
 # %% ../../nbs/review/05_states.ipynb #c1eb169f
@@ -40,7 +41,8 @@ def freeze_context(
     requests = tuple(sorted(vcpu.requests & {'MMU_FREE_OBSOLETE_ROOTS', 'TRIPLE_FAULT'}))
     pdptrs = () if vcpu.host.has_tdp else tuple(vcpu.root_mmu.pdptrs)
     roles = tuple((mmu.cpu_role.word, mmu.root_role.word) for mmu in (vcpu.root_mmu, vcpu.guest_mmu))
-    return (vcpu.cr0, vcpu.cr3, vcpu.cr4, vcpu.efer, vcpu.guest_mode, vcpu.l1, vcpu.nested_pgd, vcpu.mmu_is, vcpu.walk_mmu_is,
+    return (vcpu.cr0, vcpu.cr3, vcpu.cr4, vcpu.efer, vcpu.guest_mode, vcpu.l1, vcpu.nested_pgd, vcpu.mmu_is,
+            vcpu.walk_mmu_is,
             vcpu.fresh, requests, roles, pdptrs)
 
 # %% ../../nbs/review/05_states.ipynb #d7fd90c1
@@ -62,7 +64,8 @@ def freeze_cache(
 
 def _freeze_page(vm, mmu, hpa):
     sp = to_shadow_page(vm, hpa)
-    if sp is None: return (next((name for name in ('pml5_root', 'pml4_root', 'pae_root') if getattr(mmu, name) == hpa), 'gone'),)
+    if sp is None:
+        return (next((name for name in ('pml5_root', 'pml4_root', 'pae_root') if getattr(mmu, name) == hpa), 'gone'),)
     kind = 'tdp' if sp.tdp else 'one-off' if sp.owner is not None else 'page'
     old = sp.gen != vm.gen and not sp.tdp and not sp.role.invalid     # A zapped table's age is of no use any more
     return kind, sp.gfn, sp.role.word, int(old), sp.slots, hpa == mmu.pae_root
@@ -92,7 +95,8 @@ def _thaw_context(vm, context):
     vcpu.fresh = fresh
     vm.vcpus.append(vcpu)
     create_mmus(vcpu)
-    for mmu, (asked, root) in zip((vcpu.root_mmu, vcpu.guest_mmu), roles): mmu.cpu_role, mmu.root_role = _cpu_role(asked), _role(root)
+    for mmu, (asked, root) in zip((vcpu.root_mmu, vcpu.guest_mmu), roles):
+        mmu.cpu_role, mmu.root_role = _cpu_role(asked), _role(root)
     if pdptrs: vcpu.root_mmu.pdptrs = list(pdptrs)
     return vcpu
 
@@ -130,12 +134,15 @@ def _thaw_page(vm, vcpu, mmu, page):
     role, gen = _role(word), vm.gen ^ old
     hashed = kind == 'page' and not role.invalid      # Only these can be another cache's too, and the TDP MMU's
     if kind == 'tdp': found = next((sp for sp in vm.pages.values() if sp.tdp and sp.role == role), None)
-    else: found = next((sp for sp in vm.buckets.get(gfn, ()) if sp.role == role and sp.gen == gen), None) if hashed else None
+    else:
+        found = (next((sp for sp in vm.buckets.get(gfn, ()) if sp.role == role and sp.gen == gen), None) if hashed
+                 else None)
     if found: return found.spt
     if low and not mmu.pae_root: mmu.pae_root = vm.alloc_page()
     owner = (vcpu.index, mmu.name) if kind == 'one-off' else None
     spt = mmu.pae_root if low else vm.alloc_page()
-    sp = add_shadow_page(vm, ShadowPage(gfn, role, spt, gen, tdp=kind == 'tdp', hashed=hashed, owner=owner, slots=slots))
+    sp = add_shadow_page(vm, ShadowPage(gfn, role, spt, gen, tdp=kind == 'tdp', hashed=hashed, owner=owner,
+                                        slots=slots))
     if kind == 'page': account_page(vm, sp)
     return sp.spt
 
@@ -163,8 +170,10 @@ def draw_states(
                 if end not in numbers: fresh.append(end)
                 edges.setdefault((numbers[state], numbers.setdefault(end, len(numbers))), []).append(event)
         level = fresh
-    nodes = [Node(str(n), _roots_in(state, world, policy), 'changed' if n == 0 else 'shadow') for state, n in numbers.items()]
-    return Graph(nodes, [Edge(str(a), str(b), ', '.join(events)) for (a, b), events in edges.items()], caption=f"{policy.name}, {world.name}")
+    nodes = [Node(str(n), _roots_in(state, world, policy), 'changed' if n == 0 else 'shadow')
+             for state, n in numbers.items()]
+    return Graph(nodes, [Edge(str(a), str(b), ', '.join(events)) for (a, b), events in edges.items()],
+                 caption=f"{policy.name}, {world.name}")
 
 def _next(state, world, policy):
     for event in events_of(world):

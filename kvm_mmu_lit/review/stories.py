@@ -26,7 +26,8 @@ from ..mmu.contexts import KvmBug, Vcpu
 from ..mmu.cpu_role import MODES
 from ..mmu.machine import LOCKED, UNLOCKED
 from .theorem import Story, answer_of
-from .worlds import DATA, FAR, HOLE, LARGE, PAGES, RAM, ROOTS, SECOND, Setting, all_settings, edited, truth
+from .worlds import (DATA, FAR, HOLE, LARGE, PAGES, RAM, ROOTS, SECOND, Setting, all_settings, edited,
+                                       truth)
 
 # %% ../../nbs/review/19_stories.ipynb #63ef3de2
 def next_event(
@@ -36,7 +37,8 @@ def next_event(
     "The next thing to happen."
     n = rng.randrange(story.setting.vcpus)
     vcpu = story.machine.vcpus[n]
-    kind = rng.choices(('access', 'edit', 'repair', 'flush', 'register', 'nested', 'host'), (42, 22, 8, 14, 4, 6 * bool(story.setting.nested), 7))[0]
+    kind = rng.choices(('access', 'edit', 'repair', 'flush', 'register', 'nested', 'host'),
+                       (42, 22, 8, 14, 4, 6 * bool(story.setting.nested), 7))[0]
     if is_dead(vcpu): kind = 'host'
     event = ACTS[kind](story, rng, n, vcpu)
     return interrupted(story, rng, event) if kind in ('access', 'edit') and rng.random() < 0.25 else event
@@ -50,14 +52,18 @@ def interrupted(story: Story, rng: random.Random, event: dict) -> dict:
     return {**event, 'meanwhile': _meanwhile(story, rng, event)}
 
 def _meanwhile(story, rng, outer):
-    """In the middle of it: another vCPU, or the host. Under the lock the other vCPU goes on only as long as it needs no exit, and only
+    """In the middle of it: another vCPU, or the host. Under the lock the other vCPU goes on only as long as it needs
+    no exit, and only
     other TDP faults share it. Slots change when no vCPU is outside of its guest."""
     n = outer['vcpu']
     others = [m for m in range(story.setting.vcpus) if m != n and not is_dead(story.machine.vcpus[m])]
     points = UNLOCKED + LOCKED if others else UNLOCKED
-    at = rng.choice(points if others and not story.setting.nested else [point for point in points if point != 'tdp exchange'])
-    acts = (_edit,) if at in LOCKED else (_access, _edit) if at == 'tdp exchange' else (_access, _edit, _edit, _flush_page, _host)
-    if at in ('walked', 'guest tables walked', 'faulted in', 'fast page fault') and rng.random() < 0.4: return dict(at=at, event=_against(story, rng, outer, others))
+    at = rng.choice(points if others and not story.setting.nested
+                    else [point for point in points if point != 'tdp exchange'])
+    acts = ((_edit,) if at in LOCKED else (_access, _edit) if at == 'tdp exchange'
+            else (_access, _edit, _edit, _flush_page, _host))
+    if at in ('walked', 'guest tables walked', 'faulted in', 'fast page fault') and rng.random() < 0.4:
+        return dict(at=at, event=_against(story, rng, outer, others))
     act = rng.choice(acts) if others else _host
     m = rng.choice(others) if others else n
     event = act(story, rng, m, story.machine.vcpus[m])
@@ -69,16 +75,21 @@ SLOT_EVENTS = ('start_dirty_log', 'stop_dirty_log', 'add_slot', 'delete_slot', '
 def _against(story, rng, outer, others):
     "What hurts most: the very entries or the very frame of an access that is under way."
     vcpu, page = story.machine.vcpus[outer['vcpu']], outer['at'] & ~0xfff
-    ways = [entry for name in ('XY' if vcpu.guest_mode else 'AB') if ROOTS[name] == vcpu.cr3 & ~CR3_PCID_MASK for entry in story.world.ways.get((name, page), ())]
-    if others and ways and rng.random() < 0.6: return _edit(story, rng, rng.choice(others), story.machine.vcpus[others[0]], ways)
+    ways = [entry for name in ('XY' if vcpu.guest_mode else 'AB') if ROOTS[name] == vcpu.cr3 & ~CR3_PCID_MASK
+            for entry in story.world.ways.get((name, page), ())]
+    if others and ways and rng.random() < 0.6:
+        return _edit(story, rng, rng.choice(others), story.machine.vcpus[others[0]], ways)
     frame = truth(vcpu, outer['at'], 0)
     return dict(do='unmap', start=int(frame), end=int(frame) + 1) if frame is not None else _host(story, rng, 0, None)
 
 def _repair(story, rng, n, vcpu):
-    "An entry as it was at first, through no mapping of the guest's; of those that differ the one nearest to a root, as nothing works below it."
+    """An entry as it was at first, through no mapping of the guest's; of those that differ the one nearest to a root,
+    as nothing works below it."""
     first, words = story.world.first, {size: story.vm.memory.words(size) for size in (4, 8)}
     first = [one for one in first if _may_change(story, one[0])]
-    first = [one for one in first if (words[one[1].entry_size][one[0] >> PAGE_SHIFT][(one[0] & 0xfff) // one[1].entry_size] ^ one[2]) & ~(0x300 if one[1].is_ept else 0x60)] or first
+    first = [one for one in first
+             if (words[one[1].entry_size][one[0] >> PAGE_SHIFT][(one[0] & 0xfff) // one[1].entry_size] ^ one[2])
+             & ~(0x300 if one[1].is_ept else 0x60)] or first
     if not first: return _access(story, rng, n, vcpu)
     top = max(level for _, _, _, level in first)
     gpa, fmt, gpte, _ = rng.choice([one for one in first if one[3] == top] if rng.random() < 0.7 else first)
@@ -87,7 +98,8 @@ def _repair(story, rng, n, vcpu):
 def remembered(story) -> list:
     "Frames some TLB reaches."
     vm = story.vm
-    found = {hpa >> PAGE_SHIFT for vcpu in story.machine.vcpus for _, kinds in vcpu.tlb.entries.values() for hpa in kinds.values()}
+    found = {hpa >> PAGE_SHIFT for vcpu in story.machine.vcpus for _, kinds in vcpu.tlb.entries.values()
+             for hpa in kinds.values()}
     known = {pfn: gfn for gfn, (pfn, _) in vm.moved.items()}
     base = vm.slot_pfns.get(0, 0)
     return sorted(known.get(pfn, pfn - base) for pfn in found if pfn in known or 0 <= pfn - base < RAM >> PAGE_SHIFT)
@@ -98,10 +110,12 @@ def _page(story, rng, pages):
     return rng.choice(hot if hot and rng.random() < 0.5 else pages)
 
 def _access(story, rng, n, vcpu):
-    at = _page(story, rng, (*PAGES, LARGE + 0x1000, LARGE + 0x18_000, 0x18_000 + rng.randrange(8) * 0x1000)) + 8 * rng.randrange(4)
+    at = (_page(story, rng, (*PAGES, LARGE + 0x1000, LARGE + 0x18_000, 0x18_000 + rng.randrange(8) * 0x1000)) + 8
+          * rng.randrange(4))
     do, user = rng.choice(('read', 'write', 'write', 'fetch')), rng.random() < 0.35
     if do == 'write' and at < PAGES[0]: do = 'read'
-    return dict(do=do, vcpu=n, at=at, user=user, **(dict(value=rng.getrandbits(8), size=1) if do == 'write' and at >= LARGE else {}))
+    return dict(do=do, vcpu=n, at=at, user=user,
+                **(dict(value=rng.getrandbits(8), size=1) if do == 'write' and at >= LARGE else {}))
 
 def _spaces(vcpu, story):
     "Whose tables the one who runs may edit: its own; L1 also those it made for L2."
@@ -109,18 +123,23 @@ def _spaces(vcpu, story):
     return 'AB' + 'XY' * bool(story.setting.nested) + 'NM' * bool(story.setting.nested_paging)
 
 def _may_change(story, gpa):
-    "Not a PDPTE of L1's nested tables while some L2 runs: 6.1 then links tables where others belong, see the chapter before."
-    pdpte = story.setting.nested_paging and story.setting.mode == 'PAE' and not story.setting.levels and gpa & ~0xfff in (ROOTS['N'], ROOTS['M'])
+    """Not a PDPTE of L1's nested tables while some L2 runs: 6.1 then links tables where others belong, see the chapter
+    before."""
+    pdpte = (story.setting.nested_paging and story.setting.mode == 'PAE' and not story.setting.levels
+             and gpa & ~0xfff in (ROOTS['N'], ROOTS['M']))
     return not (pdpte and any(vcpu.guest_mode for vcpu in story.machine.vcpus))
 
 def _edit(story, rng, n, vcpu, entries=None):
     "The guest stores into one of its tables, through its own mapping of it."
-    entries = entries or [entry for name in _spaces(vcpu, story) for entry in story.world.entries[name] if _may_change(story, entry[0])]
+    entries = entries or [entry for name in _spaces(vcpu, story) for entry in story.world.entries[name]
+                          if _may_change(story, entry[0])]
     if not entries: return _access(story, rng, n, vcpu)
     gpa, fmt, level = rng.choice(entries)
-    if level > 1 and rng.random() < 0.75: gpa, fmt, level = rng.choice([entry for entry in entries if entry[2] == 1] or entries)
+    if level > 1 and rng.random() < 0.75:
+        gpa, fmt, level = rng.choice([entry for entry in entries if entry[2] == 1] or entries)
     gpte = read_entry(story.vm.memory, gpa, fmt.entry_size)
-    twins = [gpa for found in story.world.entries.values() for gpa, other, height in found if other is fmt and height == level > 1]
+    twins = [gpa for found in story.world.entries.values() for gpa, other, height in found if other is fmt
+             and height == level > 1]
     if twins and rng.random() < 0.25: gpte = new = read_entry(story.vm.memory, rng.choice(twins), fmt.entry_size)
     else: new = edited(rng, gpte, fmt, level)
     frames = [gfn for gfn in remembered(story) if gfn in DATA] if level == 2 and rng.random() < 0.2 else ()
@@ -130,7 +149,8 @@ def _edit(story, rng, n, vcpu, entries=None):
 def _flush_page(story, rng, n, vcpu): return dict(do='invlpg', vcpu=n, at=_page(story, rng, PAGES + (LARGE,)))
 
 def _flush(story, rng, n, vcpu):
-    kind = rng.choice(['page'] * 11 + ['CR3'] * 7 + ['PCID'] * 2 + ['EPT'] * 6 * bool(story.setting.levels or story.setting.nested and not story.setting.svm))
+    kind = rng.choice(['page'] * 11 + ['CR3'] * 7 + ['PCID'] * 2 + ['EPT'] * 6
+                      * bool(story.setting.levels or story.setting.nested and not story.setting.svm))
     if kind == 'page': return _flush_page(story, rng, n, vcpu)
     if kind == 'PCID': return _flush_pcid(story, rng, n, vcpu)
     if kind == 'EPT' and not vcpu.guest_mode:
@@ -143,21 +163,26 @@ def _flush(story, rng, n, vcpu):
 PCIDS = dict(A=1, B=2)     # A space has one PCID, as a careful guest does it
 
 def _flush_pcid(story, rng, n, vcpu):
-    "INVPCID, each of its types. Beside TDP KVM sees only what concerns the running PCID, and with nested paging none of L2's."
+    """INVPCID, each of its types.
+
+    Beside TDP KVM sees only what concerns the running PCID, and with nested paging none of L2's."""
     kind = rng.randrange(2 if vcpu.is_nested else 0, 4)
     here = vcpu.cr3 & CR3_PCID_MASK if vcpu.cr4 & Cr4.PCIDE else 0
-    pcid = here if kind > 1 or not vcpu.cr4 & Cr4.PCIDE or vcpu.host.has_tdp and kind == 0 else rng.choice((*PCIDS.values(), 0))
+    pcid = (here if kind > 1 or not vcpu.cr4 & Cr4.PCIDE or vcpu.host.has_tdp and kind == 0
+            else rng.choice((*PCIDS.values(), 0)))
     return dict(do='invpcid', vcpu=n, kind=kind, pcid=pcid, at=_page(story, rng, PAGES + (LARGE,)))
 
 def _register(story, rng, n, vcpu):
     bits = ['WP', 'WP', 'SMEP', 'AC', 'PGE'] + ['NX'] * vcpu.host.has_tdp
-    if vcpu.cr4 & Cr4.PCIDE or vcpu.efer & Efer.LMA and not vcpu.guest_mode and not vcpu.cr3 & CR3_PCID_MASK: bits += ['PCIDE'] * 2
+    if vcpu.cr4 & Cr4.PCIDE or vcpu.efer & Efer.LMA and not vcpu.guest_mode and not vcpu.cr3 & CR3_PCID_MASK:
+        bits += ['PCIDE'] * 2
     bit = rng.choice(bits)
     if bit == 'PCIDE': return dict(do='set_cr4', vcpu=n, value=int(vcpu.cr4 ^ Cr4.PCIDE))
     if bit == 'WP': return dict(do='set_cr0', vcpu=n, value=int(vcpu.cr0 ^ Cr0.WP))
     if bit == 'SMEP': return dict(do='set_cr4', vcpu=n, value=int(vcpu.cr4 ^ Cr4.SMEP))
     if bit == 'PGE': return dict(do='set_cr4', vcpu=n, value=int(vcpu.cr4 ^ Cr4.PGE))
-    if bit == 'NX' and story.setting.mode != '2-level': return dict(do='set_efer', vcpu=n, value=int(vcpu.efer ^ Efer.NX))
+    if bit == 'NX' and story.setting.mode != '2-level':
+        return dict(do='set_efer', vcpu=n, value=int(vcpu.efer ^ Efer.NX))
     return dict(do='set_ac', vcpu=n, ac=not vcpu.rflags)
 
 def _nested(story, rng, n, vcpu):
@@ -165,7 +190,8 @@ def _nested(story, rng, n, vcpu):
     cr0, cr4, efer = MODES[story.setting.nested]
     pgd = dict(nested_pgd=story.world.pgd(rng.choice('NM'))) if story.setting.nested_paging else {}
     shares = story.setting.nested == story.setting.mode and not pgd
-    return dict(do='enter_l2', vcpu=n, cr0=int(cr0), cr3=ROOTS[rng.choice('XYXYAB' if shares else 'XY')], cr4=int(cr4), efer=int(efer), **pgd)
+    return dict(do='enter_l2', vcpu=n, cr0=int(cr0), cr3=ROOTS[rng.choice('XYXYAB' if shares else 'XY')], cr4=int(cr4),
+                efer=int(efer), **pgd)
 
 def is_small(vm, gfn):
     "The host maps this frame with a small page: only such pages are merged."
@@ -176,7 +202,8 @@ def _host(story, rng, n, vcpu):
     if rng.random() < 0.6: start = rng.choice(remembered(story) or [start])
     do = rng.choices(('unmap', 'change_pte', 'age', 'dirty', 'slot', 'limit', 'nx'), (4, 2, 2, 4, 4, 1, 1))[0]
     if do in ('unmap', 'age'): return dict(do=do, start=start, end=start + rng.choice((1, 2, 8)))
-    if do == 'change_pte': return dict(do=do, gfn=start) if is_small(vm, start) else dict(do='unmap', start=start, end=start + 1)
+    if do == 'change_pte':
+        return dict(do=do, gfn=start) if is_small(vm, start) else dict(do='unmap', start=start, end=start + 1)
     if do == 'limit': return dict(do='limit', pages=rng.choice((64, 1000)))
     if do == 'nx': return dict(do='nx_huge_pages', on=not vm.nx_huge_pages)
     if do == 'slot':
@@ -186,7 +213,8 @@ def _host(story, rng, n, vcpu):
     if not vm.logged: return dict(do='start_dirty_log', slot=0)
     return dict(do=rng.choice(('get_dirty_log', 'get_dirty_log', 'get_dirty_log', 'stop_dirty_log')), slot=0)
 
-ACTS = {'access': _access, 'edit': _edit, 'repair': _repair, 'flush': _flush, 'register': _register, 'nested': _nested, 'host': _host}
+ACTS = {'access': _access, 'edit': _edit, 'repair': _repair, 'flush': _flush, 'register': _register, 'nested': _nested,
+        'host': _host}
 
 # %% ../../nbs/review/19_stories.ipynb #5409f1d5
 @dataclass
@@ -211,7 +239,8 @@ def tell(
         event = next_event(story, rng)
         counts[event['do']] += 1
         try: story.do(event)
-        except KvmBug as bug: return Ended(setting, seed, step + 1, counts, f"{type(bug).__name__}: {bug}", tuple(story.events))
+        except KvmBug as bug:
+            return Ended(setting, seed, step + 1, counts, f"{type(bug).__name__}: {bug}", tuple(story.events))
     return Ended(setting, seed, steps, counts)
 
 def replayed(setting: Setting, seed: int, events: list) -> str:
@@ -278,5 +307,6 @@ def draw_story(
         frame = truth(vcpu, page, kind)
         said = 'refuse' if frame is None else f"frame {frame:#x}"
         where = f" {Hex(event['at'])}" if 'at' in event else f" = {Hex(event['value'])}" if 'value' in event else ''
-        rows.append(Event(step, f"vCPU {event['vcpu']}" if 'vcpu' in event else 'host', f"{event['do']}{where}" + (f", breaks {broken}" if broken else ''), (said, answer_of(vcpu, page, kind))))
+        rows.append(Event(step, f"vCPU {event['vcpu']}" if 'vcpu' in event else 'host', f"{event['do']}{where}"
+                          + (f", breaks {broken}" if broken else ''), (said, answer_of(vcpu, page, kind))))
     return Timeline(("the guest's tables", 'the processor'), rows, caption or f"page {Hex(page)} of a {setting}")

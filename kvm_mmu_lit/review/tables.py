@@ -27,8 +27,10 @@ from ..mmu.root_role import MmuCase, root_storage
 from ..mmu.rmap import entry_at, host_frame, is_logged, page_gfn, sptep_of
 from ..mmu.roots import is_obsolete_root
 from ..mmu.shadow_page import Vm, to_shadow_page
-from ..mmu.spte import (GEN_BITS, REMOVED_SPTE, SPTE_ADDRESS, is_access_track, is_host_writable, is_last, is_mmio,
-                                  is_mmu_writable, is_present, is_writable, mark_access_track, restore_access_track, spte_pfn)
+from ..mmu.spte import (GEN_BITS, REMOVED_SPTE, SPTE_ADDRESS, is_access_track, is_host_writable, is_last,
+                                  is_mmio,
+                                  is_mmu_writable, is_present, is_writable, mark_access_track, restore_access_track,
+                                  spte_pfn)
 from .invariants import entries_of, in_scope, seen_of
 
 # %% ../../nbs/review/15_tables.ipynb #58b381bd
@@ -48,11 +50,14 @@ class Books:
         self.leaves[sptep_of(sp, index)] = sp, index, spte, gfn, level
         key = level, spte_pfn(spte) >> 9 * (level - 1)
         self.mapped[key] = self.mapped.get(key, False) or is_mmu_writable(self.vm.masks, spte)
-        if is_writable(spte): self.writable.update(range(gfn, gfn + (1 << 9 * (level - 1))) if level == 2 else [gfn] if level == 1 else ())
+        if is_writable(spte):
+            self.writable.update(range(gfn, gfn + (1 << 9 * (level - 1))) if level == 2 else [gfn] if level == 1
+                                 else ())
 
     def reaches(self, pfn: int) -> 'bool | None':      # Some entry allows to write; None: no entry leads there
         "What all tables together say of a host frame."
-        known = [self.mapped[key] for key in ((level, pfn >> 9 * (level - 1)) for level in (1, 2, 3)) if key in self.mapped]
+        known = [self.mapped[key] for key in ((level, pfn >> 9 * (level - 1)) for level in (1, 2, 3))
+                 if key in self.mapped]
         return any(known) if known else None
 
     @property
@@ -73,9 +78,11 @@ def broken_hash(books: Books):
     if vm.n_used != len(books.legacy): yield 31, f"n_used is {vm.n_used}, there are {len(books.legacy)} tables"
     for sp in books.legacy:
         if sp.unsync and (sp.role.level > 1 or not sp.has_gptes): yield 34, f"{sp.role} is out of sync"
-        if sp.unsync and sp.hashed and sp.gen == vm.gen and sp.gfn in vm.tracked: yield 34, f"{sp.role} of frame {sp.gfn:#x} is out of sync, and the frame holds a table above level 1"
+        if sp.unsync and sp.hashed and sp.gen == vm.gen and sp.gfn in vm.tracked:
+            yield 34, f"{sp.role} of frame {sp.gfn:#x} is out of sync, and the frame holds a table above level 1"
         if sp.role.invalid and not sp.root_count: yield 38, f"{sp.role} is zapped, nobody holds it, and it is not freed"
-        if sp.role.invalid and (sp.parents or any(is_present(spte) for spte in sp.sptes.values())): yield 38, f"{sp.role} is zapped and still linked"
+        if sp.role.invalid and (sp.parents or any(is_present(spte) for spte in sp.sptes.values())):
+            yield 38, f"{sp.role} is zapped and still linked"
 
 def broken_tracking(books: Books):
     "32, 33: whatever holds a table in sync is writable for nobody."
@@ -92,54 +99,75 @@ def broken_marks(books: Books):
     "35: from every root the marks lead to every stale table."
     vm = books.vm
     for sp in books.legacy:
-        if sp.unsync_children != len(sp.unsync_slots): yield 35, f"{sp.role}: {sp.unsync_children} children out of sync, {len(sp.unsync_slots)} marks"
+        if sp.unsync_children != len(sp.unsync_slots):
+            yield 35, f"{sp.role}: {sp.unsync_children} children out of sync, {len(sp.unsync_slots)} marks"
         if not sp.unsync and not sp.unsync_children: continue
         for sptep in sp.parents:
             parent, index = entry_at(vm, sptep)
-            if index not in parent.unsync_slots: yield 35, f"{sp.role} of frame {sp.gfn:#x} is stale, its parent's slot {index} has no mark"
+            if index not in parent.unsync_slots:
+                yield 35, f"{sp.role} of frame {sp.gfn:#x} is stale, its parent's slot {index} has no mark"
 
 # %% ../../nbs/review/15_tables.ipynb #bac8d796
 def broken_lists(books: Books):
     "36, 37: parents and reverse maps say what the tables say."
     vm = books.vm
     for sp in books.legacy:
-        if sorted(sp.parents) != sorted(books.links.get(sp.spt, [])): yield 36, f"{sp.role} of frame {sp.gfn:#x}: parents {sp.parents}, entries that lead here {books.links.get(sp.spt, [])}"
+        if sorted(sp.parents) != sorted(books.links.get(sp.spt, [])):
+            yield 36, (f"{sp.role} of frame {sp.gfn:#x}: parents {sp.parents}, entries that lead here "
+                       f"{books.links.get(sp.spt, [])}")
     for sp in vm.pages.values():
-        if sp.tdp and sp.ptep and books.links.get(sp.spt) != [sp.ptep]: yield 57, f"TDP table {sp.spt:#x} hangs at {sp.ptep:#x}, entries that lead here: {books.links.get(sp.spt)}"
+        if sp.tdp and sp.ptep and books.links.get(sp.spt) != [sp.ptep]:
+            yield 57, f"TDP table {sp.spt:#x} hangs at {sp.ptep:#x}, entries that lead here: {books.links.get(sp.spt)}"
     for spt in books.links:
         if spt not in vm.pages: yield 36, f"an entry leads to {spt:#x}, which is freed"
-    listed = {sptep: (level, key) for level, heads in vm.rmaps.items() for key, head in heads.items() for sptep in ([head] if type(head) is int else head)}
-    mapped = {sptep: (level, gfn >> 9 * (level - 1)) for sptep, (sp, _, _, gfn, level) in books.leaves.items() if not sp.tdp}
-    if listed != mapped: yield 37, f"reverse maps and tables differ in {sorted(map(hex, set(listed.items() ^ mapped.items()) and {key for key, _ in listed.items() ^ mapped.items()}))[:4]}"
+    listed = {sptep: (level, key) for level, heads in vm.rmaps.items() for key, head in heads.items()
+              for sptep in ([head] if type(head) is int else head)}
+    mapped = {sptep: (level, gfn >> 9 * (level - 1)) for sptep, (sp, _, _, gfn, level) in books.leaves.items()
+              if not sp.tdp}
+    if listed != mapped:
+        apart = {key for key, _ in listed.items() ^ mapped.items()}
+        yield 37, f"reverse maps and tables differ in {sorted(map(hex, apart))[:4]}"
 
 def broken_leaves(books: Books):
     "47, 48, 49, 52, 57: each leaf's own bits, and the frame behind it."
     vm, masks = books.vm, books.vm.masks
     for sptep, (sp, index, spte, gfn, level) in books.leaves.items():
-        if is_mmu_writable(masks, spte) > is_host_writable(masks, spte) or is_writable(spte) > is_mmu_writable(masks, spte): yield 47, f"spte {spte:#x} at {sptep:#x}"
+        if (is_mmu_writable(masks, spte) > is_host_writable(masks, spte)
+                or is_writable(spte) > is_mmu_writable(masks, spte)):
+            yield 47, f"spte {spte:#x} at {sptep:#x}"
         if is_mmio(masks, spte) or spte == REMOVED_SPTE: yield 48, f"spte {spte:#x} maps something and does not"
-        if not vm.host.ad and not is_access_track(masks, spte) and (restore_access_track(masks, mark_access_track(masks, spte)) ^ spte) & 5: yield 49, f"spte {spte:#x} is aged, used, and has lost a right"
+        if (not vm.host.ad and not is_access_track(masks, spte)
+                and (restore_access_track(masks, mark_access_track(masks, spte)) ^ spte) & 5):
+            yield 49, f"spte {spte:#x} is aged, used, and has lost a right"
         if sp.tdp and sp.scheduled and not sp.root_count: yield 57, f"a zapped TDP root still maps frame {gfn:#x}"
         frame = host_frame(vm, gfn)
-        if frame is None or frame[0] != spte_pfn(spte): yield 52, f"frame {gfn:#x} is mapped to host frame {spte_pfn(spte):#x}, the host has it in {frame and hex(frame[0])}"
-        if level > 1 and is_writable(spte) and is_logged(vm, gfn): yield 47, f"a writable large page at frame {gfn:#x} of a logged slot"
+        if frame is None or frame[0] != spte_pfn(spte):
+            yield 52, (f"frame {gfn:#x} is mapped to host frame {spte_pfn(spte):#x}, the host has it in "
+                       f"{frame and hex(frame[0])}")
+        if level > 1 and is_writable(spte) and is_logged(vm, gfn):
+            yield 47, f"a writable large page at frame {gfn:#x} of a logged slot"
 
 def broken_bits(books: Books):
-    "48: no entry, leaf or not, has a bit that KVM knows it never sets; but for NX of a large page where L1 runs without NX, of which 6.1 warns itself."
+    """48: no entry, leaf or not, has a bit that KVM knows it never sets; but for NX of a large page where L1 runs
+    without NX, of which 6.1 warns itself."""
     for sp in books.vm.pages.values():
         check, level = zero_check_of(books.vm, sp), sp.role.level
         small, large, bad = check.at(level, 0), check.at(level, 1), check.bad_mt_xwr
         for index, spte in sp.sptes.items():
-            if sp.role.guest_mode and not sp.role.efer_nx and spte & 0x80 and level > 1: spte &= ~books.vm.masks.nx      # The workaround for large pages takes no notice of L1's EFER
-            if is_present(spte) and (spte & (large if spte & 0x80 else small) or bad >> (spte & 0x3f) & 1): yield 48, f"spte {spte:#x} in slot {index} of table {sp.spt:#x} has bits no entry of level {level} has"
+            # The workaround for large pages takes no notice of L1's EFER
+            if sp.role.guest_mode and not sp.role.efer_nx and spte & 0x80 and level > 1: spte &= ~books.vm.masks.nx
+            if is_present(spte) and (spte & (large if spte & 0x80 else small) or bad >> (spte & 0x3f) & 1):
+                yield 48, f"spte {spte:#x} in slot {index} of table {sp.spt:#x} has bits no entry of level {level} has"
 
 def broken_mmio(books: Books):
     "50: what remembers MMIO gives its frame back, and no memory is there. A sync renews the entry and does not ask."
     vm, now = books.vm, books.vm.generation & (1 << GEN_BITS) - 1
     for sp, index, spte in books.mmio:
         gfn = mmio_gfn(vm.masks, spte)
-        if not sp.has_gptes and mmio_gen(spte) == now and vm.memory.slot(gfn): yield 50, f"spte {spte:#x} takes frame {gfn:#x} for MMIO, and a slot has it"
-        if (sp.role.direct or sp.tdp) and gfn >> 9 * (sp.role.level - 1) != (sp.gfn >> 9 * (sp.role.level - 1)) + index: yield 50, f"spte {spte:#x} in slot {index} of frame {sp.gfn:#x} says frame {gfn:#x}"
+        if not sp.has_gptes and mmio_gen(spte) == now and vm.memory.slot(gfn):
+            yield 50, f"spte {spte:#x} takes frame {gfn:#x} for MMIO, and a slot has it"
+        if (sp.role.direct or sp.tdp) and gfn >> 9 * (sp.role.level - 1) != (sp.gfn >> 9 * (sp.role.level - 1)) + index:
+            yield 50, f"spte {spte:#x} in slot {index} of frame {sp.gfn:#x} says frame {gfn:#x}"
 
 def broken_references(books: Books):
     "14, 40: who holds a root, and that nobody holds an old one."
@@ -151,7 +179,8 @@ def broken_references(books: Books):
             held.update(word & SPTE_ADDRESS for word in mmu.pae_words if word)
             if 'MMU_FREE_OBSOLETE_ROOTS' in vcpu.requests: continue
             for root in roots:
-                if to_shadow_page(vm, root.hpa) and is_obsolete_root(vm, root): yield 40, f"vCPU {vcpu.index} holds obsolete root {root.hpa:#x} and is not asked to drop it"
+                if to_shadow_page(vm, root.hpa) and is_obsolete_root(vm, root):
+                    yield 40, f"vCPU {vcpu.index} holds obsolete root {root.hpa:#x} and is not asked to drop it"
     counts = {sp.spt: sp.root_count for sp in vm.pages.values() if sp.root_count}
     if counts != dict(held): yield 14, f"held {dict(held)}, counted {counts}"
 
@@ -162,13 +191,19 @@ def broken_memory(books: Books):
     for vcpu in vm.vcpus:
         if vcpu.tlb is None or 'TLB_FLUSH' in vcpu.requests: continue
         roots = [root for mmu in (vcpu.root_mmu, vcpu.guest_mmu) for root in (mmu.root, *mmu.prev_roots) if root.valid]
-        held = {root.hpa for root in roots if not ('MMU_FREE_OBSOLETE_ROOTS' in vcpu.requests and is_obsolete_root(vm, root))}
+        held = {root.hpa for root in roots
+                if not ('MMU_FREE_OBSOLETE_ROOTS' in vcpu.requests and is_obsolete_root(vm, root))}
         for (root, _, page), (_, kinds) in vcpu.tlb.entries.items():
             if root not in held: continue      # Whoever loads a root there begins with a flush
             for kind, hpa in kinds.items():
-                may_write = books.reaches(hpa >> PAGE_SHIFT) if vm.host.has_tdp else _leads(vm, vcpu, root, page, hpa >> PAGE_SHIFT)
-                if may_write is None: yield 56, f"vCPU {vcpu.index} remembers host frame {hpa >> PAGE_SHIFT:#x} for page {page << PAGE_SHIFT:#x}, and no entry leads there"
-                elif kind[0] & 2 and not may_write: yield 56, f"vCPU {vcpu.index} remembers that it may write page {page << PAGE_SHIFT:#x}, host frame {hpa >> PAGE_SHIFT:#x}, and no entry allows that"
+                may_write = (books.reaches(hpa >> PAGE_SHIFT) if vm.host.has_tdp
+                             else _leads(vm, vcpu, root, page, hpa >> PAGE_SHIFT))
+                if may_write is None:
+                    yield 56, (f"vCPU {vcpu.index} remembers host frame {hpa >> PAGE_SHIFT:#x} for page "
+                               f"{page << PAGE_SHIFT:#x}, and no entry leads there")
+                elif kind[0] & 2 and not may_write:
+                    yield 56, (f"vCPU {vcpu.index} remembers that it may write page {page << PAGE_SHIFT:#x}, host "
+                               f"frame {hpa >> PAGE_SHIFT:#x}, and no entry allows that")
 
 def _leads(vm, vcpu, root, page, pfn):
     "None: this root does not lead from the page to the frame; else whether it may be written."
@@ -178,7 +213,9 @@ def _leads(vm, vcpu, root, page, pfn):
         level = sp.role.level
         spte = sp.sptes.get(page >> 9 * (level - 1) & 511, 0)
         if not is_present(spte): return None
-        if is_last(spte, level): return is_mmu_writable(vm.masks, spte) if spte_pfn(spte) >> 9 * (level - 1) == pfn >> 9 * (level - 1) else None
+        if is_last(spte, level):
+            return (is_mmu_writable(vm.masks, spte) if spte_pfn(spte) >> 9 * (level - 1) == pfn >> 9 * (level - 1)
+                    else None)
         sp = vm.pages.get(spte & SPTE_ADDRESS)
 
 # %% ../../nbs/review/15_tables.ipynb #0faa5145
@@ -186,7 +223,8 @@ def _leads(vm, vcpu, root, page, pfn):
 def _of_role(role) -> tuple: return tuple((one.number, why) for one in in_scope('role') if (why := one.check(role)))
 
 @lru_cache(maxsize=None)
-def _of_child(parent, child) -> tuple: return tuple((one.number, why) for one in in_scope('child') if (why := one.check(parent, child)))
+def _of_child(parent, child) -> tuple:
+    return tuple((one.number, why) for one in in_scope('child') if (why := one.check(parent, child)))
 
 @lru_cache(maxsize=None)
 def _of_case(host, mmu, asked, root) -> tuple:
@@ -198,10 +236,12 @@ def broken_roles(books: Books):
     "1 to 9, 25, 26: every role that is in use."
     vm = books.vm
     for role in {sp.role for sp in vm.pages.values()}: yield from _of_role(role)
-    pairs = {(vm.pages[sptep & SPTE_ADDRESS].role, vm.pages[spt].role) for spt, found in books.links.items() if spt in vm.pages for sptep in found}
+    pairs = {(vm.pages[sptep & SPTE_ADDRESS].role, vm.pages[spt].role) for spt, found in books.links.items()
+             if spt in vm.pages for sptep in found}
     for parent, child in pairs: yield from _of_child(parent, child)
     for vcpu in vm.vcpus:
-        for mmu in {vcpu.mmu.name: vcpu.mmu, vcpu.walk_mmu.name: vcpu.walk_mmu}.values(): yield from _of_case(vm.host, mmu.name, mmu.cpu_role, mmu.root_role)
+        for mmu in {vcpu.mmu.name: vcpu.mmu, vcpu.walk_mmu.name: vcpu.walk_mmu}.values():
+            yield from _of_case(vm.host, mmu.name, mmu.cpu_role, mmu.root_role)
 
 def broken_roots(books: Books):
     "12, 13, 22, 23, 27, 39: what an MMU holds."
@@ -209,17 +249,21 @@ def broken_roots(books: Books):
     for vcpu in vm.vcpus:
         for mmu in (vcpu.root_mmu, vcpu.guest_mmu):
             yield from ((one.number, why) for one in in_scope('mmu') if (why := one.check(vm, mmu)))
-            tables = [to_shadow_page(vm, word) for word in mmu.pae_words if word] if mmu.cpu_role.base.level == 2 and not mmu.root_role.direct else []
-            if [sp.role.quadrant for sp in tables] != [0, 1, 2, 3][:len(tables)]: yield 39, f"{mmu.name}: the directories have quadrants {[sp.role.quadrant for sp in tables]}"
+            tables = ([to_shadow_page(vm, word) for word in mmu.pae_words if word] if mmu.cpu_role.base.level == 2
+                      and not mmu.root_role.direct else [])
+            if [sp.role.quadrant for sp in tables] != [0, 1, 2, 3][:len(tables)]:
+                yield 39, f"{mmu.name}: the directories have quadrants {[sp.role.quadrant for sp in tables]}"
 
 def broken_entry(vcpu: Vcpu):
-    "11, 22: the root a vCPU runs on. PDPTEs of nested tables are read when L2 starts; edits after that are L1's to flush."
+    """11, 22: the root a vCPU runs on. PDPTEs of nested tables are read when L2 starts; edits after that are L1's to
+    flush."""
     for one in in_scope('root') + in_scope('entry'):
         if one.name == 'outdated PDPTEs' and vcpu.mmu_is == 'guest_mmu': continue
         if why := one.check(vcpu): yield one.number or 11, why
 
 # %% ../../nbs/review/15_tables.ipynb #316204c7
-CHECKS = (broken_hash, broken_tracking, broken_marks, broken_lists, broken_leaves, broken_bits, broken_mmio, broken_references, broken_memory, broken_roles, broken_roots)
+CHECKS = (broken_hash, broken_tracking, broken_marks, broken_lists, broken_leaves, broken_bits, broken_mmio,
+          broken_references, broken_memory, broken_roles, broken_roots)
 
 def broken_tables(
     vm: Vm,
@@ -238,8 +282,10 @@ class Watch:
 
     def saw(self, did):
         "What may change roots, before and after."
-        if did.what in ('new_pgd', 'unload', 'set_cr3'): self.before[did.what] = seen_of(self.vcpu), entries_of(self.vcpu.mmu)
-        elif did.what in ('new_pgd_ret', 'unload_ret') or did.what == 'set_cr3_ret' and not did['ret']: self._compare(did.what[:-4], did)
+        if did.what in ('new_pgd', 'unload', 'set_cr3'):
+            self.before[did.what] = seen_of(self.vcpu), entries_of(self.vcpu.mmu)
+        elif did.what in ('new_pgd_ret', 'unload_ret') or did.what == 'set_cr3_ret' and not did['ret']:
+            self._compare(did.what[:-4], did)
 
     def _compare(self, what, did):
         before, entries = self.before.pop(what)
@@ -247,7 +293,8 @@ class Watch:
         wanted = dict(new_pgd=(19, 20), unload=(19, 21, 24), set_cr3=(28, 29))[what]
         self._note([one for one in in_scope('event') if one.number in wanted], before, seen_of(self.vcpu))
 
-    def _note(self, invariants, *about): self.found += [(one.number, why) for one in invariants if (why := one.check(*about))]
+    def _note(self, invariants, *about):
+        self.found += [(one.number, why) for one in invariants if (why := one.check(*about))]
 
     def again(self):
         "Compute the roles once more; not those of a vCPU that died in the middle."
@@ -257,23 +304,31 @@ class Watch:
         self._note([one for one in in_scope('event') if one.number == 10], before, seen_of(self.vcpu))
 
 # %% ../../nbs/review/15_tables.ipynb #507b990b
-IN_THEOREM = {33: 'a write the TLB allows', 45: '`Unmarked` frames are not reached', 51: 'every kind of access', 52: 'the frame reached', 53: 'an access ends',
-              46: 'the error code of every fault', 54: 'a write the TLB allows', 55: 'the comparison', 56: 'the comparison, old answers until a flush'}
+IN_THEOREM = {33: 'a write the TLB allows', 45: '`Unmarked` frames are not reached', 51: 'every kind of access',
+              52: 'the frame reached', 53: 'an access ends',
+              46: 'the error code of every fault', 54: 'a write the TLB allows', 55: 'the comparison',
+              56: 'the comparison, old answers until a flush'}
 ELSEWHERE = {
-    41: ("rights are a function of registers and entry, and have no state", 'test_permissions.py::test_every_access_has_a_byte_and_pages_with_more_rights_refuse_users_less'),
-    42: ("the walker is the truth here; an independent one is its judge", 'test_walk.py::test_walk_agrees_with_the_manuals'),
+    41: ("rights are a function of registers and entry, and have no state",
+         'test_permissions.py::test_every_access_has_a_byte_and_pages_with_more_rights_refuse_users_less'),
+    42: ("the walker is the truth here; an independent one is its judge",
+         'test_walk.py::test_walk_agrees_with_the_manuals'),
     43: ("one walk after another, with nothing between", 'test_accessed_dirty.py::test_marking_twice_is_marking_once'),
     44: ("one walk, and the memory before and after it", 'test_accessed_dirty.py::test_a_refused_walk_leaves_no_trace'),
     58: ("about text", 'test_ftrace.py::test_any_event_is_read_as_it_was_written')}
 MORE = {
-    39: 'claims/test_mmu_shadow_page.py::test_the_four_directories_together_shadow_each_guest_pde_twice_in_one_quadrant_and_no_slot_is_left_over',
+    39: 'claims/test_mmu_shadow_page.py::'
+        'test_the_four_directories_together_shadow_each_guest_pde_twice_in_one_quadrant_and_no_slot_is_left_over',
     45: 'test_accessed_dirty.py::test_write_is_granted_on_a_read_only_if_the_leaf_is_dirty',
-    46: 'claims/test_guest_walk.py::test_an_entry_that_is_not_present_may_hold_anything_the_fault_has_neither_p_nor_rsvd_nor_pk',
-    49: 'test_spte.py::test_tracking_takes_every_right_and_restoring_gives_all_but_write_back', 50: 'test_spte.py::test_an_mmio_entry_gives_back_what_went_in'}
+    46: 'claims/test_guest_walk.py::'
+        'test_an_entry_that_is_not_present_may_hold_anything_the_fault_has_neither_p_nor_rsvd_nor_pk',
+    49: 'test_spte.py::test_tracking_takes_every_right_and_restoring_gives_all_but_write_back',
+    50: 'test_spte.py::test_an_mmio_entry_gives_back_what_went_in'}
 
 def numbers_of(check) -> list:
     "The invariants the first line of a check names."
-    ranges = re.findall(r'(\d+)(?: to (\d+))?', re.split(r'[:.] ', check.__doc__.rstrip('.') + ': ', maxsplit=1)[0 if check is not Watch else 1])
+    ranges = re.findall(r'(\d+)(?: to (\d+))?', re.split(r'[:.] ', check.__doc__.rstrip('.') + ': ',
+                                                         maxsplit=1)[0 if check is not Watch else 1])
     return [number for first, last in ranges for number in range(int(first), int(last or first) + 1)]
 
 # %% ../../nbs/review/15_tables.ipynb #7a0fa802
@@ -289,4 +344,5 @@ def places() -> dict:
 def places_table() -> Table:
     "All of them."
     rows = [(number, '; '.join(where)) for number, where in places().items()]
-    return Table(('invariant', 'checked in'), rows, f"{len(rows)} invariants, {len(rows) - len(ELSEWHERE)} of them after every event")
+    return Table(('invariant', 'checked in'), rows,
+                 f"{len(rows)} invariants, {len(rows) - len(ELSEWHERE)} of them after every event")

@@ -37,7 +37,8 @@ class Story:
         self.setting, self.rng, self.events = setting, random.Random(f'{setting}{seed}'), []
         self.world = World(setting, self.rng)
         self.machine = new_machine(HOSTS[setting.host], self.world.memory, setting.mode, ROOTS['A'], setting.vcpus,
-                                   host_levels={0: self.rng.choice((1, 2))}, n_max=self.rng.choice((None, None, 40)), doubts_mmio=True)
+                                   host_levels={0: self.rng.choice((1, 2))}, n_max=self.rng.choice((None, None, 40)),
+                                   doubts_mmio=True)
         self.nested = self.world.nested_words()                # What L1's nested tables say, A and D aside
         self.watches = [Watch(vcpu) for vcpu in self.machine.vcpus]
         self.hot = []                                          # Pages whose entries were edited last
@@ -58,7 +59,8 @@ class Story:
         self._told(event, answer)
         self._logged(event, answer)
         for one in (event, inner or {}): self._stored(one)
-        self.check(event['do'] not in ('read', 'fetch', 'age') or 'meanwhile' in event or bool(getattr(answer, 'exits', 0)))
+        self.check(event['do'] not in ('read', 'fetch', 'age') or 'meanwhile' in event
+                   or bool(getattr(answer, 'exits', 0)))
         return answer
 
     def _remember(self, event, inner, answer, before):
@@ -69,7 +71,8 @@ class Story:
         for one in (event, inner or {}):
             if one.get('do') == 'write' or 'at' in one and one is inner: self.remembered.used(one['at'])
         self.remembered.happened(event, answer, before)
-        if inner is not None and event['do'] == 'write' and answer.what == 'done': self.remembered.reached(event['at'], answer.gpa >> PAGE_SHIFT)
+        if inner is not None and event['do'] == 'write' and answer.what == 'done':
+            self.remembered.reached(event['at'], answer.gpa >> PAGE_SHIFT)
 
     def _stored(self, event):
         "A store may change what L1's nested tables say, and which pages it pays to look at."
@@ -83,12 +86,14 @@ class Story:
         fault = getattr(answer, 'fault', None)
         code = fault.error_code if fault is not None and fault.what in ('#PF', 'NPF') else 0
         if code & 9 == 8 or code & 0x21 == 0x20: self._broken(46, f"error code {code:#x}: RSVD or PK without P")
-        if 'vcpu' in event and event['do'] not in ('read', 'write', 'fetch', 'store'): self.watches[event['vcpu']].again()
+        if 'vcpu' in event and event['do'] not in ('read', 'write', 'fetch', 'store'):
+            self.watches[event['vcpu']].again()
 
     def _logged(self, event, answer):
         "Migration hears of every page the guest has written."
         do, gfn = event['do'], getattr(answer, 'gpa', 0) >> PAGE_SHIFT
-        if do == 'write' and answer.what == 'done' and self.vm.memory.slot(gfn).base_gfn in self.vm.logged: self.written.add(gfn)
+        if do == 'write' and answer.what == 'done' and self.vm.memory.slot(gfn).base_gfn in self.vm.logged:
+            self.written.add(gfn)
         if do not in ('get_dirty_log', 'start_dirty_log', 'stop_dirty_log', 'delete_slot'): return
         lost = self.written - answer if do == 'get_dirty_log' else ()
         if lost: self._broken('log', f"frame {min(lost):#x} was written, and the log does not say so")
@@ -112,11 +117,13 @@ class Story:
         known, allowed = self.remembered.of(n)
         if vcpu.is_nested and self.remembered.hazy[n]: return self.remembered.forget_all(n, lambda cr3, pgd, l2: l2)
         if changed or not known: self.remembered.learn(n)
-        if not self.everything and self.rng.random() < 0.2 or not enter_guest(vcpu): return        # It may stay out for a while
+        # It may stay out for a while
+        if not self.everything and self.rng.random() < 0.2 or not enter_guest(vcpu): return
         self._all_right(broken_entry(vcpu))
         for key in SAMPLE if self.everything else self.rng.sample(SAMPLE, 16):
             found = processor_access(vcpu, *key, mark=self._looks_ahead(key))
-            if isinstance(found, Reached): self._compare(vcpu, key, known[key], allowed.get(key, ()), frame_of(self.vm, found.hpa >> PAGE_SHIFT))
+            if isinstance(found, Reached):
+                self._compare(vcpu, key, known[key], allowed.get(key, ()), frame_of(self.vm, found.hpa >> PAGE_SHIFT))
 
     def _looks_ahead(self, key):
         "A processor may remember what nobody asked for, but for the right to write."
@@ -124,16 +131,20 @@ class Story:
 
     def _compare(self, vcpu, key, now, allowed, reached):
         if (reached != now or type(now) is Unmarked) and reached not in allowed:
-            said = 'refuse' if now is None else 'have no A or D bit yet' if type(now) is Unmarked else f"say frame {now:#x}"
-            self._broken(55, f"vCPU {vcpu.index}: access {key[1]:#x} at {key[0]:#x} reaches frame {reached:#x}, the guest's tables {said}")
+            said = ('refuse' if now is None else 'have no A or D bit yet' if type(now) is Unmarked
+                    else f"say frame {now:#x}")
+            self._broken(55, f"vCPU {vcpu.index}: access {key[1]:#x} at {key[0]:#x} reaches frame {reached:#x}, the "
+                             f"guest's tables {said}")
         if not key[1] & WRITE: return
         written = f"vCPU {vcpu.index}: a write at {key[0]:#x} reaches frame {reached:#x}"
-        in_sync = any(sp.has_gptes and not sp.unsync and sp.gen == self.vm.gen for sp in self.vm.buckets.get(reached, ()))
+        in_sync = any(sp.has_gptes and not sp.unsync and sp.gen == self.vm.gen
+                      for sp in self.vm.buckets.get(reached, ()))
         if in_sync: self._broken(33, f"{written}, a table in sync")
         if is_tracked(self.vm, reached): self._broken(54, f"{written}, which holds a table above level 1")
 
 # %% ../../nbs/review/18_theorem.ipynb #ecce3836
-NAMES = {0: 'read', WRITE: 'write', USER: 'user read', USER | WRITE: 'user write', FETCH: 'fetch', USER | FETCH: 'user fetch'}
+NAMES = {0: 'read', WRITE: 'write', USER: 'user read', USER | WRITE: 'user write', FETCH: 'fetch',
+         USER | FETCH: 'user fetch'}
 
 def answer_of(vcpu: Vcpu, gva: int, kind: int) -> str:
     "What the processor does, in a word."
@@ -144,7 +155,9 @@ def answer_of(vcpu: Vcpu, gva: int, kind: int) -> str:
 def compared(story: Story, pages: tuple, n: int = 0) -> Table:
     "Truth and answer, page by page."
     vcpu = story.machine.vcpus[n]
-    def said(frame): return 'refuse' if frame is None else f"frame {frame:#x}, to be marked" if type(frame) is Unmarked else f"frame {frame:#x}"
+    def said(frame):
+        return ('refuse' if frame is None else f"frame {frame:#x}, to be marked" if type(frame) is Unmarked
+                else f"frame {frame:#x}")
     keys = [(page, kind) for page in pages for kind in (0, WRITE, USER | WRITE)]
     rows = [(Hex(page), NAMES[kind], said(truth(vcpu, page, kind)), answer_of(vcpu, page, kind)) for page, kind in keys]
     return Table(('page', 'access', "the guest's tables", 'the processor'), rows, str(story.setting))

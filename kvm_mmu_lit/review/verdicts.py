@@ -42,8 +42,10 @@ def draw_history(
     vms = [start(world, policy), *(vm for _, vm, _ in steps)]
     used = [(i, name) for i in range(world.vcpus) for name in ('root_mmu', 'guest_mmu')
             if any(root.valid for vm in vms for root in _roots(vm, i, name))]
-    columns = [f"{f'{i}: ' if world.vcpus > 1 else ''}{name} {part}" for i, name in used for part in ('root', 'prev 0', 'prev 1', 'prev 2')]
-    def held(vm): return [root_text(vm, getattr(vm.vcpus[i], name), root) for i, name in used for root in _roots(vm, i, name)]
+    columns = [f"{f'{i}: ' if world.vcpus > 1 else ''}{name} {part}" for i, name in used
+               for part in ('root', 'prev 0', 'prev 1', 'prev 2')]
+    def held(vm):
+        return [root_text(vm, getattr(vm.vcpus[i], name), root) for i, name in used for root in _roots(vm, i, name)]
     rows = [Event(n, _who(vms[n - 1], event), event + ''.join(f'  !! {one.name}' for one in broken), held(vm))
             for n, (event, vm, broken) in enumerate(steps, 1)]
     return Timeline(columns, rows, f"{policy.name} in {world.name}")
@@ -105,7 +107,8 @@ class Verdict:
         best = {}
         for result in self.results:
             for one in result.found:
-                if one.name not in best or len(one.events) < len(best[one.name][1].events): best[one.name] = (result.world, one)
+                if one.name not in best or len(one.events) < len(best[one.name][1].events):
+                    best[one.name] = (result.world, one)
         return tuple(sorted(best.values(), key=lambda pair: (len(pair[1].events), pair[1].name)))
 
     @property
@@ -132,7 +135,9 @@ def verdict(
     for one in over:
         result = search(one, policy, depth)
         results.append(result)
-        if progress: progress(f"{policy.name}, {one.name}: {result.states:,} states{'' if result.complete else f', up to {result.depth} events'}")
+        if progress:
+            progress(f"{policy.name}, {one.name}: {result.states:,} "
+                     f"states{'' if result.complete else f', up to {result.depth} events'}")
     return Verdict(policy.name, policy.says, tuple(results))
 
 # %% ../../nbs/review/09_verdicts.ipynb #cc3800c2
@@ -165,7 +170,8 @@ def counterexample_json(
 ) -> str:
     "A counterexample as text that `history_of` reads again; a world of the review by its name, any other in full."
     described = world.name if world in worlds() else asdict(world)
-    history = {'format': FORMAT, 'world': described, 'design': policy.name, 'breaks': example.name, 'events': list(example.events)}
+    history = {'format': FORMAT, 'world': described, 'design': policy.name, 'breaks': example.name,
+               'events': list(example.events)}
     return json.dumps(history, indent=1) + '\n'
 
 # %% ../../nbs/review/09_verdicts.ipynb #e405dc47
@@ -176,7 +182,8 @@ def history_of(
     "Read a history; what is no history is a ValueError that says where."
     try: data = json.loads(text)
     except ValueError as why: raise ValueError(f"{source}: no JSON: {why}") from None
-    if not isinstance(data, dict) or data.get('format') != FORMAT: raise ValueError(f"{source}: format must be {FORMAT!r}")
+    if not isinstance(data, dict) or data.get('format') != FORMAT:
+        raise ValueError(f"{source}: format must be {FORMAT!r}")
     events, breaks = data.get('events'), data.get('breaks')
     if not isinstance(events, list) or len(events) > 1000 or not all(isinstance(event, str) for event in events):
         raise ValueError(f"{source}: events must be a list of up to 1000 texts")
@@ -199,7 +206,8 @@ def _built(cls, data, source):
     for name, value in data.items():
         if name not in types: raise ValueError(f"{source}: {name!r} is none of {', '.join(types)}")
         if types[name] is Host: value = _built(Host, value, f"{source}: {name}")
-        if types[name] is tuple and isinstance(value, list) and all(isinstance(one, str) for one in value): value = tuple(value)
+        if types[name] is tuple and isinstance(value, list) and all(isinstance(one, str) for one in value):
+            value = tuple(value)
         if type(value) is not types[name]: raise ValueError(f"{source}: {name}={value!r} is no {types[name].__name__}")
         given[name] = value
     missing = [one.name for one in fields(cls) if one.default is MISSING and one.name not in given]

@@ -60,19 +60,24 @@ PAGING = tuple(FORMAT_OF)[1:]      # Modes an L1 may be in
 def can_be(
     setting: Setting,
 ) -> bool:
-    "Does a processor let it run? Long mode asks for a host and an L1 of 64 bits, LA57 for five levels; VMX wants paging on where there is no EPT."
+    """Does a processor let it run? Long mode asks for a host and an L1 of 64 bits, LA57 for five levels; VMX wants
+    paging on where there is no EPT."""
     host, modes, wide = HOSTS[setting.host], (setting.mode, setting.nested), ('4-level', '5-level')
-    if '5-level' in modes and host.levels < 5 or host.bits == 32 and (setting.mode in wide or setting.nested in wide): return False
+    if '5-level' in modes and host.levels < 5 or host.bits == 32 and (setting.mode in wide or setting.nested in wide):
+        return False
     if setting.levels > 4 and host.levels < 5: return False
     if host.vendor == 'svm': return True
-    return not (setting.nested in wide and setting.mode not in wide or setting.nested == 'nonpaging' and not setting.nested_paging)
+    return not (setting.nested in wide and setting.mode not in wide or setting.nested == 'nonpaging'
+                and not setting.nested_paging)
 
 def all_settings() -> list:
     "Every kind of machine of the book, with one vCPU and with two."
     kinds = [(host, mode) for host in HOSTS for mode in FORMAT_OF]
     kinds += [(host, mode, l2) for host in HOSTS for mode in PAGING for l2 in FORMAT_OF]
-    kinds += [(host, mode, l2, True) for host in ('NPT', 'NPT, shadow MMU', 'NPT, 32 bits') for mode in PAGING for l2 in FORMAT_OF]
-    kinds += [(host, mode, l2, True, levels) for host in ('EPT', 'EPT, 32 bits') for mode in PAGING for l2 in FORMAT_OF for levels in (4, 5)]
+    kinds += [(host, mode, l2, True) for host in ('NPT', 'NPT, shadow MMU', 'NPT, 32 bits') for mode in PAGING
+              for l2 in FORMAT_OF]
+    kinds += [(host, mode, l2, True, levels) for host in ('EPT', 'EPT, 32 bits') for mode in PAGING for l2 in FORMAT_OF
+              for levels in (4, 5)]
     settings = [Setting(*kind[:4], vcpus=vcpus, levels=sum(kind[4:])) for kind in kinds for vcpus in (1, 2)]
     return [setting for setting in settings if can_be(setting)]
 
@@ -81,10 +86,11 @@ RAM, SECOND, ROM, HOLE = 0x80_0000, 0x100_0000, 0x140_0000, 0x180_0000    # Firs
 DATA = range(0x100, 0x108)                                                # Frames private pages lead to
 ROOTS = dict(A=0x10_000, B=0x11_000, X=0x12_000, Y=0x13_000, N=0x14_000, M=0x15_000)
 PAGES = tuple(0x40_0000 + 0x1000 * i for i in range(6))
-LARGE, FAR = 0x80_0000, 0x40_0000       # A large page, and where it leads at first; in a 2-level guest it is one of 4 MiB
+LARGE, FAR = 0x80_0000, 0x40_0000  # A large page, and where it leads at first; in a 2-level guest it is one of 4 MiB
 
 class World:
-    "Guest memory with two address spaces whose tables are mapped in themselves, and nested tables when L1 is a hypervisor."
+    """Guest memory with two address spaces whose tables are mapped in themselves, and nested tables when L1 is a
+    hypervisor."""
 
     def __init__(self, setting: Setting, rng: random.Random):
         self.setting, self.rng, self.free = setting, rng, list(range(0x18, 0x78))
@@ -109,7 +115,8 @@ class World:
         fmt, root = FORMATS[FORMAT_OF[mode]] if FORMAT_OF[mode] else None, ROOTS[name]
         if fmt is None: return
         for gva in range(0x10_000, 0x78_000, 0x1000): map_page(self.memory, root, fmt, gva, gva, self.free, 0x3, 0x7)
-        for gva in PAGES: map_page(self.memory, root, fmt, gva, self.rng.choice(DATA) << PAGE_SHIFT, self.free, 0x7, 0x7)
+        for gva in PAGES:
+            map_page(self.memory, root, fmt, gva, self.rng.choice(DATA) << PAGE_SHIFT, self.free, 0x7, 0x7)
         map_page(self.memory, root, fmt, LARGE, FAR, self.free, 0x7, 0x7, 2)
         self._note(name, fmt, PAGES + (LARGE, 0x20_000))
 
@@ -118,7 +125,8 @@ class World:
         setting, root = self.setting, ROOTS[name]
         fmt = FORMATS['ept%d' % setting.levels if setting.levels else FORMAT_OF[setting.mode]]
         bits = (0x6, 0x6) if fmt.is_ept else (0x7, 0x7)
-        for gfn in (*range(0x10, 0x78), *DATA): map_page(self.memory, root, fmt, gfn << PAGE_SHIFT, gfn << PAGE_SHIFT, self.free, *bits)
+        for gfn in (*range(0x10, 0x78), *DATA):
+            map_page(self.memory, root, fmt, gfn << PAGE_SHIFT, gfn << PAGE_SHIFT, self.free, *bits)
         map_page(self.memory, root, fmt, FAR, FAR, self.free, *bits, 2)
         self._note(name, fmt, [gfn << PAGE_SHIFT for gfn in DATA] + [FAR] + [0x18_000 + 0x1000 * i for i in range(6)])
 
@@ -136,7 +144,8 @@ class World:
 
     def nested_words(self) -> list:
         "What L1's nested tables say now, but for A and D."
-        return [read_entry(self.memory, gpa, fmt.entry_size) & ~(0x300 if fmt.is_ept else 0x60) for gpa, fmt in self.nested]
+        return [read_entry(self.memory, gpa, fmt.entry_size) & ~(0x300 if fmt.is_ept else 0x60)
+                for gpa, fmt in self.nested]
 
     def remember(self):
         "The entries as they are at first: a guest may put them back."
@@ -145,7 +154,8 @@ class World:
         for (_, page), way in self.ways.items():
             for gpa, _, _ in way: self.led_by.setdefault(gpa, []).append(page)
         all_entries = dict.fromkeys(one for entries in self.entries.values() for one in entries)
-        self.first = [(gpa, fmt, read_entry(self.memory, gpa, fmt.entry_size), level) for gpa, fmt, level in all_entries]
+        self.first = [(gpa, fmt, read_entry(self.memory, gpa, fmt.entry_size), level)
+                      for gpa, fmt, level in all_entries]
 
     def pgd(self, name: str) -> int:
         "The pointer of a space, as the register or the VMCB holds it."
@@ -157,7 +167,8 @@ def edited(rng: random.Random, gpte: int, fmt, level: int) -> int:
     bits = 0x7 if fmt.is_ept else 0x67
     kinds = ['flip', 'flip', 'flip', 'clear', 'clean'] if gpte else ['point']
     large = level > 1 and gpte & 0x80
-    kind = rng.choice(kinds + ['point'] * (level == 1) * 3 + ['move'] * bool(large) * 2 + ['table'] * (level == 2 and not large))
+    kind = rng.choice(kinds + ['point'] * (level == 1) * 3 + ['move'] * bool(large) * 2 + ['table']
+                      * (level == 2 and not large))
     if kind == 'table': return rng.choice(DATA) << PAGE_SHIFT | bits
     if kind == 'move': return gpte ^ FAR
     if kind == 'flip':
@@ -171,7 +182,8 @@ def edited(rng: random.Random, gpte: int, fmt, level: int) -> int:
 # %% ../../nbs/review/16_worlds.ipynb #c96675a2
 KINDS = (0, WRITE, USER, USER | WRITE, FETCH, USER | FETCH)
 
-class Unmarked(int): "A frame the guest's tables lead to once A or D is set: a shadow must not, the processor may any time."
+class Unmarked(int):
+    "A frame the guest's tables lead to once A or D is set: a shadow must not, the processor may any time."
 
 def truth(
     vcpu: Vcpu,
@@ -201,7 +213,8 @@ def nested_walker(vcpu: Vcpu) -> NestedWalker:
     key = regs, nested, vcpu.cr3, vcpu.nested_pgd
     known = vcpu.readers.get('two dimensions')
     if known is None or known[0] != key:
-        known = vcpu.readers['two dimensions'] = key, NestedWalker(vcpu.vm.memory, with_root(regs, vcpu.cr3), *nested_registers(vcpu))
+        known = vcpu.readers['two dimensions'] = key, NestedWalker(vcpu.vm.memory, with_root(regs, vcpu.cr3),
+                                                                   *nested_registers(vcpu))
     return known[1]
 
 def with_root(regs, cr3): return replace(regs, cr3=cr3 & (SPTE_ADDRESS if regs.efer & 0x400 else 0xffff_f000))

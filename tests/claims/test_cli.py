@@ -14,7 +14,8 @@ def setup_cells():
     import io
     from fastcore.test import expect_fail
 
-    GUEST = next(str(p) for p in (Path('../tests/data/guests/linux-4level'), Path('nbs/../tests/data/guests/linux-4level')) if p.exists())
+    GUEST = next(str(p) for p in (Path('../tests/data/guests/linux-4level'), Path('nbs/../tests/data/guests/linux-4level'))
+                 if p.exists())
 
 
 @pytest.mark.claim('nbs/cli.ipynb', '82f178b0', 'addresses are read as people write them')
@@ -30,7 +31,8 @@ def test_one_number_says_different_things_in_the_two_formats_and_a_number_beyond
         with contextlib.redirect_stdout(io.StringIO()) as out: assert main(['decode', 'spte', *argv]) == 0
         return out.getvalue().splitlines()[0]
     assert told('0xfee0002e', '--ept') == 'MMIO of frame 0xfee00, generation 0x5' and told('0xfee0002e') == 'not present'
-    assert told('0x1234e67') == 'page of frame 0x1234, writable state 111' and told('0x827', '--level', '2') == 'table at 0x0' and told('0x5a0') == 'removed'
+    assert (told('0x1234e67') == 'page of frame 0x1234, writable state 111'
+            and told('0x827', '--level', '2') == 'table at 0x0' and told('0x5a0') == 'removed')
     assert main(['decode', 'spte', hex(1 << 64)]) == 2
 
 

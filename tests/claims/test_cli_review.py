@@ -16,7 +16,8 @@ def test_every_reachable_mmu_that_owns_a_root_can_be_named_on_the_command_line_b
     def named(host, guest, nested):
         try: return find_mmu(host, guest, nested)
         except ValueError: return None
-    found = {named(host, guest, nested) for host in HOSTS for guest in GUESTS for nested in ('none', 'l2', 'npt', 'ept')} - {None}
+    found = ({named(host, guest, nested) for host in HOSTS for guest in GUESTS for nested in ('none', 'l2', 'npt', 'ept')}
+             - {None})
     assert found == {case for case in all_mmus() if case.storage != 'none' and 'no A/D' not in case.name}
 
 

@@ -24,8 +24,10 @@ def setup_cells():
     from kvm_mmu_lit.mmu.spte import base_masks, draw_spte
 
     STORY = {'says': 'two CR3s', 'memory': [{'base': 0, 'size': '0x400000'}], 'tables': [
-        {'root': '0x1000', 'frames': [3, 4, 5], 'map': [{'at': '0x400000', 'to': '0x100000', 'bits': 7}]}, {'root': '0x2000', 'frames': [6, 7, 8], 'map': [{'at': '0x400000', 'to': '0x101000', 'bits': 7}]}],
-             'events': [{'do': 'write', 'vcpu': 0, 'at': '0x400000', 'value': 1}, {'do': 'set_cr3', 'vcpu': 0, 'value': '0x2000'}, {'do': 'read', 'vcpu': 0, 'at': '0x400000'},
+        {'root': '0x1000', 'frames': [3, 4, 5], 'map': [{'at': '0x400000', 'to': '0x100000', 'bits': 7}]},
+        {'root': '0x2000', 'frames': [6, 7, 8], 'map': [{'at': '0x400000', 'to': '0x101000', 'bits': 7}]}],
+             'events': [{'do': 'write', 'vcpu': 0, 'at': '0x400000', 'value': 1},
+                        {'do': 'set_cr3', 'vcpu': 0, 'value': '0x2000'}, {'do': 'read', 'vcpu': 0, 'at': '0x400000'},
                         {'do': 'set_cr3', 'vcpu': 0, 'value': '0x1000'}, {'do': 'read', 'vcpu': 0, 'at': '0x400000'}]}
 
     def command(*argv):
@@ -42,7 +44,8 @@ def setup_cells():
             path.write_text(story if isinstance(story, str) else json.dumps(story))
             return command('run', path, *options)[:2]
 
-    STORIES = next(folder / 'tests/data/scenarios' for folder in (Path.cwd(), *Path.cwd().parents) if (folder / 'tests/data/scenarios').is_dir())
+    STORIES = next(folder / 'tests/data/scenarios' for folder in (Path.cwd(), *Path.cwd().parents)
+                   if (folder / 'tests/data/scenarios').is_dir())
 
 
 @pytest.mark.claim('nbs/cli_run.ipynb', 'ede39188', 'Each story that comes with the book ends, with every invariant checked after every event')
@@ -57,7 +60,8 @@ def test_each_story_that_comes_with_the_book_ends_with_every_invariant_checked_a
 def test_the_command_says_for_each_event_what_became_of_it_and_0_when_all_happened():
     code, said = kvm_mmu(STORY, '--quiet', '--until-violation')
     assert code == 0 and said.count('\n') == 6 and said.endswith('5 events, none left\n')
-    assert '-> done, 1 exit' in said.splitlines()[0] and said.splitlines()[4].endswith('-> done')      # The second time the root is cached, and so is the page
+    # The second time the root is cached, and so is the page
+    assert '-> done, 1 exit' in said.splitlines()[0] and said.splitlines()[4].endswith('-> done')
 
 
 @pytest.mark.claim('nbs/cli_run.ipynb', 'f2f3de22', '`--svg` writes this very picture, whole or not at all, and says on the terminal what it says without it')
@@ -74,19 +78,22 @@ def test_svg_writes_this_very_picture_whole_or_not_at_all_and_says_on_the_termin
 def test_json_holds_the_same_steps():
     code, said = kvm_mmu(STORY, '--json')
     steps = json.loads(said)
-    assert [step['number'] for step in steps] == [1, 2, 3, 4, 5] and steps[0]['did'][0].startswith('get_page: level 4 table')
+    assert ([step['number'] for step in steps] == [1, 2, 3, 4, 5]
+            and steps[0]['did'][0].startswith('get_page: level 4 table'))
 
 
 @pytest.mark.claim('nbs/cli_run.ipynb', '5274ad2d', 'A violation is exit code 1; what broke is named by its number and shown, as text and as JSON')
 def test_a_violation_is_exit_code_1_what_broke_is_named_by_its_number_and_shown_as_text_and_as_json():
-    def two_roots(vm): return [(14, f"table {sp.spt:#x} is a root too many") for sp in vm.pages.values() if sp.root_count and sp.gfn == 2]
+    def two_roots(vm):
+        return [(14, f"table {sp.spt:#x} is a root too many") for sp in vm.pages.values() if sp.root_count and sp.gfn == 2]
     with patch('kvm_mmu_lit.cli_run.broken_tables', two_roots):
         code, said = kvm_mmu(STORY, '--quiet', '--until-violation')
         _, data = kvm_mmu(STORY, '--json', '--until-violation')
         assert kvm_mmu(STORY, '--quiet')[0] == 0, "who does not ask is not told"
     lines = said.splitlines()
     at = next(n for n, line in enumerate(lines) if 'KvmBug: invariant 14: table 0x' in line)
-    assert code == 1 and lines[at + 1].strip().startswith('level 4 table 0x') and 'of frame 0x2,' in lines[at + 1] and lines[-1].endswith('events, an invariant broke')
+    assert (code == 1 and lines[at + 1].strip().startswith('level 4 table 0x') and 'of frame 0x2,' in lines[at + 1]
+            and lines[-1].endswith('events, an invariant broke'))
     last = json.loads(data)[-1]
     assert last['broken'].startswith('KvmBug: invariant 14') and last['state'][0] == lines[at + 1].strip()
 
@@ -99,7 +106,9 @@ def test_a_story_that_is_checked_ends_as_one_that_is_not_to_the_letter():
 
 @pytest.mark.claim('nbs/cli_run.ipynb', '914c147f', 'A file that cannot be used is exit code 2, one line of error and no output, whatever is wrong with it, the file itself among it')
 def test_a_file_that_cannot_be_used_is_exit_code_2_one_line_of_error_and_no_output_whatever_is_wrong_with_it_the_file_itself_among_it():
-    wrong = [{**STORY, 'mode': 'x'}, {**STORY, 'vcpus': 0}, {**STORY, 'limit': 'x'}, {**STORY, 'memory': STORY['memory'] * 2}, {**STORY, 'events': [{'do': 'x'}]}, '', '[]', '{"says": NaN}', '[' * 900 + ']' * 900]
+    wrong = [{**STORY, 'mode': 'x'}, {**STORY, 'vcpus': 0}, {**STORY, 'limit': 'x'},
+             {**STORY, 'memory': STORY['memory'] * 2}, {**STORY, 'events': [{'do': 'x'}]}, '', '[]', '{"says": NaN}',
+             '[' * 900 + ']' * 900]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / 'story.json'
         for story in wrong:
@@ -126,7 +135,8 @@ def test_what_the_command_says_of_an_entry_is_what_the_machine_that_wrote_it_mea
     spte, = sp.sptes.values()
     code, said, _ = command('decode', 'spte', hex(spte), '--json')
     told = json.loads(said)
-    assert code == 0 and told['kind'].startswith('page') and hex(spte >> 12 & (1 << 40) - 1)[2:] in command('decode', 'spte', hex(spte))[1]
+    assert (code == 0 and told['kind'].startswith('page')
+            and hex(spte >> 12 & (1 << 40) - 1)[2:] in command('decode', 'spte', hex(spte))[1])
     assert any(field['name'] == 'W' and field['value'] == 1 for field in told['fields']), told['fields']
 
 

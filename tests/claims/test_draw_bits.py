@@ -41,8 +41,10 @@ def test_the_order_the_fields_are_given_in_does_not_matter():
 
 @pytest.mark.claim('nbs/draw/02_bits.ipynb', '09403262', 'fields that overlap, stick out or hold too much are refused, and the error names them')
 def test_fields_that_overlap_stick_out_or_hold_too_much_are_refused_and_the_error_names_them():
-    for width, fields, words in ((8, [(3, 1, 'a'), (1, 0, 'b')], ('a (3:1)', 'b (1:0)')), (8, [(8, 8, 'a')], ('bits 8', '7:0')),
-                                 (8, [(0, 3, 'a')], ('0:3',)), (8, [(3, 2, 'a', 4)], ('0x4', '0..0x3')), (8, [(0, 0, 'a', 1, 'loud')], ("'loud'",))):
+    for width, fields, words in ((8, [(3, 1, 'a'), (1, 0, 'b')], ('a (3:1)', 'b (1:0)')),
+                                 (8, [(8, 8, 'a')], ('bits 8', '7:0')),
+                                 (8, [(0, 3, 'a')], ('0:3',)), (8, [(3, 2, 'a', 4)], ('0x4', '0..0x3')),
+                                 (8, [(0, 0, 'a', 1, 'loud')], ("'loud'",))):
         try: BitStrip('word', width, fields); message = None
         except ValueError as error: message = str(error)
         assert message and all(word in message for word in words), message

@@ -11,7 +11,8 @@ def setup_cells():
     "The chapter's `#| setup` cells."
     global granted, refused
     granted = Chain((
-        Box('PML4  0x1000', ((0, 'P W U A  -> 0x8000'), (273, 'P W A    -> 0x2000', 'taken'), (511, 'P W A    -> 0x7000')), entries=512),
+        Box('PML4  0x1000', ((0, 'P W U A  -> 0x8000'), (273, 'P W A    -> 0x2000', 'taken'), (511, 'P W A    -> 0x7000')),
+            entries=512),
         Box('PDPT  0x2000', ((0, 'P W A    -> 0x3000', 'taken'), (1, '-')), entries=512),
         Box('PD  0x3000', ((1, 'P W A    -> 0x4000', 'taken'),), entries=512),
         Box('PT  0x4000', ((2, 'P A D NX -> 0x9000'), (3, 'P W A NX -> 0x9000', 'taken')), entries=512),

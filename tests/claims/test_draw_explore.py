@@ -17,7 +17,8 @@ def setup_cells():
 
 @pytest.mark.claim('nbs/draw/08_explore.ipynb', '04394ca7', 'a control survives the trip through JSON to the page')
 def test_a_control_survives_the_trip_through_json_to_the_page():
-    for given, first in (((0, 255, 5), 5), ((0, 64, 8, 8), 8), (True, True), (['pae', '4level'], 'pae'), ('0xc020_3000', '0xc020_3000')):
+    for given, first in (((0, 255, 5), 5), ((0, 64, 8, 8), 8), (True, True), (['pae', '4level'], 'pae'),
+                         ('0xc020_3000', '0xc020_3000')):
         sent = control('x', given)
         assert json.loads(json.dumps(sent)) == sent and start_value(sent) == first
 
@@ -59,7 +60,8 @@ def test_where_nobody_can_move_anything_explore_shows_the_drawing_at_its_start()
     with patch.dict('os.environ', {'IN_TEST': '1'}):
         bundle = explore(show_byte, value=(0, 255, 200), names=True)._repr_mimebundle_()
     assert sorted(bundle) == ['image/svg+xml', 'text/html', 'text/plain']
-    assert bundle['text/plain'] == str(show_byte(200, names=True)) and bundle['image/svg+xml'] == show_byte(200, names=True).svg()
+    assert (bundle['text/plain'] == str(show_byte(200, names=True))
+            and bundle['image/svg+xml'] == show_byte(200, names=True).svg())
 
 
 @pytest.mark.claim('nbs/draw/08_explore.ipynb', 'af190bbe', 'the page can rebuild the call from the figure alone')

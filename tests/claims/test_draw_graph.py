@@ -14,8 +14,10 @@ def setup_cells():
     from unittest.mock import patch
 
     sharing = Graph(
-        nodes=(('cr3', 'CR3', 'neutral'), ('root', 'PML4\n0x1000', 'guest'), ('low', 'PDPT\n0x2000', 'guest'), ('page', 'frame\n0x9000', 'frame')),
-        edges=(('root', 'low', '511'), ('root', 'low', '0'), ('cr3', 'root', '', 'taken'), ('low', 'page', '3'), ('root', 'root', '510')),
+        nodes=(('cr3', 'CR3', 'neutral'), ('root', 'PML4\n0x1000', 'guest'), ('low', 'PDPT\n0x2000', 'guest'),
+               ('page', 'frame\n0x9000', 'frame')),
+        edges=(('root', 'low', '511'), ('root', 'low', '0'), ('cr3', 'root', '', 'taken'), ('low', 'page', '3'),
+               ('root', 'root', '510')),
         caption='one table in two slots, and a slot that points home')
 
 
@@ -50,5 +52,6 @@ def test_a_drawing_carries_the_hash_of_its_dot_whatever_drew_it():
 def test_without_any_graphviz_the_reader_gets_the_dot_text_and_one_line_of_advice():
     with patch.dict('sys.modules', {'graphviz': None, 'pygraphviz': None}):
         shown, drawn = sharing._repr_mimebundle_(), sharing.svg()
-    assert list(shown) == ['text/plain'] and sharing.dot() in shown['text/plain'] and 'apt install graphviz' in shown['text/plain']
+    assert (list(shown) == ['text/plain'] and sharing.dot() in shown['text/plain']
+            and 'apt install graphviz' in shown['text/plain'])
     assert drawn.startswith('<svg') and 'one table in two slots' in drawn

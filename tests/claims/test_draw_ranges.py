@@ -12,7 +12,8 @@ def setup_cells():
     global memory
     memory = RangeMap((
         (0x100000, 0x8000000, 'memory above 1 MiB', 'frame'), (0, 0xa0000, 'memory below 640 KiB', 'frame'),
-        (0xfee00000, 0xfee01000, 'local APIC: no memory, an exit', 'neutral')), 'what a guest of 128 MiB finds at its physical addresses')
+        (0xfee00000, 0xfee01000, 'local APIC: no memory, an exit', 'neutral')),
+                      'what a guest of 128 MiB finds at its physical addresses')
 
 
 @pytest.mark.claim('nbs/draw/07_ranges.ipynb', 'e013d8fb', 'an emptiness is told in four digits at most, and exactly where that is as short')

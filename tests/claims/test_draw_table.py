@@ -11,11 +11,13 @@ def setup_cells():
     "The chapter's `#| setup` cells."
     global Hex, ranges, refusals, rights, wanted
     from kvm_mmu_lit.draw.ink import Hex
-    ranges = Table(('start', 'rights', 'pages'), ((Hex(0xffff888000000000), 'rw', 512), (Hex(0xffffffff81000000), 'rx', 4)), 'kernel memory')
+    ranges = Table(('start', 'rights', 'pages'), ((Hex(0xffff888000000000), 'rw', 512), (Hex(0xffffffff81000000), 'rx', 4)),
+                   'kernel memory')
 
     rights = ('---', 'r--', '-w-', 'rw-', '--x', 'r-x', '-wx', 'rwx')
     wanted = ('read', 'write', 'fetch')
-    refusals = Grid(rights, wanted, [[not letter in have for letter in 'rwx'] for have in rights], 'what each set of rights refuses')
+    refusals = Grid(rights, wanted, [[not letter in have for letter in 'rwx'] for have in rights],
+                    'what each set of rights refuses')
 
 
 @pytest.mark.claim('nbs/draw/03_table.ipynb', 'bec55963', 'numbers line up at the right, words at the left')

@@ -15,12 +15,14 @@ def setup_cells():
         (1, 'KVM', 'builds a root', ('0x1000', 'sp 1', 'empty')),
         (2, 'guest', 'reads 0xc020_3000', ('0x1000', 'sp 1', '0xc020_3')),
         (3, 'guest', 'loads CR3', ('0x2000', 'sp 1', '0xc020_3')),
-        (4, 'KVM', 'takes the root of 0x2000 from its cache of previous roots', ('0x2000', 'sp 7', 'empty'))), 'a guest switches its tables')
+        (4, 'KVM', 'takes the root of 0x2000 from its cache of previous roots', ('0x2000', 'sp 7', 'empty'))),
+                       'a guest switches its tables')
 
 
 @pytest.mark.claim('nbs/draw/06_timeline.ipynb', 'df293e67', 'the changes are found from the states, not told')
 def test_the_changes_are_found_from_the_states_not_told():
-    assert history.changed() == ((False, False, False), (False, True, False), (False, False, True), (True, False, False), (False, True, True))
+    assert history.changed() == ((False, False, False), (False, True, False), (False, False, True), (True, False, False),
+                                 (False, True, True))
 
 
 @pytest.mark.claim('nbs/draw/06_timeline.ipynb', 'aad01cc6', 'saying nothing about a state is not a change, and is looked past')

@@ -18,7 +18,8 @@ def setup_cells():
     from kvm_mmu_lit.guest.memory import read_gpa
     from kvm_mmu_lit.mmu.rmap import host_frame
 
-    DATA = next(folder / 'tests/data/kvm-traces' for folder in (Path.cwd(), *Path.cwd().parents) if (folder / 'tests/data/kvm-traces').is_dir())
+    DATA = next(folder / 'tests/data/kvm-traces' for folder in (Path.cwd(), *Path.cwd().parents)
+                if (folder / 'tests/data/kvm-traces').is_dir())
 
     nested = load_scenario(DATA / 's32_nested_npt_2level')
     shadow = load_scenario(DATA / 's01_shadow_64_cr3')
@@ -54,7 +55,8 @@ def test_a_faulting_step_stores_nothing_the_same_step_without_a_fault_does():
         return read_gpa(stores.memory, write['gpa'], write['size'])
     write = next(step for step in shadow.steps if step['op'] == 'write_pte')
     registers = dict.fromkeys(('rip', 'cr0', 'cr2', 'cr3', 'cr4', 'efer', 'cs', 'rax', 'rbx', 'rcx', 'rsp'), 0)
-    step, after = (make_event('tracing_mark_write', dict(marker='STEP', id=id, **registers)) for id in (write['id'], write['id'] + 1))
+    step, after = (make_event('tracing_mark_write', dict(marker='STEP', id=id, **registers))
+                   for id in (write['id'], write['id'] + 1))
     fault = make_event('tracing_mark_write', dict(marker='FAULT', err=2, **registers))
     before = read_gpa(shadow.memory(), write['gpa'], write['size'])
     assert store(step, fault, after) == before != store(step, after) == write['val'].to_bytes(write['size'], 'little')
@@ -64,7 +66,8 @@ def test_a_faulting_step_stores_nothing_the_same_step_without_a_fault_does():
 def test_an_8_byte_entry_that_a_32_bit_guest_stores_in_two_halves_is_stored_half_by_half():
     stores = Stores(shadow, shadow.memory())
     stores.waiting = [(0x10_3000, 0x8000_0001_0000_2003, 8)]
-    assert [stores.data_at(gpa, 4) for gpa in (0x10_3000, 0x10_3004, 0x10_3006)] == [b'\x03\x20\x00\x00', b'\x01\x00\x00\x80', None]
+    assert ([stores.data_at(gpa, 4) for gpa in (0x10_3000, 0x10_3004, 0x10_3006)]
+            == [b'\x03\x20\x00\x00', b'\x01\x00\x00\x80', None])
 
 
 @pytest.mark.claim('nbs/evidence/17_below.ipynb', '47b33d4b', 'a slot that userspace takes away is a hole, and comes back with the same bytes')

@@ -19,7 +19,8 @@ def setup_cells():
     from kvm_mmu_lit.evidence.replay import damaged, replay
     from kvm_mmu_lit.evidence.scenarios import load_scenario
 
-    DATA = next(folder / 'tests/data/kvm-traces' for folder in (Path.cwd(), *Path.cwd().parents) if (folder / 'tests/data/kvm-traces').is_dir())
+    DATA = next(folder / 'tests/data/kvm-traces' for folder in (Path.cwd(), *Path.cwd().parents)
+                if (folder / 'tests/data/kvm-traces').is_dir())
 
     shadow = load_scenario(DATA / 's01_shadow_64_cr3')
     unsync = load_scenario(DATA / 's17_shadow_64_nonleaf')

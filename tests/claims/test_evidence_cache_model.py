@@ -31,6 +31,8 @@ def test_the_model_in_the_file_root_cache_pml_is_the_one_made_for_two_vcpus_both
 
 @pytest.mark.claim('nbs/evidence/28_cache_model.ipynb', '7d86d648', 'The model has an event for each event of the world, in number, and none that the world lacks')
 def test_the_model_has_an_event_for_each_event_of_the_world_in_number_and_none_that_the_world_lacks():
-    for each in (small_world(l2, pointers, vcpus) for l2 in ((), ('PAE',), NESTED) for pointers in (1, 2, 3, 4) for vcpus in (1, 2, 3)):
-        named = [name if each.vcpus > 1 else name.removeprefix('0: ') for name in re.findall(r'd_step .* /\* (.*) \*/', promela(each))]
+    for each in (small_world(l2, pointers, vcpus) for l2 in ((), ('PAE',), NESTED) for pointers in (1, 2, 3, 4)
+                 for vcpus in (1, 2, 3)):
+        named = [name if each.vcpus > 1 else name.removeprefix('0: ')
+                 for name in re.findall(r'd_step .* /\* (.*) \*/', promela(each))]
         assert sorted(named) == sorted(events_of(each))

@@ -53,7 +53,8 @@ def test_a_guest_whose_monitor_s_registers_were_not_kept_agrees_on_all_the_rest_
         folder = Path(shutil.copytree(DATA / 'guests' / 'linux-pae', Path(home) / 'linux-pae'))
         (folder / 'info-registers.txt').unlink()
         *compared, last = check_path(folder)
-        assert all(agreement.agrees for agreement in compared) and str(last) == 'linux-pae/info-registers.txt: not there, so not compared'
+        assert (all(agreement.agrees for agreement in compared)
+                and str(last) == 'linux-pae/info-registers.txt: not there, so not compared')
 
 
 @pytest.mark.claim('nbs/evidence/26_check.ipynb', '5a5db3d5', 'what cannot be used is an error that names it')

@@ -22,18 +22,22 @@ def setup_cells():
     from kvm_mmu_lit.evidence.below import host_of
     from kvm_mmu_lit.evidence.mmu_states import RecordedRoot
 
-    DATA = next(folder / 'tests/data/kvm-traces' for folder in (Path.cwd(), *Path.cwd().parents) if (folder / 'tests/data/kvm-traces').is_dir())
+    DATA = next(folder / 'tests/data/kvm-traces' for folder in (Path.cwd(), *Path.cwd().parents)
+                if (folder / 'tests/data/kvm-traces').is_dir())
 
     shadow = load_scenario(DATA / 's01_shadow_64_cr3')
 
     def first_load():
         "(recorded state when the first root was there, a model that has built one too)"
         event = next(event for event in shadow.trace.events if event.name == 'load_ret')
-        vcpu = new_vcpu(Vm(host_of(shadow), shadow.memory()), **{name: shadow.sregs[name] for name in ('cr0', 'cr3', 'cr4', 'efer')})
+        vcpu = new_vcpu(Vm(host_of(shadow), shadow.memory()),
+                        **{name: shadow.sregs[name] for name in ('cr0', 'cr3', 'cr4', 'efer')})
         enter_guest(vcpu)
         return shadow.snapshot(event), vcpu
 
-    def differing(recorded, vcpu, addresses): return [aspect for aspect, said, ours in state_rows(recorded, vcpu, addresses, lambda rule, value: value) if said != ours]
+    def differing(recorded, vcpu, addresses):
+        return [aspect for aspect, said, ours in state_rows(recorded, vcpu, addresses, lambda rule, value: value)
+                if said != ours]
 
     def matched():
         "A recorded state and a model in it."
@@ -81,28 +85,36 @@ def test_a_model_that_was_given_the_same_registers_and_memory_builds_the_recorde
 def test_every_word_of_a_state_is_looked_at_by_the_part_it_belongs_to():
     recorded, vcpu, addresses = matched()
     root = recorded.root_mmu
-    inside = {'roles': [dict(cpu_role=root.cpu_role ^ 1 << bit) for bit in range(64)] + [dict(root_role=root.root_role ^ 1 << bit) for bit in range(32)],
-              'roots': [dict(root=root.root._replace(hpa=0x1000)), dict(root=root.root._replace(pgd=0x1000)), dict(pae_root=0x1000)]
-                       + [dict(prev_roots=tuple(RecordedRoot(1, 0x1000) if j == i else prev for j, prev in enumerate(root.prev_roots))) for i in range(3)],
+    inside = {'roles': [dict(cpu_role=root.cpu_role ^ 1 << bit) for bit in range(64)]
+              + [dict(root_role=root.root_role ^ 1 << bit) for bit in range(32)],
+              'roots': [dict(root=root.root._replace(hpa=0x1000)), dict(root=root.root._replace(pgd=0x1000)),
+                        dict(pae_root=0x1000)]
+                       + [dict(prev_roots=tuple(RecordedRoot(1, 0x1000) if j == i else prev
+                                                for j, prev in enumerate(root.prev_roots))) for i in range(3)],
               'entries': [dict(pae_words=(0, 0, 1, 0))]}
     for aspect, changes in inside.items():
-        for change in changes: assert differing(replace(recorded, root_mmu=replace(root, **change)), vcpu, addresses) == [aspect], change
+        for change in changes:
+            assert differing(replace(recorded, root_mmu=replace(root, **change)), vcpu, addresses) == [aspect], change
 
 
 @pytest.mark.claim('nbs/evidence/18_compared.ipynb', 'ef96a04a', 'every request of the MMU, every register and every PDPTE register is looked at')
 def test_every_request_of_the_mmu_every_register_and_every_pdpte_register_is_looked_at():
     recorded, vcpu, addresses = matched()
-    for bit in REQUEST_BITS.values(): assert differing(replace(recorded, requests=recorded.requests ^ 1 << bit), vcpu, addresses) == ['requests']
-    for name in ('cr0', 'cr3', 'cr4', 'efer'): assert differing(replace(recorded, **{name: 1}), vcpu, addresses) == ['registers']
+    for bit in REQUEST_BITS.values():
+        assert differing(replace(recorded, requests=recorded.requests ^ 1 << bit), vcpu, addresses) == ['requests']
+    for name in ('cr0', 'cr3', 'cr4', 'efer'):
+        assert differing(replace(recorded, **{name: 1}), vcpu, addresses) == ['registers']
     for bit in (HF_GUEST, HF_SMM): assert differing(replace(recorded, hflags=bit), vcpu, addresses) == ['registers']
     assert differing(replace(recorded, pdptrs=(0, 0, 0, 1)), vcpu, addresses) == ['entries']
-    assert differing(replace(recorded, mmu='guest_mmu'), vcpu, addresses) == differing(replace(recorded, walk='nested_mmu'), vcpu, addresses) == ['roots']
+    assert differing(replace(recorded, mmu='guest_mmu'), vcpu,
+                     addresses) == differing(replace(recorded, walk='nested_mmu'), vcpu, addresses) == ['roots']
 
 
 @pytest.mark.claim('nbs/evidence/18_compared.ipynb', '6109662e', 'a pointer left behind in an empty slot is not looked at')
 def test_a_pointer_left_behind_in_an_empty_slot_is_not_looked_at():
     recorded, vcpu, addresses = matched()
-    stale = replace(recorded.root_mmu, prev_roots=(RecordedRoot(0x1234_5000, INVALID_PAGE), *recorded.root_mmu.prev_roots[1:]))
+    stale = replace(recorded.root_mmu,
+                    prev_roots=(RecordedRoot(0x1234_5000, INVALID_PAGE), *recorded.root_mmu.prev_roots[1:]))
     assert differing(replace(recorded, root_mmu=stale), vcpu, addresses) == []
 
 
@@ -110,12 +122,18 @@ def test_a_pointer_left_behind_in_an_empty_slot_is_not_looked_at():
 def test_in_pae_root_bit_5_alone_is_forgiven_in_an_entry_that_is_there():
     pae = load_scenario(DATA / 's05_shadow_pae_cr3')
     event = next(event for event in pae.trace.events if event.name == 'load_ret')
-    recorded, vcpu = pae.snapshot(event), new_vcpu(Vm(host_of(pae), pae.memory()), **{name: pae.sregs[name] for name in ('cr0', 'cr3', 'cr4', 'efer')})
+    recorded, vcpu = pae.snapshot(event), new_vcpu(Vm(host_of(pae), pae.memory()),
+                                                   **{name: pae.sregs[name] for name in ('cr0', 'cr3', 'cr4', 'efer')})
     vcpu.root_mmu.pdptrs = list(recorded.pdptrs)
     vcpu.root_mmu.pae_words = [word and 0x10_0001 for word in recorded.root_mmu.pae_words]
     addresses, words = Addresses(vcpu.vm), recorded.root_mmu.pae_words
     addresses.pair(words[0] & ~0xfff, 0x10_0000)
-    def forgiven(i, bit): return 'entries' not in differing(replace(recorded, root_mmu=replace(recorded.root_mmu, pae_words=tuple(word | bit * (j == i) for j, word in enumerate(words)))), vcpu, addresses)
+    def forgiven(i, bit):
+        return 'entries' not in differing(replace(recorded,
+                                                  root_mmu=replace(recorded.root_mmu,
+                                                                   pae_words=tuple(word | bit * (j == i)
+                                                                                   for j, word in enumerate(words)))), vcpu,
+                                          addresses)
     present, absent = (next(i for i, word in enumerate(words) if bool(word) == there) for there in (True, False))
     assert [bit for bit in range(12) if not words[present] >> bit & 1 and forgiven(present, 1 << bit)] == [5]
     assert not any(forgiven(absent, 1 << bit) for bit in range(12))

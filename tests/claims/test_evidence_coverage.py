@@ -43,14 +43,16 @@ def test_a_function_cannot_be_declared_out_of_scope_without_saying_why():
 
 @pytest.mark.claim('nbs/evidence/31_coverage.ipynb', '3bdba97f', 'the runs went through every road to a root: loaded, built, found again, brought up to date, dropped')
 def test_the_runs_went_through_every_road_to_a_root_loaded_built_found_again_brought_up_to_date_dropped():
-    assert all(CALLS[name] > 100 for name in ('kvm_mmu_new_pgd', 'kvm_mmu_load', 'mmu_alloc_root', 'kvm_mmu_sync_roots', 'kvm_mmu_free_roots')), CALLS
+    assert all(CALLS[name] > 100 for name in ('kvm_mmu_new_pgd', 'kvm_mmu_load', 'mmu_alloc_root', 'kvm_mmu_sync_roots',
+                                              'kvm_mmu_free_roots')), CALLS
 
 
 @pytest.mark.claim('nbs/evidence/31_coverage.ipynb', '0c6fad35', 'every function marked core or extended has a function here: none is missing')
 def test_every_function_marked_core_or_extended_has_a_function_here_none_is_missing():
     missing = [f'{row.listed.mark} {row.listed.name} ({row.listed.file})' for row in ROWS if row.is_missing]
     assert not missing, missing
-    assert all(row.mirrors for row in ROWS if row.listed.mark in 'CE') and sum(row.listed.mark in 'CE' for row in ROWS) == 392
+    assert (all(row.mirrors for row in ROWS if row.listed.mark in 'CE')
+            and sum(row.listed.mark in 'CE' for row in ROWS) == 392)
 
 
 @pytest.mark.claim('nbs/evidence/31_coverage.ipynb', 'f8fd442b', 'every one of them has evidence: vectors, recorded runs, tests or claims lead to it')
@@ -68,5 +70,6 @@ def test_without_the_docstrings_of_one_chapter_the_list_notices():
 
 @pytest.mark.claim('nbs/evidence/31_coverage.ipynb', 'e10ea21b', 'a name that no docstring declares is missing, and one out of scope is not')
 def test_a_name_that_no_docstring_declares_is_missing_and_one_out_of_scope_is_not():
-    wanted, left = Listed('x', 'kvm_no_such_function', 'x.c', 'C'), Listed('x', 'kvm_no_such_function', 'y.c', 'O', 'it does not exist')
+    wanted, left = Listed('x', 'kvm_no_such_function', 'x.c',
+                          'C'), Listed('x', 'kvm_no_such_function', 'y.c', 'O', 'it does not exist')
     assert [row.is_missing for row in coverage([wanted, left], MIRRORS, CALLS, {}, {})] == [True, False]

@@ -21,7 +21,8 @@ def setup_cells():
     from kvm_mmu_lit.guest.registers import Cr0, Efer
     from kvm_mmu_lit.guest.verdict import Rule
 
-    DATA = next(folder / 'tests/data' for folder in (Path.cwd(), *Path.cwd().parents) if (folder / 'tests/data/guests').is_dir())
+    DATA = next(folder / 'tests/data' for folder in (Path.cwd(), *Path.cwd().parents)
+                if (folder / 'tests/data/guests').is_dir())
     SCRATCH = tempfile.TemporaryDirectory()
 
     def unpacked_core(name):
@@ -39,7 +40,8 @@ def test_a_range_table_puts_a_dump_without_holes_back_to_where_the_guest_had_it(
     for slot in guest.memory.slots:
         table.append((slot.base_gfn << 12, slot.npages << 12, offset))
         offset += slot.npages << 12
-    again = load_raw(dump, table, 'tcg', cr0=guest.regs.cr0, cr3=guest.regs.cr3, cr4=guest.regs.cr4, efer=guest.regs.efer, maxphyaddr=guest.regs.maxphyaddr)
+    again = load_raw(dump, table, 'tcg', cr0=guest.regs.cr0, cr3=guest.regs.cr3, cr4=guest.regs.cr4, efer=guest.regs.efer,
+                     maxphyaddr=guest.regs.maxphyaddr)
     assert list(mappings(again.walker())) == list(mappings(guest.walker()))
 
 
@@ -50,7 +52,8 @@ def test_what_a_file_is_called_plays_no_part_in_what_it_is_loaded_as():
         shutil.copy(original, Path(SCRATCH.name) / name)
         found = load(Path(SCRATCH.name) / name)
         assert [slot.base_gfn for slot in found.memory.slots] == [slot.base_gfn for slot in load(original).memory.slots]
-        assert (found.regs is None) == (name == 'ram.bin')   # the image's registers lie in meta.json, and that was left behind
+        # the image's registers lie in meta.json, and that was left behind
+        assert (found.regs is None) == (name == 'ram.bin')
 
 
 @pytest.mark.claim('nbs/evidence/03_dumps.ipynb', 'b7de6adb', 'a dump made with paging on holds less memory and the same map')

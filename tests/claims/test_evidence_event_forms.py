@@ -16,17 +16,22 @@ def setup_cells():
 
     page = Template('gfn {gfn:x} l{level:u}{direct? direct/} {access:acc} {unsync?unsync/sync}[ at {at:x}]')
 
-    EXAMPLES = {'x': (0, 0xabc, (1 << 64) - 1), '#x': (0, 1), '04x': (0, 0x12345), '08x': (0, 0xffffffff), '016x': (0, 1 << 63), 'u': (0, 10), 'd': (-11, 0, 7),
-                'ptr': ('0000000059c68026', '(____ptrval____)'), 'flags': (0, 0x23), 'acc': (0, 6), 'rwxu': ('r-xu', 'rw-'), 'bytes': (b'', b'\x0f\x22\xd8'),
+    EXAMPLES = {'x': (0, 0xabc, (1 << 64) - 1), '#x': (0, 1), '04x': (0, 0x12345), '08x': (0, 0xffffffff),
+                '016x': (0, 1 << 63), 'u': (0, 10), 'd': (-11, 0, 7),
+                'ptr': ('0000000059c68026', '(____ptrval____)'), 'flags': (0, 0x23), 'acc': (0, 6), 'rwxu': ('r-xu', 'rw-'),
+                'bytes': (b'', b'\x0f\x22\xd8'),
                 'word': ('#PF', '0x1d'), 'words': ('npf', 'PF excp', 'a rip 0x1'), 'line': ('', 'consistency check ')}
 
     def examples(notation):
-        "Fields for a form: for each field the values its kind has here, the others at their first; and once without what may be left out."
+        """Fields for a form: for each field the values its kind has here, the others at their first; and once without what
+    may be left out."""
         first, more = {}, []
         for name, kind, group in Template(notation).pieces:
             if not name: continue
             values = next((EXAMPLES[key] for key, known in KINDS.items() if known is kind), None)
-            if values is None: values = (True, False) if kind.read.__name__ == '__eq__' else tuple(text.replace('\\', '') for text in kind.form.split('|'))
+            if values is None:
+                values = ((True, False) if kind.read.__name__ == '__eq__'
+                          else tuple(text.replace('\\', '') for text in kind.form.split('|')))
             first.setdefault(name, values[0])
             more += [(name, value) for value in values]
         yield first
@@ -52,14 +57,17 @@ def test_the_letters_of_an_access_text_are_its_bits():
 
 @pytest.mark.claim('nbs/evidence/13_event_forms.ipynb', '740824e7', "reading and writing are each other's inverse over every combination of flags, rights and optional parts")
 def test_reading_and_writing_are_each_other_s_inverse_over_every_combination_of_flags_rights_and_optional_parts():
-    for gfn, level, direct, access, unsync, at in product((0, 0x108, (1 << 64) - 1), (1, 5), (False, True), range(8), (False, True), (None, 0, 0xabc)):
-        fields = dict(gfn=gfn, level=level, direct=direct, access=access, unsync=unsync, **({} if at is None else {'at': at}))
+    for gfn, level, direct, access, unsync, at in product((0, 0x108, (1 << 64) - 1), (1, 5), (False, True), range(8),
+                                                          (False, True), (None, 0, 0xabc)):
+        fields = dict(gfn=gfn, level=level, direct=direct, access=access, unsync=unsync,
+                      **({} if at is None else {'at': at}))
         assert page.read(page.write(fields)) == fields
 
 
 @pytest.mark.claim('nbs/evidence/13_event_forms.ipynb', '71a26501', 'a number the kernel would print otherwise is not read')
 def test_a_number_the_kernel_would_print_otherwise_is_not_read():
-    for text in ('gfn 0108 l1 --- sync', 'gfn ABC l1 --- sync', 'gfn 0x1 l1 --- sync', 'gfn 1 l01 --- sync', 'gfn -1 l1 --- sync', 'gfn 1 l1 --- sync at', 'gfn 1 l1  --- sync'):
+    for text in ('gfn 0108 l1 --- sync', 'gfn ABC l1 --- sync', 'gfn 0x1 l1 --- sync', 'gfn 1 l01 --- sync',
+                 'gfn -1 l1 --- sync', 'gfn 1 l1 --- sync at', 'gfn 1 l1  --- sync'):
         assert not page.fits(text), text
 
 
@@ -67,7 +75,8 @@ def test_a_number_the_kernel_would_print_otherwise_is_not_read():
 def test_fields_no_text_can_say_are_refused_instead_of_printed():
     good = {'gfn': 1, 'level': 1, 'direct': False, 'access': 0, 'unsync': False}
     assert page.write(good) == 'gfn 1 l1 --- sync'
-    for bad in ({'gfn': -1}, {'gfn': 1 << 64}, {'gfn': '1'}, {'level': None}, {'access': 8}, {'access': -1}, {'direct': 2}, {'colour': 1}):
+    for bad in ({'gfn': -1}, {'gfn': 1 << 64}, {'gfn': '1'}, {'level': None}, {'access': 8}, {'access': -1}, {'direct': 2},
+                {'colour': 1}):
         with expect_fail(ValueError): page.write({**good, **bad})
     with expect_fail(ValueError, contains='gfn is missing'): page.write({'level': 1})
 
@@ -94,25 +103,31 @@ def test_a_text_cut_anywhere_is_refused_unless_the_cut_leaves_a_shorter_number_a
     def is_read(name, text):
         try: return bool(read_text(name, text))
         except ValueError: return False
-    for name, text, last in (('kvm_mmu_paging_element', 'pte 102007 level 4', '4'), ('kvm_mmu_set_spte', 'gfn 8 spte 3eb2a21 (r-x-) level 1 at 78cd040', '78cd040'),
-                             ('kvm_mmu_pagetable_walk', 'addr 8000 pferr 10 F', 'F'), ('kvm_mmu_spte_requested', 'gfn 8 pfn 3eb2 level 12', '12'),
-                             ('kvm_exit', 'vcpu 0 reason PF excp rip 0x8000 info1 0x0000000000000010 info2 0x0000000000008000 intr_info 0x00000000 error_code 0x00000000', '0'),
+    for name, text, last in (('kvm_mmu_paging_element', 'pte 102007 level 4', '4'),
+                             ('kvm_mmu_set_spte', 'gfn 8 spte 3eb2a21 (r-x-) level 1 at 78cd040', '78cd040'),
+                             ('kvm_mmu_pagetable_walk', 'addr 8000 pferr 10 F', 'F'),
+                             ('kvm_mmu_spte_requested', 'gfn 8 pfn 3eb2 level 12', '12'),
+                             ('kvm_exit', 'vcpu 0 reason PF excp rip 0x8000 info1 0x0000000000000010 info2 '
+                                          '0x0000000000008000 intr_info 0x00000000 error_code 0x00000000', '0'),
                              ('kvm_mmu_get_page', 'sp gen 0 gfn 101 l4 8-byte q0 wux nxe ad root 0 sync new', 'w'),
                              ('load_mmu_pgd', ' hpa=0x792c000 level=4', '4')):
         assert is_read(name, text)
-        assert [cut for cut in range(len(text)) if is_read(name, text[:cut])] == [*range(len(text) - len(last) + 1, len(text))], name
+        assert ([cut for cut in range(len(text)) if is_read(name, text[:cut])]
+                == [*range(len(text) - len(last) + 1, len(text))]), name
 
 
 @pytest.mark.claim('nbs/evidence/13_event_forms.ipynb', '1f7fef28', 'a page block tells 14 bits of the role and keeps 13; the rest are always zero')
 def test_a_page_block_tells_14_bits_of_the_role_and_keeps_13_the_rest_are_always_zero():
-    mask, _ = read_block(read_text('kvm_mmu_sync_page', 'sp gen 1 gfn abc l1 4-byte q1 direct -ux invalid !nxe !ad root 0 unsync')).role_bits
+    mask, _ = read_block(read_text('kvm_mmu_sync_page',
+                                   'sp gen 1 gfn abc l1 4-byte q1 direct -ux invalid !nxe !ad root 0 unsync')).role_bits
     every = sum((1 << width) - 1 << low for _, low, width in ROLE_FIELDS)
     assert (mask.bit_count(), (every & ~mask).bit_count(), (~every & 0xffff_ffff).bit_count()) == (14, 13, 5)
 
 
 @pytest.mark.claim('nbs/evidence/13_event_forms.ipynb', '790bacef', 'each printed field of a page block moves exactly its own bits of the role')
 def test_each_printed_field_of_a_page_block_moves_exactly_its_own_bits_of_the_role():
-    base = dict(gen=0, gfn=8, level=1, has_4_byte_gpte=False, quadrant=0, direct=False, access=0, invalid=False, efer_nx=False, ad_disabled=False, root_count=0, unsync=False)
+    base = dict(gen=0, gfn=8, level=1, has_4_byte_gpte=False, quadrant=0, direct=False, access=0, invalid=False,
+                efer_nx=False, ad_disabled=False, root_count=0, unsync=False)
     plain = SpBlock(**base).role_bits[1]
     for name, low, width in ROLE_FIELDS:
         if name in NOT_PRINTED: continue

@@ -24,7 +24,8 @@ def setup_cells():
     def curves(has_l2, value):
         "A curve for each number of vCPUs, over pointers."
         runs = [(vcpus, pointers, run) for nested, vcpus, pointers, run in recorded['growth'] if nested == has_l2]
-        return tuple((f"{n} vCPU{'s' * (n > 1)}", tuple((pointers, value(run)) for vcpus, pointers, run in runs if vcpus == n)) for n in sorted({vcpus for vcpus, _, _ in runs}))
+        return tuple((f"{n} vCPU{'s' * (n > 1)}", tuple((pointers, value(run)) for vcpus, pointers, run in runs
+                                                        if vcpus == n)) for n in sorted({vcpus for vcpus, _, _ in runs}))
     sizes = {(nested, vcpus, pointers): run.states for nested, vcpus, pointers, run in recorded['growth']}
 
 
@@ -37,7 +38,8 @@ def test_a_search_in_a_process_of_its_own_finds_what_the_same_search_finds_here(
 
 @pytest.mark.claim('nbs/evidence/29_exploring_speed.ipynb', '2c36ff54', 'A report cut short is refused, and says which number is missing')
 def test_a_report_cut_short_is_refused_and_says_which_number_is_missing():
-    with expect_fail(ValueError, contains="states, stored"): read_report("State-vector 20 byte, depth reached 3, errors: 0\n", 0.1)
+    with expect_fail(ValueError, contains="states, stored"):
+        read_report("State-vector 20 byte, depth reached 3, errors: 0\n", 0.1)
 
 
 @pytest.mark.claim('nbs/evidence/29_exploring_speed.ipynb', '63431ade', 'SPIN and the explorer reach the same number of states, by the same number of events, in the same number of steps, in every world that is compared')

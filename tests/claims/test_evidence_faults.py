@@ -20,17 +20,20 @@ def setup_cells():
     from kvm_mmu_lit.mmu.reload import enter_guest, new_vcpu
     from kvm_mmu_lit.mmu.spte import SPTE_WRITABLE
 
-    DATA = next(folder / 'tests/data/kvm-traces' for folder in (Path.cwd(), *Path.cwd().parents) if (folder / 'tests/data/kvm-traces').is_dir())
+    DATA = next(folder / 'tests/data/kvm-traces' for folder in (Path.cwd(), *Path.cwd().parents)
+                if (folder / 'tests/data/kvm-traces').is_dir())
 
     shadow = load_scenario(DATA / 's01_shadow_64_cr3')
-    at = next(i for i, event in enumerate(shadow.trace.events) if event.name == 'kvm_page_fault' and event['address'] == 0x40_0000)
+    at = next(i for i, event in enumerate(shadow.trace.events) if event.name == 'kvm_page_fault'
+              and event['address'] == 0x40_0000)
 
     from kvm_mmu_lit.evidence.walks import watch
 
     def until(scenario, stop):
         "The model of a recorded guest, with a root, before the first fault; and a run over the events up to `stop`."
         vm = Vm(host_of(scenario), HeardMemory(scenario.memory().slots))
-        vcpu = new_vcpu(vm, cr4_missing=cr4_missing(scenario), **{name: scenario.sregs[name] for name in ('cr0', 'cr3', 'cr4', 'efer')})
+        vcpu = new_vcpu(vm, cr4_missing=cr4_missing(scenario),
+                        **{name: scenario.sregs[name] for name in ('cr0', 'cr3', 'cr4', 'efer')})
         enter_guest(vcpu)
         first = next(i for i, event in enumerate(scenario.trace.events) if event.name == 'page_fault')
         run = Run(replace(scenario, trace=replace(scenario.trace, events=scenario.trace.events[first:stop])))
@@ -52,7 +55,8 @@ def test_the_first_fault_of_a_recorded_guest_comes_out_of_its_address_and_error_
     run = until(shadow, ends)
     do_fault(run, run.events[0])
     assert not differing(run) and run.at == len(run.events) and run.rules == {'host frame': 1}
-    assert {'walk64', 'kvm_mmu_set_accessed_bit', 'get_sp_ret', 'kvm_mmu_set_spte', 'pf64_ret'} <= {row.label.partition(', ')[2] for row in run.rows}
+    assert {'walk64', 'kvm_mmu_set_accessed_bit', 'get_sp_ret', 'kvm_mmu_set_spte',
+            'pf64_ret'} <= {row.label.partition(', ')[2] for row in run.rows}
 
 
 @pytest.mark.claim('nbs/evidence/22_faults.ipynb', 'd260b06d', 'Another address, another error code or another entry in memory make other lines')
@@ -60,7 +64,10 @@ def test_another_address_another_error_code_or_another_entry_in_memory_make_othe
     for change in ('addr', 'err', 'memory'):
         run = until(shadow, ends)
         if change == 'memory': write_gpa(run.vcpu.vm.memory, 0x10_0040, (0x9003).to_bytes(8, 'little'))
-        event = run.events[0] if change == 'memory' else replace(run.events[0], fields=dict(run.events[0].fields, **{change: run.events[0][change] ^ (1 << 12 if change == 'addr' else 4)}))
+        event = (run.events[0] if change == 'memory'
+                 else replace(run.events[0],
+                              fields=dict(run.events[0].fields,
+                                          **{change: run.events[0][change] ^ (1 << 12 if change == 'addr' else 4)})))
         do_fault(run, event)
         assert differing(run), change
 

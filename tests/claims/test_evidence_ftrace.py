@@ -16,7 +16,8 @@ def setup_cells():
 
     from fastcore.test import expect_fail
 
-    DATA = next(folder / 'tests/data/kvm-traces' for folder in (Path.cwd(), *Path.cwd().parents) if (folder / 'tests/data/kvm-traces').is_dir())
+    DATA = next(folder / 'tests/data/kvm-traces' for folder in (Path.cwd(), *Path.cwd().parents)
+                if (folder / 'tests/data/kvm-traces').is_dir())
 
     def recorded(name):
         "The lines of a recorded trace."
@@ -52,17 +53,21 @@ def test_with_all_its_columns_a_line_says_the_same_event_as_without_them_and_who
     cut = '20.247731: kvm_mmu_paging_element: pte 102007 level 4'
     whole = ' qemu-system-x86-421     [003] d..1.    ' + cut
     assert parse_line(whole).task == Task('qemu-system-x86', 421, 3, 'd..1.') and parse_line(cut).task is None
-    assert (parse_line(whole).fields, parse_line(whole).seconds, parse_line(whole).text) == (parse_line(cut).fields, parse_line(cut).seconds, parse_line(cut).text)
+    assert (parse_line(whole).fields, parse_line(whole).seconds,
+            parse_line(whole).text) == (parse_line(cut).fields, parse_line(cut).seconds, parse_line(cut).text)
     assert format_event(parse_line(whole)) == whole and format_event(parse_line(cut)) == cut
-    for odd in ('     CPU 0/KVM-x-421     (    400) [000] d..1.    ', '          <idle>-0       [000] ....1    ', '           a b-c-7       (-------) [011] dNh2.    '):
+    for odd in ('     CPU 0/KVM-x-421     (    400) [000] d..1.    ', '          <idle>-0       [000] ....1    ',
+                '           a b-c-7       (-------) [011] dNh2.    '):
         assert format_event(parse_line(odd + cut)) == odd + cut
 
 
 @pytest.mark.claim('nbs/evidence/14_ftrace.ipynb', 'd0cd003c', 'an unknown event stays in the trace, word for word, and is counted')
 def test_an_unknown_event_stays_in_the_trace_word_for_word_and_is_counted():
-    unknown, known = parse_trace(['1.000000: kvm_pio: pio_write at 0x10 size 1', '1.000001: kvm_cr: cr_write 3 = 0x101000', '1.000002: kvm_pio: (']).events[::2], 'kvm_cr'
+    unknown, known = parse_trace(['1.000000: kvm_pio: pio_write at 0x10 size 1', '1.000001: kvm_cr: cr_write 3 = 0x101000',
+                                  '1.000002: kvm_pio: (']).events[::2], 'kvm_cr'
     assert [event.fields for event in unknown] == [{}, {}] and not any(event.known for event in unknown)
-    assert [format_event(event) for event in unknown] == ['1.000000: kvm_pio: pio_write at 0x10 size 1', '1.000002: kvm_pio: (']
+    assert [format_event(event) for event in unknown] == ['1.000000: kvm_pio: pio_write at 0x10 size 1',
+                                                          '1.000002: kvm_pio: (']
     with expect_fail(EvidenceError, contains='expected'): parse_trace(['1.000001: kvm_cr: cr_write 3'])
 
 
@@ -89,7 +94,8 @@ def test_a_recorded_file_cut_anywhere_is_refused_except_between_two_lines():
 def test_no_file_takes_more_memory_than_a_trace_may_have_whatever_it_claims():
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / 'trace.txt.xz'
-        for content, said in ((b'\0' * 5000, 'line 1: is longer than 4096 bytes'), (b'1.000000: kvm_entry: vcpu 0, rip 0x1\n' * 2_000_000, 'unpacks to more than'),
+        for content, said in ((b'\0' * 5000, 'line 1: is longer than 4096 bytes'),
+                              (b'1.000000: kvm_entry: vcpu 0, rip 0x1\n' * 2_000_000, 'unpacks to more than'),
                               (b'\xff\xfe\n', 'byte 0xff at column 1'), (b'\n#\n', 'holds no events')):
             path.write_bytes(lzma.compress(content, preset=0))
             if len(content) < 1 << 20:
@@ -126,7 +132,8 @@ def test_what_a_page_block_says_about_a_role_is_what_the_role_word_says_on_every
             if event.name != 'kvm_mmu_get_page' or after.name != 'get_sp_ret': continue
             block, pairs = sp_block(event), pairs + 1
             mask, value = block.role_bits
-            assert (after['role'] & mask, after['gfn'], after['rc'], after['unsync']) == (value, block.gfn, block.root_count, block.unsync), (trace.file, event.line)
+            assert (after['role'] & mask, after['gfn'], after['rc'],
+                    after['unsync']) == (value, block.gfn, block.root_count, block.unsync), (trace.file, event.line)
     assert pairs > 3000
 
 
@@ -136,7 +143,8 @@ def test_pages_with_different_roles_were_printed_with_the_same_words():
     roles = defaultdict(set)
     for trace in TRACES.values():
         for event, after in zip(trace.events, trace.events[1:]):
-            if event.name == 'kvm_mmu_get_page' and after.name == 'get_sp_ret': roles[event.text.removesuffix(' new').removesuffix(' existing')].add(after['role'])
+            if event.name == 'kvm_mmu_get_page' and after.name == 'get_sp_ret':
+                roles[event.text.removesuffix(' new').removesuffix(' existing')].add(after['role'])
     ambiguous = [words for words in roles.values() if len(words) > 1]
     assert ambiguous and max(map(len, ambiguous)) > 2
 
@@ -148,7 +156,8 @@ def test_the_letters_beside_an_spte_are_its_bits_1_63_and_2():
         for event in trace.events:
             if event.name != 'kvm_mmu_set_spte': continue
             spte, rights = event['spte'], event['rights']
-            assert rights == 'r' + ('w' if spte >> 1 & 1 else '-') + ('-' if spte >> 63 else 'x') + ('u' if spte >> 2 & 1 else '-'), event
+            assert (rights == 'r' + ('w' if spte >> 1 & 1 else '-') + ('-' if spte >> 63 else 'x')
+                    + ('u' if spte >> 2 & 1 else '-')), event
             seen.add(rights)
     assert len(seen) >= 6
 

@@ -17,7 +17,8 @@ def setup_cells():
 
     from kvm_mmu_lit.evidence.agreement import EvidenceError
 
-    GUESTS = next(folder / 'tests/data/guests' for folder in (Path.cwd(), *Path.cwd().parents) if (folder / 'tests/data/guests').is_dir())
+    GUESTS = next(folder / 'tests/data/guests' for folder in (Path.cwd(), *Path.cwd().parents)
+                  if (folder / 'tests/data/guests').is_dir())
 
     def copied(guest, change):
         "Change a copy of a guest's folder, and what `check_guest` and `missing_truths` say of it."
@@ -25,8 +26,10 @@ def setup_cells():
             folder = Path(scratch) / guest
             shutil.copytree(GUESTS / guest, folder)
             change(folder)
-            try: return [str(agreement) for agreement in check_guest(folder) if not agreement.agrees], missing_truths(folder)
-            except EvidenceError as why: return [f"unusable: {Path(why.file).name}: {why.key}: {why.rule}"], missing_truths(folder)
+            try:
+                return [str(agreement) for agreement in check_guest(folder) if not agreement.agrees], missing_truths(folder)
+            except EvidenceError as why:
+                return [f"unusable: {Path(why.file).name}: {why.key}: {why.rule}"], missing_truths(folder)
 
     def altered(guest, name, old, new):
         "What differs, or the error, when the first `old` of one file is replaced by `new`."
@@ -38,8 +41,10 @@ def setup_cells():
             (folder / name).write_bytes(lzma.compress(text, preset=0) if packed else text)
         return copied(guest, change)[0]
 
-    CHANGES = {'tlb.txt.xz': (b' 4K ', b' 2M '), 'info-tlb.txt.xz': (b'DA', b'-A'), 'info-mem.txt.xz': (b'urw', b'ur-'), 'gva2gpa.txt.xz': (b'unmapped', b'0000000000000000'),
-               'probe.txt.xz': (b'none 0', b'none 1'), 'info-registers.txt': (b'CR3=0', b'CR3=1'), 'meta.json': (b'"mappings": 3', b'"mappings": 4')}
+    CHANGES = {'tlb.txt.xz': (b' 4K ', b' 2M '), 'info-tlb.txt.xz': (b'DA', b'-A'), 'info-mem.txt.xz': (b'urw', b'ur-'),
+               'gva2gpa.txt.xz': (b'unmapped', b'0000000000000000'),
+               'probe.txt.xz': (b'none 0', b'none 1'), 'info-registers.txt': (b'CR3=0', b'CR3=1'),
+               'meta.json': (b'"mappings": 3', b'"mappings": 4')}
 
 
 @pytest.mark.claim('nbs/evidence/06_guests.ipynb', 'b8e50403', 'nothing recorded of a guest goes uncompared')

@@ -22,7 +22,8 @@ def setup_cells():
     from kvm_mmu_lit.guest.registers import GeneralProtection, load_pdptrs, pdptr_rsvd_bits
     from kvm_mmu_lit.guest.verdict import GuestWalk, Rule
 
-    DATA = next(folder / 'tests/data' for folder in (Path.cwd(), *Path.cwd().parents) if (folder / 'tests/data/guests').is_dir())
+    DATA = next(folder / 'tests/data' for folder in (Path.cwd(), *Path.cwd().parents)
+                if (folder / 'tests/data/guests').is_dir())
     SCRATCH = tempfile.TemporaryDirectory()
 
 

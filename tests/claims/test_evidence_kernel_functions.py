@@ -22,7 +22,9 @@ def test_a_docstring_may_mirror_several_functions_each_with_its_file():
 @pytest.mark.claim('nbs/evidence/30_kernel_functions.ipynb', '40059cee', 'the walk, the permission check and the reserved bits are mirrored and compared with recorded answers')
 def test_the_walk_the_permission_check_and_the_reserved_bits_are_mirrored_and_compared_with_recorded_answers():
     rows = {row[0]: row for row in mirrors_table(all_mirrors()).rows}
-    for name in ('walk_addr_generic', 'permission_fault', 'update_permission_bitmask', '__reset_rsvds_bits_mask', 'gpte_access'): assert rows[name][4], name
+    for name in ('walk_addr_generic', 'permission_fault', 'update_permission_bitmask', '__reset_rsvds_bits_mask',
+                 'gpte_access'):
+        assert rows[name][4], name
 
 
 @pytest.mark.claim('nbs/evidence/30_kernel_functions.ipynb', 'a7c2ce2a', 'every mirrored function is in a chapter that the book has')

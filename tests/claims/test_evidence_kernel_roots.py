@@ -20,7 +20,8 @@ def setup_cells():
     from kvm_mmu_lit.evidence.agreement import compare, draw_agreements
     from kvm_mmu_lit.mmu.cpu_role import diff_roles, draw_role, page_role
 
-    DATA = next(folder / 'tests/data/kernel-vectors' for folder in (Path.cwd(), *Path.cwd().parents) if (folder / 'tests/data/kernel-vectors').is_dir())
+    DATA = next(folder / 'tests/data/kernel-vectors' for folder in (Path.cwd(), *Path.cwd().parents)
+                if (folder / 'tests/data/kernel-vectors').is_dir())
 
     def recorded(name):
         "All arrays of a recorded file."
@@ -51,7 +52,8 @@ def test_the_recorded_cpu_roles_hold_both_values_of_every_bit_that_registers_rea
     moved = 0
     for word in words: moved |= word ^ words[0]
     reached = {name for name, low, width in ROLE_FIELDS if moved >> low & (1 << width) - 1}
-    assert reached == {'level', 'has_4_byte_gpte', 'direct', 'efer_nx', 'cr0_wp', 'smep_andnot_wp', 'smap_andnot_wp', 'guest_mode', 'smm'}
+    assert reached == {'level', 'has_4_byte_gpte', 'direct', 'efer_nx', 'cr0_wp', 'smep_andnot_wp', 'smap_andnot_wp',
+                       'guest_mode', 'smm'}
 
 
 @pytest.mark.claim('nbs/evidence/11_kernel_roots.ipynb', '94f0c1f4', 'every one of 64,512 recorded children has the role the model gives it')
@@ -106,7 +108,8 @@ def test_while_roles_keep_still_only_the_reviewer_s_test_reads_a_role_through_a_
 @pytest.mark.claim('nbs/evidence/11_kernel_roots.ipynb', 'ac536c0d', 'a wrong bit anywhere in a recorded role is reported, once')
 def test_a_wrong_bit_anywhere_in_a_recorded_role_is_reported_once():
     arrays = recorded('roles')
-    some = {key: array if key == 'tdp_cfg' else array[:10].copy() for key, array in arrays.items() if not key.startswith(('npt_', 'ept_'))}
+    some = {key: array if key == 'tdp_cfg' else array[:10].copy() for key, array in arrays.items()
+            if not key.startswith(('npt_', 'ept_'))}
     for bit in range(32):
         for key in ('cpu_role', 'shadow_root_role'):
             damaged = {**some, key: some[key].copy()}

@@ -17,7 +17,8 @@ def setup_cells():
     from kvm_mmu_lit.evidence.vector_files import load_vectors
     from kvm_mmu_lit.guest.addresses import LONG4, LONG5, PAE, PTE32
 
-    DATA = next(folder / 'tests/data/kernel-vectors' for folder in (Path.cwd(), *Path.cwd().parents) if (folder / 'tests/data/kernel-vectors').is_dir())
+    DATA = next(folder / 'tests/data/kernel-vectors' for folder in (Path.cwd(), *Path.cwd().parents)
+                if (folder / 'tests/data/kernel-vectors').is_dir())
 
     from kvm_mmu_lit.evidence.agreement import agreement_table, compare
     def agreements(name, form, parts):
@@ -25,7 +26,8 @@ def setup_cells():
         vectors = load_vectors(DATA / f'{name}.npz', (form,))
         return [compare(f'{name}.npz, {part}', rows(vectors.groups[group])) for part, (group, rows) in parts.items()]
 
-    RESERVED_PARTS = {'x86 masks': ('x86', x86_mask_rows), 'EPT masks': ('ept', ept_mask_rows), 'guests': ('guest', guest_mask_rows), 'x86 entries': ('entries', x86_entry_rows),
+    RESERVED_PARTS = {'x86 masks': ('x86', x86_mask_rows), 'EPT masks': ('ept', ept_mask_rows),
+                      'guests': ('guest', guest_mask_rows), 'x86 entries': ('entries', x86_entry_rows),
                       'EPT entries': ('ept entries', ept_entry_rows), "KVM's own entries": ('zero', zero_rows)}
 
 
@@ -40,7 +42,8 @@ def test_the_registers_of_a_role_have_the_table_format_the_role_names():
 
 @pytest.mark.claim('nbs/evidence/08_kernel_tables.ipynb', 'b86d6297', 'a word whose bits contradict each other is refused')
 def test_a_word_whose_bits_contradict_each_other_is_refused():
-    for word, wrong in ((0xbd00002704, 'nothing'), (0xbd00002703, 'level'), (0xbd00002714, 'entry size'), (0x3d00002704, 'LMA'), (0xbd00006704, 'andnot'), (0xbc00002704, 'valid')):
+    for word, wrong in ((0xbd00002704, 'nothing'), (0xbd00002703, 'level'), (0xbd00002714, 'entry size'),
+                        (0x3d00002704, 'LMA'), (0xbd00006704, 'andnot'), (0xbc00002704, 'valid')):
         try: registers_of_role(word)
         except ValueError as why: assert wrong != 'nothing' and f'{word:#x}' in str(why)
         else: assert wrong == 'nothing', wrong

@@ -15,7 +15,8 @@ def setup_cells():
     from kvm_mmu_lit.evidence.agreement import agreement_table, answer_text, compare
     from kvm_mmu_lit.evidence.vector_files import load_vectors
 
-    DATA = next(folder / 'tests/data/kernel-vectors' for folder in (Path.cwd(), *Path.cwd().parents) if (folder / 'tests/data/kernel-vectors').is_dir())
+    DATA = next(folder / 'tests/data/kernel-vectors' for folder in (Path.cwd(), *Path.cwd().parents)
+                if (folder / 'tests/data/kernel-vectors').is_dir())
 
     arrays = load_vectors(DATA / 'walks.npz', (WALKS,)).groups['walks']
     walks = compare('walks.npz', walk_rows(arrays))     # Every row, once
@@ -27,7 +28,8 @@ def setup_cells():
         for level in (4, 3, 2, 1):
             gpte = row['entries'][level - 1]
             if not gpte & 1: return 0, level, 0
-            if level > 1 and not gpte & 0x80 and gpte >> 12 & (1 << 40) - 1 != 0x1000 + level: return 0, level - 1, 0    # no table there
+            # no table there
+            if level > 1 and not gpte & 0x80 and gpte >> 12 & (1 << 40) - 1 != 0x1000 + level: return 0, level - 1, 0
             if level == 1 or gpte & 0x80:
                 size = 1 << 12 + 9 * (level - 1)
                 return 1, level, (gpte & (1 << 52) - size | row['addr'] & size - 1) >> 12

@@ -41,7 +41,8 @@ def setup_cells():
 def test_bytecodes_count_what_is_done_and_say_the_same_twice():
     def add(n): return sum(i for i in range(n))
     assert bytecodes(lambda: add(100)) == bytecodes(lambda: add(100))
-    assert bytecodes(lambda: add(200)) - bytecodes(lambda: add(100)) == 100 * (bytecodes(lambda: add(2)) - bytecodes(lambda: add(1)))
+    assert (bytecodes(lambda: add(200)) - bytecodes(lambda: add(100)) == 100
+            * (bytecodes(lambda: add(2)) - bytecodes(lambda: add(1))))
 
 
 @pytest.mark.claim('nbs/evidence/33_machine_growth.ipynb', 'e7069822', 'What the host does to one frame costs the same among 256 mapped pages and among 2048, and so does the fault after it')
@@ -99,7 +100,8 @@ def test_to_take_a_frame_from_n_vcpus_and_to_let_each_of_them_use_it_again_costs
             flush_all(machine, 0)
             costs[vcpus] = bytecodes(lambda: flush_all(machine, 0))
         one = (costs[16] - costs[8]) / 8
-        assert one > 0 and abs((costs[8] - costs[4]) / 4 - one) < 0.05 * one and abs((costs[4] - costs[2]) / 2 - one) < 0.05 * one, (kind, costs)
+        assert (one > 0 and abs((costs[8] - costs[4]) / 4 - one) < 0.05 * one
+                and abs((costs[4] - costs[2]) / 2 - one) < 0.05 * one), (kind, costs)
 
 
 @pytest.mark.claim('nbs/evidence/33_machine_growth.ipynb', '068f7e10', 'The exponent of n is 1, of a constant 0, of a square 2, whatever the factor')
@@ -131,7 +133,8 @@ def test_from_a_thousand_pages_to_a_million_no_price_of_a_page_grows_with_more_t
 @pytest.mark.claim('nbs/evidence/33_machine_growth.ipynb', '3af0383c', 'From eight address spaces to sixty-four a switch costs the same in the recorded run, and with shadow paging more than among two or four')
 def test_from_eight_address_spaces_to_sixty_four_a_switch_costs_the_same_in_the_recorded_run_and_with_shadow_paging_more_than_among_two_or_four():
     for kind in GROWN: assert abs(exponent([(n, cost) for n, cost in recorded['roots'][kind] if n >= 8])) < 0.2, kind
-    few, many = (statistics.median(cost for n, cost in recorded['roots']['shadow'] if n in sizes) for sizes in ((2, 4), (8, 16, 32, 64)))
+    few, many = (statistics.median(cost for n, cost in recorded['roots']['shadow'] if n in sizes)
+                 for sizes in ((2, 4), (8, 16, 32, 64)))
     assert many > 1.2 * few
 
 

@@ -20,7 +20,8 @@ def setup_cells():
     from kvm_mmu_lit.mmu.reload import new_vcpu
     from kvm_mmu_lit.mmu.shadow_page import Vm
 
-    DATA = next(folder / 'tests/data/kvm-traces' for folder in (Path.cwd(), *Path.cwd().parents) if (folder / 'tests/data/kvm-traces').is_dir())
+    DATA = next(folder / 'tests/data/kvm-traces' for folder in (Path.cwd(), *Path.cwd().parents)
+                if (folder / 'tests/data/kvm-traces').is_dir())
 
     shadow = load_scenario(DATA / 's01_shadow_64_cr3')
 
@@ -28,12 +29,15 @@ def setup_cells():
         "A run of the recorded guest over a few lines of trace."
         events = tuple(parse_line(f'1.000000: {line}', number) for number, line in enumerate(lines, 1))
         run = Run(replace(shadow, trace=replace(shadow.trace, events=events)))
-        run.vcpu = new_vcpu(Vm(host_of(shadow), shadow.memory()), **{name: shadow.sregs[name] for name in ('cr0', 'cr3', 'cr4', 'efer')})
+        run.vcpu = new_vcpu(Vm(host_of(shadow), shadow.memory()),
+                            **{name: shadow.sregs[name] for name in ('cr0', 'cr3', 'cr4', 'efer')})
         run.addresses, run.stores = Addresses(run.vcpu.vm), Stores(shadow, run.vcpu.vm.memory)
         run.vcpu.watch = lambda did: match_call(run, did)
         return run
 
-    def line(name, said=''): return f"{name}: ({'kvm_x+0x1/0x2 [kvm] <- ' if name.endswith('_ret') else ''}kvm_{name}{'' if name.endswith('_ret') else '+0x0/0x1 [kvm]'}){said}"
+    def line(name, said=''):
+        place = f"kvm_x+0x1/0x2 [kvm] <- kvm_{name}" if name.endswith('_ret') else f"kvm_{name}+0x0/0x1 [kvm]"
+        return f"{name}: ({place}){said}"
 
     def differing(run): return [(row.recorded, row.model) for row in run.rows if row.recorded != row.model]
 
@@ -56,14 +60,16 @@ def test_what_the_trace_has_and_the_model_does_not_say_is_a_difference_and_the_n
 def test_what_the_model_says_and_the_trace_has_not_is_a_difference_and_no_event_is_used_up_by_it():
     run = under_way(line('invalidate_pcid', ' pcid=0x3'))
     run.vcpu.did('new_pgd', pgd=0x1000)
-    assert [said for said, ours in differing(run)] == ['invalidate_pcid'] and 'new_pgd' in differing(run)[0][1] and run.at == 0
+    assert ([said for said, ours in differing(run)] == ['invalidate_pcid'] and 'new_pgd' in differing(run)[0][1]
+            and run.at == 0)
     run.vcpu.did('invalidate_pcid', pcid=3)
     assert len(differing(run)) == 1 and run.at == 1
 
 
 @pytest.mark.claim('nbs/evidence/20_matching.ipynb', '51f83dc0', 'an argument that differs is a difference, whichever argument it is')
 def test_an_argument_that_differs_is_a_difference_whichever_argument_it_is():
-    run = under_way(line('post_set_cr4', ' old=0x20 new=0xa0'), line('post_set_cr4', ' old=0x20 new=0xa0'), line('post_set_cr4', ' old=0x20 new=0xa0'))
+    run = under_way(line('post_set_cr4', ' old=0x20 new=0xa0'), line('post_set_cr4', ' old=0x20 new=0xa0'),
+                    line('post_set_cr4', ' old=0x20 new=0xa0'))
     run.vcpu.did('post_set_cr4', old=0x20, new=0xa0)
     assert not differing(run)
     run.vcpu.did('post_set_cr4', old=0x21, new=0xa0)
@@ -82,7 +88,8 @@ def test_a_function_the_compiler_inlined_may_be_missing_and_is_counted_no_other_
 
 @pytest.mark.claim('nbs/evidence/20_matching.ipynb', '1b2415e7', 'a function that was there after some call cannot be missing after the same call later')
 def test_a_function_that_was_there_after_some_call_cannot_be_missing_after_the_same_call_later():
-    run = under_way(line('post_set_cr0', ' old=0x1 new=0x2'), line('reset_context'), line('post_set_cr0', ' old=0x2 new=0x1'), line('sync_roots'))
+    run = under_way(line('post_set_cr0', ' old=0x1 new=0x2'), line('reset_context'),
+                    line('post_set_cr0', ' old=0x2 new=0x1'), line('sync_roots'))
     for old, new in ((1, 2), (2, 1)):
         run.vcpu.did('post_set_cr0', old=old, new=new)
         run.vcpu.did('reset_context')

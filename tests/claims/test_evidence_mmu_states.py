@@ -18,12 +18,14 @@ def setup_cells():
 
     from kvm_mmu_lit.evidence.ftrace import make_event, parse_line, parse_trace
 
-    DATA = next(folder / 'tests/data/kvm-traces' for folder in (Path.cwd(), *Path.cwd().parents) if (folder / 'tests/data/kvm-traces').is_dir())
+    DATA = next(folder / 'tests/data/kvm-traces' for folder in (Path.cwd(), *Path.cwd().parents)
+                if (folder / 'tests/data/kvm-traces').is_dir())
 
     NESTED = parse_trace(DATA / 's32_nested_npt_2level' / 'trace.txt.xz')
     moment = [event for event in NESTED.events if event.name == 'new_pgd' and 'Ga0' in event.fields][3]
 
-    SMALL = Layout(vcpu=0xffff_8880_0001_0000, page_offset_base=0xffff_8880_0000_0000, offsets=dict(root_mmu=0x2a8, guest_mmu=0x428, nested_mmu=0x5a8))
+    SMALL = Layout(vcpu=0xffff_8880_0001_0000, page_offset_base=0xffff_8880_0000_0000,
+                   offsets=dict(root_mmu=0x2a8, guest_mmu=0x428, nested_mmu=0x5a8))
 
     vcpu = NESTED.events[0]
     LAYOUT = Layout(vcpu['vcpu'], vcpu['page_offset_base'], dict(root_mmu=680, guest_mmu=1064, nested_mmu=1448))
@@ -38,10 +40,13 @@ def test_a_pointer_to_no_mmu_and_a_pointer_outside_the_direct_map_are_refused_wi
 
 @pytest.mark.claim('nbs/evidence/15_mmu_states.ipynb', '1101e301', "at each of the switches of this run the root was the vCPU's own, and none was kept")
 def test_at_each_of_the_switches_of_this_run_the_root_was_the_vcpu_s_own_and_none_was_kept():
-    before = [snapshot(event, LAYOUT).guest_mmu for event in NESTED.events if event.name == 'new_pgd' and snapshot(event, LAYOUT).mmu == 'guest_mmu']
-    done = [snapshot(event, LAYOUT).guest_mmu for event in NESTED.events if event.name == 'new_pgd_ret' and snapshot(event, LAYOUT).mmu == 'guest_mmu']
+    before = [snapshot(event, LAYOUT).guest_mmu for event in NESTED.events if event.name == 'new_pgd'
+              and snapshot(event, LAYOUT).mmu == 'guest_mmu']
+    done = [snapshot(event, LAYOUT).guest_mmu for event in NESTED.events if event.name == 'new_pgd_ret'
+            and snapshot(event, LAYOUT).mmu == 'guest_mmu']
     assert len(before) == len(done) > 20
-    assert sum(mmu.root.valid for mmu in before) > 20 and all(mmu.root.hpa == mmu.pml4_root for mmu in before if mmu.root.valid)
+    assert sum(mmu.root.valid for mmu in before) > 20 and all(mmu.root.hpa == mmu.pml4_root for mmu in before
+                                                              if mmu.root.valid)
     assert not any(root.valid for mmu in done for root in (mmu.root, *mmu.prev_roots))
 
 
@@ -60,9 +65,12 @@ def test_the_words_of_pae_root_are_there_exactly_where_a_pae_root_is_and_its_add
 
 @pytest.mark.claim('nbs/evidence/15_mmu_states.ipynb', '7939b74b', 'a state that is missing or contradicts itself is an error at its line')
 def test_a_state_that_is_missing_or_contradicts_itself_is_an_error_at_its_line():
-    with expect_fail(EvidenceError, contains='no state arguments'): snapshot(next(event for event in NESTED.events if event.name == 'kvm_entry'), LAYOUT)
+    with expect_fail(EvidenceError, contains='no state arguments'):
+        snapshot(next(event for event in NESTED.events if event.name == 'kvm_entry'), LAYOUT)
     without = {name: value for name, value in moment.fields.items() if name not in ('Ga0', 'Ga1', 'Ga2', 'Ga3')}
-    for fields, said in (({**moment.fields, 'mmu': 1}, '0x1 is no MMU'), ({**moment.fields, 'Ga': 0}, 'Ga is 0x0, but Ga0..3 are there'), (without, 'but Ga0..3 are missing'),
+    for fields, said in (({**moment.fields, 'mmu': 1}, '0x1 is no MMU'),
+                         ({**moment.fields, 'Ga': 0}, 'Ga is 0x0, but Ga0..3 are there'),
+                         (without, 'but Ga0..3 are missing'),
                          ({**moment.fields, 'G4': 0x1000}, '0x1000 is not in the direct map')):
         wrong = make_event('new_pgd', fields, place=moment.place, line=77)
         with expect_fail(EvidenceError, contains='trace: line 77: new_pgd: '): snapshot(wrong, LAYOUT)

@@ -38,7 +38,8 @@ def setup_cells():
 @pytest.mark.claim('nbs/evidence/19_model_events.ipynb', '80d19b72', 'A writable page, a page that may not be executed and one no user may touch have the letters a kernel printed for them')
 def test_a_writable_page_a_page_that_may_not_be_executed_and_one_no_user_may_touch_have_the_letters_a_kernel_printed_for_them():
     masks = guest().vm.masks
-    for line in ('gfn 80 spte 3f2aa21 (r-x-) level 1 at 796a000', 'gfn 80 spte 3f2ae63 (rwx-) level 1 at 796a000', 'gfn 150 spte b01de67 (rwxu) level 1 at 79bba80'):
+    for line in ('gfn 80 spte 3f2aa21 (r-x-) level 1 at 796a000', 'gfn 80 spte 3f2ae63 (rwx-) level 1 at 796a000',
+                 'gfn 150 spte b01de67 (rwxu) level 1 at 79bba80'):
         event = parse_line(f'1.000000: kvm_mmu_set_spte: {line}')
         assert rights_text(event['spte'], masks) == event['rights']
     assert rights_text(event['spte'] | 1 << 63, masks) == 'rw-u'
@@ -47,9 +48,12 @@ def test_a_writable_page_a_page_that_may_not_be_executed_and_one_no_user_may_tou
 @pytest.mark.claim('nbs/evidence/19_model_events.ipynb', '4f140c2e', 'Every table and every entry the model makes for an access can be printed, on shadow paging and on the TDP MMU')
 def test_every_table_and_every_entry_the_model_makes_for_an_access_can_be_printed_on_shadow_paging_and_on_the_tdp_mmu():
     for npt in (False, True):
-        made = [(name, fields) for _, events in deeds(guest(npt), (0x40_0123, 2), (0x40_0123, 0), (0x50_0000, 0)) for name, fields in events]
-        assert {'kvm_mmu_get_page', 'kvm_mmu_set_spte'} <= {name for name, _ in made} and (npt == ('kvm_tdp_mmu_spte_changed' in {name for name, _ in made}))
-        for name, fields in made: assert fields.items() <= parse_line(f"1.000000: {name}: {write_text(name, fields)}").fields.items()
+        made = [(name, fields) for _, events in deeds(guest(npt), (0x40_0123, 2), (0x40_0123, 0), (0x50_0000, 0))
+                for name, fields in events]
+        assert ({'kvm_mmu_get_page', 'kvm_mmu_set_spte'} <= {name for name, _ in made}
+                and (npt == ('kvm_tdp_mmu_spte_changed' in {name for name, _ in made})))
+        for name, fields in made:
+            assert fields.items() <= parse_line(f"1.000000: {name}: {write_text(name, fields)}").fields.items()
 
 
 @pytest.mark.claim('nbs/evidence/19_model_events.ipynb', '5c6e083d', 'What the model wrote is read back as the same events, and each line as the line it was')

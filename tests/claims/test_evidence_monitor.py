@@ -18,7 +18,8 @@ def setup_cells():
     from kvm_mmu_lit.guest.permissions import READ, USER
     from kvm_mmu_lit.guest.verdict import GuestWalk
 
-    GUESTS = next(folder / 'tests/data/guests' for folder in (Path.cwd(), *Path.cwd().parents) if (folder / 'tests/data/guests').is_dir())
+    GUESTS = next(folder / 'tests/data/guests' for folder in (Path.cwd(), *Path.cwd().parents)
+                  if (folder / 'tests/data/guests').is_dir())
 
     def tables_of(name):
         "The tables of a recorded guest."
@@ -62,6 +63,7 @@ def test_qemu_translates_addresses_that_the_stopped_cpu_itself_could_not_read():
 
 @pytest.mark.claim('nbs/evidence/04_monitor.ipynb', 'f37f37a4', 'a guest can go on where it stopped, under page-table isolation too: the next instruction and the descriptor tables are mapped')
 def test_a_guest_can_go_on_where_it_stopped_under_page_table_isolation_too_the_next_instruction_and_the_descriptor_tables_are_mapped():
-    for name in ('linux-pae-pti-user', 'linux-pae-pti-kernel', 'linux-4level-pti-user', 'linux-4level-pti-kernel', 'linux-5level-pti-user', 'linux-5level-pti-kernel'):
+    for name in ('linux-pae-pti-user', 'linux-pae-pti-kernel', 'linux-4level-pti-user', 'linux-4level-pti-kernel',
+                 'linux-5level-pti-user', 'linux-5level-pti-kernel'):
         rows = list(register_rows(GUESTS / name / 'info-registers.txt', load_image(GUESTS / name)))
         assert sum(model == 'in use' for _, _, model in rows) == 4 and all(recorded == model for _, recorded, model in rows)

@@ -17,7 +17,8 @@ def setup_cells():
     from kvm_mmu_lit.guest.permissions import FETCH, USER, WRITE
     from kvm_mmu_lit.guest.verdict import GuestWalk, PageFault, Rule
 
-    GUESTS = next(folder / 'tests/data/guests' for folder in (Path.cwd(), *Path.cwd().parents) if (folder / 'tests/data/guests').is_dir())
+    GUESTS = next(folder / 'tests/data/guests' for folder in (Path.cwd(), *Path.cwd().parents)
+                  if (folder / 'tests/data/guests').is_dir())
 
     def tables_of(name):
         "The tables of a recorded guest."
@@ -28,16 +29,19 @@ def setup_cells():
 def test_without_inverting_a_prot_none_entry_of_a_64_bit_guest_names_a_frame_the_guest_does_not_have():
     tables = tables_of('linux-4level')
     reader, memory_end = rightless(tables.walker), 256 << 20 >> 12
-    faults = [reader.walk(int(r.fields[0], 16)) for r in read_probe(GUESTS / 'linux-4level/probe.txt.xz') if r.word == 'PAGEMAP' and r.fields[1] == 'present']
+    faults = [reader.walk(int(r.fields[0], 16)) for r in read_probe(GUESTS / 'linux-4level/probe.txt.xz')
+              if r.word == 'PAGEMAP' and r.fields[1] == 'present']
     hidden = [fault for fault in faults if isinstance(fault, PageFault)]
-    assert hidden and all(prot_none_gfn(fault) < memory_end <= (fault.ptes[-1] & 0xf_ffff_ffff_f000) >> 12 for fault in hidden)
+    assert hidden and all(prot_none_gfn(fault) < memory_end <= (fault.ptes[-1] & 0xf_ffff_ffff_f000) >> 12
+                          for fault in hidden)
 
 
 @pytest.mark.claim('nbs/evidence/05_probe.ipynb', '5fb38d01', "in the kernel's tables every recorded fetch fails at the top entry, in the process's own none does")
 def test_in_the_kernel_s_tables_every_recorded_fetch_fails_at_the_top_entry_in_the_process_s_own_none_does():
     for name, expected in (('linux-4level-pti-kernel', True), ('linux-4level-pti-user', False)):
         tables = tables_of(name)
-        fetched = [int(r.fields[0], 16) for r in read_probe(GUESTS / name / 'probe.txt.xz') if r.word == 'ACCESS' and r.fields[1][2] == 'x']
+        fetched = [int(r.fields[0], 16) for r in read_probe(GUESTS / name / 'probe.txt.xz') if r.word == 'ACCESS'
+                   and r.fields[1][2] == 'x']
         verdicts = [tables.walker.walk(va, USER | FETCH) for va in fetched]
         assert len(verdicts) == 13 and all((isinstance(v, PageFault) and is_kernel_view(v)) == expected for v in verdicts)
 
@@ -54,5 +58,6 @@ def test_protection_keys_decide_accesses_that_the_tables_alone_would_allow():
 def test_maps_promises_a_write_that_the_tables_do_not_give_yet_never_the_other_way_round():
     for name in ('linux-2level', 'linux-pae-nx', 'linux-4level', 'linux-5level'):
         tables, maps = tables_of(name), maps_of(read_probe(GUESTS / name / 'probe.txt.xz'))
-        rights = [('w' in covering(maps, page.va, page.va + page_size(page.level, tables.fmt)), bool(page.rights & Acc.WRITE)) for page in mappings(tables.walker, tables) if page.rights & Acc.USER]
+        rights = [('w' in covering(maps, page.va, page.va + page_size(page.level, tables.fmt)),
+                   bool(page.rights & Acc.WRITE)) for page in mappings(tables.walker, tables) if page.rights & Acc.USER]
         assert (True, False) in rights and (False, True) not in rights

@@ -21,7 +21,8 @@ def setup_cells():
     from kvm_mmu_lit.evidence.compared import REQUEST_BITS, draw_rows
     from kvm_mmu_lit.evidence.matching import COMPARED, EFFECTS, MAY_BE_INLINED
 
-    DATA = next(folder / 'tests/data/kvm-traces' for folder in (Path.cwd(), *Path.cwd().parents) if (folder / 'tests/data/kvm-traces').is_dir())
+    DATA = next(folder / 'tests/data/kvm-traces' for folder in (Path.cwd(), *Path.cwd().parents)
+                if (folder / 'tests/data/kvm-traces').is_dir())
 
     nested = load_scenario(DATA / 's32_nested_npt_2level')
     shadow = load_scenario(DATA / 's01_shadow_64_cr3')
@@ -30,14 +31,16 @@ def setup_cells():
     def count(path):
         "(events, rows by aspect, rows that differ, what was borrowed) of one run"
         run = replay(load_scenario(path))
-        return len(run.events), Counter(row.aspect for row in run.rows), Counter(row.aspect for row in run.rows if row.recorded != row.model), run.rules
+        return (len(run.events), Counter(row.aspect for row in run.rows),
+                Counter(row.aspect for row in run.rows if row.recorded != row.model), run.rules)
 
     every = {path.name: count(path) for path in sorted(DATA.iterdir()) if path.is_dir()}
 
     def table(caption):
         "Rows of every run, by aspect."
         rows, differ = (sum((counts[i] for counts in every.values()), Counter()) for i in (1, 2))
-        return agreement_table([Agreement(f'{aspect}: {says}', rows[aspect], differ[aspect]) for aspect, says in ASPECTS.items()], caption)
+        return agreement_table([Agreement(f'{aspect}: {says}', rows[aspect], differ[aspect])
+                                for aspect, says in ASPECTS.items()], caption)
 
     def beginning(scenario, count):
         "The run up to a marker."
@@ -61,7 +64,8 @@ def test_nothing_kvm_did_to_a_table_an_entry_or_a_walk_was_taken_from_the_record
     assert set(sum((rules for *_, rules in every.values()), Counter())) <= set(RULES)
     for name, (_, rows, differ, rules) in every.items():
         borrowed_bits = sum(rules[rule] for rule in ('dirty bit of hardware', 'accessed bit of hardware'))
-        assert not rules['host frame exchanged'] and borrowed_bits < 12 and rows['events'] > 100 and not differ['events'], name
+        assert (not rules['host frame exchanged'] and borrowed_bits < 12 and rows['events'] > 100
+                and not differ['events']), name
 
 
 @pytest.mark.claim('nbs/evidence/23_replay.ipynb', 'd437aca4', 'undamaged, the beginnings of these runs agree')
@@ -74,7 +78,9 @@ def test_a_run_that_is_cut_off_anywhere_agrees_to_its_last_line_a_whole_one_that
     dice = random.Random(6)
     for scenario in (nested, shadow):
         events, where = scenario.trace.events, dice.sample(range(50, 2000), 6)
-        for end in where: assert not notices(replace(scenario, trace=replace(scenario.trace, events=events[:min(end, len(events) - 9)]))), (scenario, end)
+        for end in where:
+            assert not notices(replace(scenario, trace=replace(scenario.trace,
+                                                               events=events[:min(end, len(events) - 9)]))), (scenario, end)
         last = events_with(scenario, lambda event: event.name in EFFECTS)[-1]
         assert notices(damaged(scenario, last))
 
@@ -93,7 +99,8 @@ def test_an_address_of_any_root_or_of_pae_root_changed_in_any_state_is_noticed()
     dice = random.Random(2)
     for _ in range(40):
         at = dice.choice(events_with(short, has_state))
-        names = [name for name in ('Rh', 'R0h', 'R1h', 'R2h', 'Gh', 'G0h', 'G1h', 'G2h', 'Ga0', 'Ga1', 'Ga2', 'Ga3') if name in short.trace.events[at].fields]
+        names = [name for name in ('Rh', 'R0h', 'R1h', 'R2h', 'Gh', 'G0h', 'G1h', 'G2h', 'Ga0', 'Ga1', 'Ga2', 'Ga3')
+                 if name in short.trace.events[at].fields]
         name = dice.choice(names)
         assert notices(damaged(short, at, **{name: 0x1234_5000})), (at, name)
 
@@ -103,13 +110,15 @@ def test_a_call_a_return_or_an_entry_that_is_missing_is_noticed_on_npt_and_on_sh
     lent = MAY_BE_INLINED | {'page_fault_ret'}      # What the emulator answers is not the MMU's
     dice = random.Random(3)
     for scenario in (short, short_shadow):
-        for at in dice.sample(events_with(scenario, lambda event: event.name in COMPARED - lent), 60): assert notices(damaged(scenario, at)), scenario.trace.events[at]
+        for at in dice.sample(events_with(scenario, lambda event: event.name in COMPARED - lent),
+                              60): assert notices(damaged(scenario, at)), scenario.trace.events[at]
 
 
 @pytest.mark.claim('nbs/evidence/23_replay.ipynb', 'c5c0786c', 'an entry KVM made, a table it found or an answer it gave, changed in any bit of any line, is noticed')
 def test_an_entry_kvm_made_a_table_it_found_or_an_answer_it_gave_changed_in_any_bit_of_any_line_is_noticed():
     dice = random.Random(5)
-    words = {'kvm_mmu_set_spte': 'spte', 'kvm_mmu_get_page': 'gfn', 'pf64_ret': 'ret', 'kvm_mmu_paging_element': 'pte', 'walk64_ret': 'ret', 'get_sp_ret': 'role'}
+    words = {'kvm_mmu_set_spte': 'spte', 'kvm_mmu_get_page': 'gfn', 'pf64_ret': 'ret', 'kvm_mmu_paging_element': 'pte',
+             'walk64_ret': 'ret', 'get_sp_ret': 'role'}
     for scenario in (short, short_shadow):
         for at in dice.sample(events_with(scenario, lambda event: event.name in words), 40):
             event = scenario.trace.events[at]
@@ -131,7 +140,8 @@ def test_replayed_without_the_bug_the_runs_where_l1_pages_and_l2_does_not_part_f
     def without_bug(scenario):
         run = start(scenario)
         run.vcpu.vm.host = replace(run.vcpu.vm.host, mixes_cr4=False)
-        while run.at < len(run.events) and all(row.recorded == row.model for row in run.rows[-8:]): _step(run, run.events[run.at])
+        while run.at < len(run.events) and all(row.recorded == row.model for row in run.rows[-8:]):
+            _step(run, run.events[run.at])
         return next((row for row in run.rows if row.recorded != row.model), None)
     first = without_bug(mixed)
     assert first.aspect == 'registers' and first.recorded['cr4'] == int(Cr4.PAE | Cr4.MCE) != first.model['cr4']

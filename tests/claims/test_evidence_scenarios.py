@@ -18,7 +18,8 @@ def setup_cells():
 
     from fastcore.test import expect_fail
 
-    DATA = next(folder / 'tests/data/kvm-traces' for folder in (Path.cwd(), *Path.cwd().parents) if (folder / 'tests/data/kvm-traces').is_dir())
+    DATA = next(folder / 'tests/data/kvm-traces' for folder in (Path.cwd(), *Path.cwd().parents)
+                if (folder / 'tests/data/kvm-traces').is_dir())
 
     META = json.loads((DATA / 's32_nested_npt_2level' / 'scenario.json').read_text())
 
@@ -37,7 +38,8 @@ def setup_cells():
         "A change of scenario.json; None takes a key out."
         def change(folder):
             meta = {**json.loads((folder / 'scenario.json').read_text()), **values}
-            (folder / 'scenario.json').write_text(json.dumps({key: value for key, value in meta.items() if value is not None}))
+            (folder
+             / 'scenario.json').write_text(json.dumps({key: value for key, value in meta.items() if value is not None}))
         return change
 
     def with_trace(edit):
@@ -50,14 +52,16 @@ def setup_cells():
     WRONG = {
         'no trace': lambda folder: (folder / 'trace.txt.xz').unlink(),
         'no archive': lambda folder: (folder / 'trace.txt.xz').write_bytes(b'text'),
-        'half an archive': lambda folder: (folder / 'trace.txt.xz').write_bytes((folder / 'trace.txt.xz').read_bytes()[:3000]),
+        'half an archive': lambda folder: (folder
+                                           / 'trace.txt.xz').write_bytes((folder / 'trace.txt.xz').read_bytes()[:3000]),
         'no JSON': lambda folder: (folder / 'scenario.json').write_text('{'),
         'half the memory': lambda folder: (folder / 'mem.npz').write_bytes((folder / 'mem.npz').read_bytes()[:2000]),
         'a key missing': with_json(addresses=None),
         'a text for a number': with_json(npt='yes'),
         'six-level paging': with_json(host_paging='6-level'),
         'an odd slot': with_json(memslots=[dict(id=0, gpa='0x10', size='0x800000', flags=0)]),
-        'slots that overlap': with_json(memslots=[dict(id=0, gpa='0x0', size='0x800000', flags=0), dict(id=1, gpa='0x1000', size='0x1000', flags=0)]),
+        'slots that overlap': with_json(memslots=[dict(id=0, gpa='0x0', size='0x800000', flags=0),
+                                                  dict(id=1, gpa='0x1000', size='0x1000', flags=0)]),
         'memory without end': with_json(memslots=[dict(id=0, gpa='0x0', size='0x100000000000', flags=0)]),
         'too little memory': with_json(memslots=[dict(id=0, gpa='0x0', size='0x8000', flags=0)]),
         'steps out of order': with_json(steps=[dict(id=1, op='read', cpu='text', bits=64)]),
@@ -133,7 +137,8 @@ def test_a_vcpu_s_own_three_level_root_was_seen_loaded_while_the_role_already_sa
 
 @pytest.mark.claim('nbs/evidence/16_scenarios.ipynb', '6afd8e33', 'the guest runs only with root_mmu for both purposes, or with guest_mmu and nested_mmu')
 def test_the_guest_runs_only_with_root_mmu_for_both_purposes_or_with_guest_mmu_and_nested_mmu():
-    pairs = {(now.mmu, now.walk) for run in RUNS.values() for event in run.trace.events if event.name == 'vmentry' for now in [run.snapshot(event)]}
+    pairs = {(now.mmu, now.walk) for run in RUNS.values() for event in run.trace.events if event.name == 'vmentry'
+             for now in [run.snapshot(event)]}
     assert pairs == {('root_mmu', 'root_mmu'), ('guest_mmu', 'nested_mmu')}
 
 
@@ -150,6 +155,9 @@ def test_the_runs_went_through_every_combination_of_modes_the_recordings_promise
     words = Counter()
     for run in RUNS.values(): words += role_words(run)
     levels = {(mmu, cpu & 0xf, root & 0xf) for mmu, cpu, root in words}
-    assert {('root_mmu', level, root) for level, root in ((0, 3), (2, 3), (3, 3), (4, 4), (5, 5), (0, 4), (2, 4), (3, 4))} <= levels   # shadow, then direct
-    assert {('guest_mmu', level, root) for level, root in ((2, 4), (3, 4), (4, 4), (3, 5), (4, 5), (5, 5))} <= levels                  # nested NPT on both hosts
-    assert any(cpu >> 24 & 0xff for _, cpu, _ in words)                                                                              # SMM
+    # shadow, then direct
+    assert ({('root_mmu', level, root) for level, root in ((0, 3), (2, 3), (3, 3), (4, 4), (5, 5), (0, 4), (2, 4), (3, 4))}
+            <= levels)
+    # nested NPT on both hosts
+    assert {('guest_mmu', level, root) for level, root in ((2, 4), (3, 4), (4, 4), (3, 5), (4, 5), (5, 5))} <= levels
+    assert any(cpu >> 24 & 0xff for _, cpu, _ in words)  # SMM

@@ -15,11 +15,13 @@ def setup_cells():
     from kvm_mmu_lit.evidence.scenarios import load_scenario
     from kvm_mmu_lit.mmu.cpu_role import diff_roles, page_role
 
-    DATA = next(folder / 'tests/data/kvm-traces' for folder in (Path.cwd(), *Path.cwd().parents) if (folder / 'tests/data/kvm-traces').is_dir())
+    DATA = next(folder / 'tests/data/kvm-traces' for folder in (Path.cwd(), *Path.cwd().parents)
+                if (folder / 'tests/data/kvm-traces').is_dir())
 
     mixed = load_scenario(DATA / 's38_nested_shadow_mixed')
 
-    def of(*numbers): return {path.name: stale_pairs(load_scenario(path)) for path in sorted(DATA.iterdir()) if path.name[:3] in numbers}
+    def of(*numbers):
+        return {path.name: stale_pairs(load_scenario(path)) for path in sorted(DATA.iterdir()) if path.name[:3] in numbers}
 
     nested_shadow = of('s37', 's38', 's39', 's41', 's44')
     nested_on_npt = of('s40')
@@ -27,13 +29,15 @@ def setup_cells():
 
 @pytest.mark.claim('nbs/evidence/25_stale.ipynb', 'e7e15f38', 'a real kernel held per-vCPU roots under four-level roles, and shared roots under three-level ones')
 def test_a_real_kernel_held_per_vcpu_roots_under_four_level_roles_and_shared_roots_under_three_level_ones():
-    seen = {(pair.root.endswith('pae_root'), page_role(pair.new_role).level < 4) for pairs in nested_shadow.values() for pair in pairs}
+    seen = {(pair.root.endswith('pae_root'), page_role(pair.new_role).level < 4) for pairs in nested_shadow.values()
+            for pair in pairs}
     assert {(True, False), (False, True)} <= seen
 
 
 @pytest.mark.claim('nbs/evidence/25_stale.ipynb', 'e65ec202', "a test of the new role's level is wrong about a loaded root in both directions, on recorded switches")
 def test_a_test_of_the_new_role_s_level_is_wrong_about_a_loaded_root_in_both_directions_on_recorded_switches():
-    wrong = [(pair.root.endswith('pae_root'), page_role(pair.new_role).level < 4) for pairs in nested_shadow.values() for pair in pairs if pair.root.endswith('pae_root') != (page_role(pair.new_role).level < 4)]
+    wrong = [(pair.root.endswith('pae_root'), page_role(pair.new_role).level < 4) for pairs in nested_shadow.values()
+             for pair in pairs if pair.root.endswith('pae_root') != (page_role(pair.new_role).level < 4)]
     assert set(wrong) == {(True, False), (False, True)} and len(wrong) > 10
 
 
@@ -41,7 +45,8 @@ def test_a_test_of_the_new_role_s_level_is_wrong_about_a_loaded_root_in_both_dir
 def test_on_npt_the_old_root_and_the_new_role_differ_in_guest_mode_alone():
     for pairs in nested_on_npt.values():
         assert pairs
-        assert {tuple(change.field for change in diff_roles(page_role(pair.root_role), page_role(pair.new_role))) for pair in pairs} == {('guest_mode',)}
+        assert {tuple(change.field for change in diff_roles(page_role(pair.root_role), page_role(pair.new_role)))
+                for pair in pairs} == {('guest_mode',)}
 
 
 @pytest.mark.claim('nbs/evidence/25_stale.ipynb', '7a9412f7', 'guests that are no hypervisors never switch roots under a role the loaded root was not built for')

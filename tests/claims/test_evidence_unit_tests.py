@@ -15,10 +15,12 @@ def setup_cells():
     from kvm_mmu_lit.evidence.agreement import agreement_table, compare
     from kvm_mmu_lit.evidence.vector_files import load_vectors
 
-    DATA = next(folder / 'tests/data/kernel-vectors' for folder in (Path.cwd(), *Path.cwd().parents) if (folder / 'tests/data/kernel-vectors').is_dir())
+    DATA = next(folder / 'tests/data/kernel-vectors' for folder in (Path.cwd(), *Path.cwd().parents)
+                if (folder / 'tests/data/kernel-vectors').is_dir())
 
     groups = load_vectors(DATA / 'accesses.npz', (ACCESSES,)).groups
-    accesses = {(family, fmt): compare(f'accesses.npz, {family}, {fmt.name}', access_rows(groups[family], family, fmt)) for family in FAMILIES for fmt in ACCESS_ADDRESS}
+    accesses = {(family, fmt): compare(f'accesses.npz, {family}, {fmt.name}', access_rows(groups[family], family, fmt))
+                for family in FAMILIES for fmt in ACCESS_ADDRESS}
 
     nested = load_vectors(DATA / 'ept_accesses.npz', (EPT_ACCESSES,)).groups['accesses']
     ept_accesses = compare('ept_accesses.npz', ept_access_rows(nested))
@@ -55,12 +57,14 @@ def test_every_exit_of_nested_paging_that_kvm_unit_tests_expects_is_ours_with_it
 @pytest.mark.claim('nbs/evidence/10_unit_tests.ipynb', 'd4861c8c', 'with A/D bits on, a guest table is written even when all its marks are there')
 def test_with_a_d_bits_on_a_guest_table_is_written_even_when_all_its_marks_are_there():
     rows = list(zip(*(nested[key].tolist() for key in ('kind', 'ad_enabled', 'clear', 'op', 'exit_qual'))))
-    written = {bool(ad): qualification >> 1 & 1 for kind, ad, marks, op, qualification in rows if kind == 4 and marks == PT_ACCESSED | PT_DIRTY and op == 0}
+    written = {bool(ad): qualification >> 1 & 1 for kind, ad, marks, op, qualification in rows if kind == 4
+               and marks == PT_ACCESSED | PT_DIRTY and op == 0}
     assert written == {False: 0, True: 1}
 
 
 @pytest.mark.claim('nbs/evidence/10_unit_tests.ipynb', '99077891', 'a guest read through an unmarked entry is a write to its table')
 def test_a_guest_read_through_an_unmarked_entry_is_a_write_to_its_table():
     rows = list(zip(*(nested[key].tolist() for key in ('kind', 'clear', 'op', 'set', 'exit_qual'))))
-    unmarked = [qualification for kind, marks, op, rights, qualification in rows if kind == 4 and not marks and op != 1 and not rights & 2]
+    unmarked = [qualification for kind, marks, op, rights, qualification in rows if kind == 4 and not marks and op != 1
+                and not rights & 2]
     assert unmarked and all(qualification & 2 for qualification in unmarked)

@@ -17,9 +17,11 @@ def setup_cells():
 
     import numpy as np
 
-    DATA = next(folder / 'tests/data/kernel-vectors' for folder in (Path.cwd(), *Path.cwd().parents) if (folder / 'tests/data/kernel-vectors').is_dir())
+    DATA = next(folder / 'tests/data/kernel-vectors' for folder in (Path.cwd(), *Path.cwd().parents)
+                if (folder / 'tests/data/kernel-vectors').is_dir())
 
-    fruit = Form('fruit', 'K', {'apples': {'apple_in': Column('uint8', (2,)), 'apple_out': Column('uint8')}, 'pears': {'pear': Column('uint8', high=9)}})
+    fruit = Form('fruit', 'K', {'apples': {'apple_in': Column('uint8', (2,)), 'apple_out': Column('uint8')},
+                                'pears': {'pear': Column('uint8', high=9)}})
     stone = Form('stone', 'R', {'stones': {'stone_in': Column('uint8'), 'pear': Column('uint8')}}, later=('gravel',))
 
     def written(name, **arrays):
@@ -44,7 +46,8 @@ def test_the_arrays_decide_what_a_file_is_its_name_decides_only_between_two_that
     assert recognise(Path('misnamed.npz'), {'apple_in', 'apple_out'}, (fruit, stone)) is fruit
     assert recognise(Path('fruit.npz'), {'gravel'}, (fruit, stone)) is stone
     assert recognise(Path('stone.npz'), {'pear'}, (fruit, stone)) is stone
-    for name, keys, rule in (('x.npz', {'pear'}, 'fruit or stone'), ('fruit.npz', {'pear', 'plum'}, 'unknown arrays'), ('x.npz', {'plum'}, 'no known kind')):
+    for name, keys, rule in (('x.npz', {'pear'}, 'fruit or stone'), ('fruit.npz', {'pear', 'plum'}, 'unknown arrays'),
+                             ('x.npz', {'plum'}, 'no known kind')):
         try: recognise(Path(name), keys, (fruit, stone))
         except EvidenceError as why: assert rule in str(why), why
         else: assert False, f"{name} with {keys} was recognised"
@@ -60,7 +63,8 @@ def test_half_a_group_is_an_error_a_missing_group_is_not():
 
 @pytest.mark.claim('nbs/evidence/07_vector_files.ipynb', '90c2e91a', 'a file that fits its form is read, group by group')
 def test_a_file_that_fits_its_form_is_read_group_by_group():
-    good = written('fruit.npz', apple_in=np.zeros((3, 2), np.uint8), apple_out=np.arange(3, dtype=np.uint8), pear=np.arange(5, dtype=np.uint8))
+    good = written('fruit.npz', apple_in=np.zeros((3, 2), np.uint8), apple_out=np.arange(3, dtype=np.uint8),
+                   pear=np.arange(5, dtype=np.uint8))
     assert good.rows('apples') == 3 and good.rows('pears') == 5
     assert good.groups['apples']['apple_out'].tolist() == [0, 1, 2]
 
@@ -75,7 +79,8 @@ def test_a_header_that_promises_more_than_the_archive_holds_is_refused_before_me
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(buffer, {'descr': '|u1', 'fortran_order': False, 'shape': (1 << 60,)})
     with tempfile.TemporaryDirectory() as folder:
-        with zipfile.ZipFile(Path(folder) / 'fruit.npz', 'w') as archive: archive.writestr('pear.npy', buffer.getvalue() + b'x')
+        with zipfile.ZipFile(Path(folder) / 'fruit.npz', 'w') as archive:
+            archive.writestr('pear.npy', buffer.getvalue() + b'x')
         try: load_vectors(Path(folder) / 'fruit.npz', (fruit, stone))
         except EvidenceError as why: assert 'asks for 1,152,921,504,606,846,976 bytes, the archive has 1' in str(why)
         else: assert False, "the promise was believed"

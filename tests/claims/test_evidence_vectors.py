@@ -18,13 +18,15 @@ def setup_cells():
     import numpy as np
     from kvm_mmu_lit.evidence.agreement import agreement_table, draw_agreements
 
-    DATA = next(folder / 'tests/data/kernel-vectors' for folder in (Path.cwd(), *Path.cwd().parents) if (folder / 'tests/data/kernel-vectors').is_dir())
+    DATA = next(folder / 'tests/data/kernel-vectors' for folder in (Path.cwd(), *Path.cwd().parents)
+                if (folder / 'tests/data/kernel-vectors').is_dir())
 
     everything = check_vectors(DATA)      # Every row of every file, once
 
     def kept(name, first, last):
         "Some rows of a recorded file, as arrays that can be changed."
-        with np.load(DATA / f'{name}.npz', allow_pickle=False) as npz: return {key: npz[key][first:last].copy() for key in npz.files}
+        with np.load(DATA / f'{name}.npz', allow_pickle=False) as npz:
+            return {key: npz[key][first:last].copy() for key in npz.files}
 
     def checked(**arrays):
         "What `check_vectors` says to a file with these arrays, whatever it is called."
@@ -51,12 +53,14 @@ def test_every_name_of_the_recorded_table_is_compared_and_none_of_ours_is_missin
     recorded = json.loads((DATA / 'spte_layout.json').read_text())
     constants, = (found for found in everything if 'constants' in found.source)
     assert constants.rows == sum(len(section) for name, section in recorded.items() if name != 'note')
-    assert {name: set(section) for name, section in recorded.items() if name not in ('note', 'mask_names')} == {name: set(section) for name, section in layout().items() if name != 'mask_names'}
+    assert ({name: set(section) for name, section in recorded.items() if name not in ('note', 'mask_names')}
+            == {name: set(section) for name, section in layout().items() if name != 'mask_names'})
 
 
 @pytest.mark.claim('nbs/evidence/12_vectors.ipynb', 'e08980b2', 'the four kinds about roles and roots are compared on 7,162 rows')
 def test_the_four_kinds_about_roles_and_roots_are_compared_on_7_162_rows():
-    about_roots = [found for found in everything if found.source.split('.')[0] in ('roles', 'child_roles', 'root_storage', 'pgd_switches')]
+    about_roots = [found for found in everything
+                   if found.source.split('.')[0] in ('roles', 'child_roles', 'root_storage', 'pgd_switches')]
     assert sum(found.rows for found in about_roots) == 504 + 6098 + 384 + 115 + 8 + 53 == 7162
     assert all(found.agrees for found in about_roots)
 
@@ -66,7 +70,8 @@ def test_one_wrong_bit_in_one_recorded_walk_is_found_and_the_row_named():
     arrays = kept('walks', 1000, 1100)
     arrays['errcode'][42] ^= 2
     found, = checked(**arrays)
-    assert (found.rows, found.differ) == (100, 1) and found.shown[0].row.startswith('row 42 ') and found.shown[0].recorded.startswith('errcode=')
+    assert ((found.rows, found.differ) == (100, 1) and found.shown[0].row.startswith('row 42 ')
+            and found.shown[0].recorded.startswith('errcode='))
 
 
 @pytest.mark.claim('nbs/evidence/12_vectors.ipynb', 'b2c4e89c', 'a constant that is another number is found, and a constant nobody knows makes the table unusable')
@@ -76,7 +81,8 @@ def test_a_constant_that_is_another_number_is_found_and_a_constant_nobody_knows_
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / 'some.json').write_text(json.dumps(table))
             return check_vectors(Path(folder) / 'some.json')
-    for section, name in (('constants', 'REMOVED_SPTE'), ('role_field_masks', 'quadrant'), ('anonymous_enums', 'RET_PF_FIXED'), ('mask_names', 3)):
+    for section, name in (('constants', 'REMOVED_SPTE'), ('role_field_masks', 'quadrant'),
+                          ('anonymous_enums', 'RET_PF_FIXED'), ('mask_names', 3)):
         section_of = dict(table, **{section: list(table[section]) if section == 'mask_names' else dict(table[section])})
         section_of[section][name] = 'y' if section == 'mask_names' else '0x77'
         found, = told(section_of)

@@ -22,7 +22,8 @@ def setup_cells():
     from kvm_mmu_lit.mmu.reload import new_vcpu
     from kvm_mmu_lit.mmu.shadow_page import Vm
 
-    DATA = next(folder / 'tests/data/kvm-traces' for folder in (Path.cwd(), *Path.cwd().parents) if (folder / 'tests/data/kvm-traces').is_dir())
+    DATA = next(folder / 'tests/data/kvm-traces' for folder in (Path.cwd(), *Path.cwd().parents)
+                if (folder / 'tests/data/kvm-traces').is_dir())
 
     shadow = load_scenario(DATA / 's01_shadow_64_cr3')
     nested = load_scenario(DATA / 's34_nested_npt_64_la57')
@@ -31,14 +32,16 @@ def setup_cells():
         "The model of a recorded guest in its first state, over the events between two lines."
         events = tuple(event for event in scenario.trace.events if first <= event.line <= last)
         run = Run(replace(scenario, trace=replace(scenario.trace, events=events)))
-        vm = Vm(host_of(scenario), scenario.memory(), watch=lambda did: watch(run, did), interleave=lambda name: hear_point(run, name))
+        vm = Vm(host_of(scenario), scenario.memory(), watch=lambda did: watch(run, did),
+                interleave=lambda name: hear_point(run, name))
         run.vcpu = new_vcpu(vm, **{name: scenario.sregs[name] for name in ('cr0', 'cr3', 'cr4', 'efer')})
         run.addresses, run.stores = Addresses(vm), Stores(scenario, vm.memory)
         return run
 
     def differing(run): return [(row.recorded, row.model) for row in run.rows if row.recorded != row.model]
 
-    walks = [(event.line, next(end.line for end in shadow.trace.events[i:] if end.name == 'walk64_ret')) for i, event in enumerate(shadow.trace.events) if event.name == 'walk64']
+    walks = [(event.line, next(end.line for end in shadow.trace.events[i:] if end.name == 'walk64_ret'))
+             for i, event in enumerate(shadow.trace.events) if event.name == 'walk64']
 
 
 @pytest.mark.claim('nbs/evidence/21_walks.ipynb', '8e60fd1d', "The first recorded walk of a guest is the model's, with every entry, every mark and its end")
@@ -62,12 +65,19 @@ def test_one_entry_or_mark_left_out_is_noticed_whichever_it_is_a_walk_without_an
 
 @pytest.mark.claim('nbs/evidence/21_walks.ipynb', '4c99db95', 'A walk that fails ends at once with 0, and says what is missing')
 def test_a_walk_that_fails_ends_at_once_with_0_and_says_what_is_missing():
-    lines = ['walk64: (paging64_walk_addr_generic+0x0/0x820 [kvm]) wmmu={:#x} addr=0x404000 access=0x0'.format(shadow.layout.vcpu + shadow.layout.offsets['root_mmu']),
-             'kvm_mmu_pagetable_walk: addr 404000 pferr 0 ', 'kvm_mmu_paging_element: pte 102007 level 4', 'kvm_mmu_paging_element: pte 103007 level 3',
-             'kvm_mmu_paging_element: pte 104007 level 2', 'kvm_mmu_paging_element: pte 84000 level 1', 'kvm_mmu_walker_error: pferr 0 ',
+    root_mmu = shadow.layout.vcpu + shadow.layout.offsets['root_mmu']
+    lines = [f"walk64: (paging64_walk_addr_generic+0x0/0x820 [kvm]) wmmu={root_mmu:#x} addr=0x404000 access=0x0",
+             'kvm_mmu_pagetable_walk: addr 404000 pferr 0 ', 'kvm_mmu_paging_element: pte 102007 level 4',
+             'kvm_mmu_paging_element: pte 103007 level 3',
+             'kvm_mmu_paging_element: pte 104007 level 2', 'kvm_mmu_paging_element: pte 84000 level 1',
+             'kvm_mmu_walker_error: pferr 0 ',
              'walk64_ret: (paging64_gva_to_gpa+0x4f/0xc0 [kvm] <- paging64_walk_addr_generic) ret=0']
     run = under_way(shadow, 1, 0)
-    run.scenario = replace(run.scenario, trace=replace(run.scenario.trace, events=tuple(parse_line(f'1.000000: {line}', n) for n, line in enumerate(lines, 1))))
+    run.scenario = replace(run.scenario,
+                           trace=replace(run.scenario.trace,
+                                         events=tuple(parse_line(f'1.000000: {line}', n)
+                                                      for n, line in enumerate(lines, 1))))
     _, walked = gva_to_gpa(run.vcpu, 0x40_4000, 0)
     assert walked is not None and run.at == len(lines) and not run.walks
-    assert [row.label.partition(', ')[2] for row in run.rows if row.recorded != row.model] in ([], ['kvm_mmu_paging_element'])
+    assert [row.label.partition(', ')[2] for row in run.rows
+            if row.recorded != row.model] in ([], ['kvm_mmu_paging_element'])

@@ -94,7 +94,8 @@ def test_at_every_level_an_edit_in_between_restarts_the_walk_earlier_marks_stay_
         levels = [s.level for s in small_guest(mode).walk(DATA, WRITE | USER).steps if s.table is not None]
         for level in levels:
             walker = small_guest(mode, marked=False)
-            verdict, history = walk_and_mark(walker, DATA, WRITE | USER, once(lambda walk: edit_entry(walker.memory, walk, level)))
+            verdict, history = walk_and_mark(walker, DATA, WRITE | USER,
+                                             once(lambda walk: edit_entry(walker.memory, walk, level)))
             assert len(history) == 2 and history[0].lost.level == level
             assert [u.level for u in history[0].done] == [above for above in levels if above > level]
             assert [u.level for u in history[1].done] == [below for below in levels if below <= level]
@@ -121,7 +122,8 @@ def test_a_page_that_is_taken_away_in_between_stays_away_a_plain_store_would_bri
 def test_a_right_that_is_taken_away_in_between_is_missed_by_the_second_walk_and_the_marks_of_the_first_one_stay():
     for mode in MODES:
         walker = small_guest(mode, marked=False)
-        verdict, history = walk_and_mark(walker, DATA, WRITE | USER, once(lambda walk: edit_entry(walker.memory, walk, 1, flip=2)))
+        verdict, history = walk_and_mark(walker, DATA, WRITE | USER,
+                                         once(lambda walk: edit_entry(walker.memory, walk, 1, flip=2)))
         assert verdict.rule is Rule.PERMISSION and history[0].lost.level == 1
         accessed = 1 << 8 if walker.fmt.is_ept else 1 << 5
         for step in verdict.steps:
@@ -178,7 +180,7 @@ def test_every_write_to_a_page_the_tables_call_writable_finds_d_set_or_sets_it_i
         for accesses in itertools.product((USER, WRITE | USER), repeat=4):
             walker, kept, written = small_guest(mode, marked=False), Acc(0), False
             for access in accesses:
-                if not kept & Acc.USER or access & WRITE and not kept & Acc.WRITE:      # the kept result does not serve: walk
+                if not kept & Acc.USER or access & WRITE and not kept & Acc.WRITE:  # the kept result does not serve: walk
                     kept = walk_and_mark(walker, DATA, access)[0].rights
                 written |= bool(access & WRITE)
                 leaf = walker.walk(DATA, USER).ptes[-1]

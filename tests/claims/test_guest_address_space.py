@@ -23,7 +23,8 @@ def setup_cells():
     from kvm_mmu_lit.guest.verdict import GuestWalk
 
     def page_starts(walker, slots):
-        "The map by walking: {first address: (target, level)} of every page that a supervisor may read at any combination of these slots."
+        """The map by walking: {first address: (target, level)} of every page that a supervisor may read at any combination
+    of these slots."""
         fmt, found = walker.fmt, {}
         for combination in product(slots, repeat=fmt.root_level):
             if fmt is PAE and combination[0] > 3: continue
@@ -53,7 +54,8 @@ def test_listing_the_tables_and_walking_every_address_find_the_same_pages():
 def test_the_listed_rights_say_what_walks_allow_user_reads_any_writes_with_cr0_wp_1_fetches_with_efer_nx_1():
     walker = small_guest()
     for m in mappings(walker):
-        for access, needs in ((USER, Acc.USER), (WRITE, Acc.WRITE), (FETCH, Acc.EXEC), (USER | WRITE, Acc.USER | Acc.WRITE)):
+        for access, needs in ((USER, Acc.USER), (WRITE, Acc.WRITE), (FETCH, Acc.EXEC),
+                              (USER | WRITE, Acc.USER | Acc.WRITE)):
             assert isinstance(walker.walk(m.va, access), GuestWalk) == (m.rights & needs == needs)
 
 
@@ -76,8 +78,10 @@ def test_random_tables_of_every_format_list_the_pages_that_walks_find():
             for table, slot in product(range(1, 9), slots):
                 value = rng.randrange(1, 11) << 12 | rng.getrandbits(12) & 0b1_0110_0111 | (rng.random() < .1) << 7
                 write_entry(memory, (table << 12) + slot * size, size, value if rng.random() < .8 else 0)
-            regs = Registers(cr0=0x8001_0001, cr3=0 if fmt.is_ept else 0x1000, cr4=0x1030 if name == '5level' else 0x10 if fmt is PTE32 else 0x20,
-                             efer=0xd00 if fmt.signed else 0x800, pdptrs=(0x2001, 0, 0x3001, 0x2001) if fmt is PAE else None,
+            regs = Registers(cr0=0x8001_0001, cr3=0 if fmt.is_ept else 0x1000,
+                             cr4=0x1030 if name == '5level' else 0x10 if fmt is PTE32 else 0x20,
+                             efer=0xd00 if fmt.signed else 0x800, pdptrs=(0x2001, 0, 0x3001, 0x2001) if fmt is PAE
+                             else None,
                              eptp=(0x1000 | fmt.root_level - 1 << 3) if fmt.is_ept else None)
             walker = Walker(memory, regs, fmt)
             listed = {m.va: (m.gpa, m.level) for m in mappings(walker)}
@@ -89,13 +93,15 @@ def test_ranges_lose_no_byte_and_two_that_touch_differ_in_rights():
     for mask in map(Acc, range(8)):
         pages = list(mappings(small_guest()))
         merged = list(ranges(pages, LONG4, mask))
-        assert sum(r.size for r in merged) == sum(m.size(LONG4) for m in pages) and sum(r.pages for r in merged) == len(pages)
+        assert (sum(r.size for r in merged) == sum(m.size(LONG4) for m in pages)
+                and sum(r.pages for r in merged) == len(pages))
         assert all(a.end < b.start or a.end == b.start and a.rights != b.rights for a, b in zip(merged, merged[1:]))
 
 
 @pytest.mark.claim('nbs/guest/13_address_space.ipynb', 'a116bbe6', 'however many ranges there are, the picture has at most sixteen bars and leaves no page out')
 def test_however_many_ranges_there_are_the_picture_has_at_most_sixteen_bars_and_leaves_no_page_out():
-    many = [Range(i * 0x3000 + (i % 5) * 0x1000, i * 0x3000 + 0x1000 + (i % 5) * 0x1000, Acc.USER, 1) for i in range(0, 1000, 5)]
+    many = [Range(i * 0x3000 + (i % 5) * 0x1000, i * 0x3000 + 0x1000 + (i % 5) * 0x1000, Acc.USER, 1)
+            for i in range(0, 1000, 5)]
     bars = draw_ranges(many).ranges
     assert len(bars) == 16 and all(any(b.start <= r.start and r.end <= b.end for b in bars) for r in many)
     assert len(draw_ranges(many[:9]).ranges) == 9 and draw_ranges([]).ranges == ()
@@ -138,7 +144,8 @@ def test_a_broken_entry_costs_the_pages_below_it_and_no_others():
     whole, hurt = [m.va for m in mappings(small_guest())], [m.va for m in mappings(damaged_guest())]
     assert [va for va in whole if va not in hurt] == [0x40_1000] and set(hurt) < set(whole)
     tables = Tables(damaged_guest())
-    assert len(why_unmapped(tables)) == 2 and tables.missing == {(0xdead_0, 3)} and [s for (s, _), in tables.refused.values()] == [1]
+    assert (len(why_unmapped(tables)) == 2 and tables.missing == {(0xdead_0, 3)}
+            and [s for (s, _), in tables.refused.values()] == [1])
 
 
 @pytest.mark.claim('nbs/guest/13_address_space.ipynb', '54d9719f', 'a CR3 that points into a hole is an empty map with a reason')

@@ -51,7 +51,8 @@ def test_neighbouring_pages_take_neighbouring_slots_and_the_carry_goes_one_level
 @pytest.mark.claim('nbs/guest/01_addresses.ipynb', 'a6d01bf7', 'a table spans exactly what one entry of the level above does')
 def test_a_table_spans_exactly_what_one_entry_of_the_level_above_does():
     for fmt in FORMATS.values():
-        for level in range(1, fmt.root_level): assert table_entries(level, fmt) * page_size(level, fmt) == page_size(level + 1, fmt)
+        for level in range(1, fmt.root_level):
+            assert table_entries(level, fmt) * page_size(level, fmt) == page_size(level + 1, fmt)
 
 
 @pytest.mark.claim('nbs/guest/01_addresses.ipynb', '4279c345', 'splitting and joining are inverse, for every slot of every level')
@@ -66,7 +67,8 @@ def test_splitting_and_joining_are_inverse_for_every_slot_of_every_level():
 @pytest.mark.claim('nbs/guest/01_addresses.ipynb', '31ee2ea2', 'the halves end at bit 47 with four levels and at bit 56 with five, and nothing between them is canonical')
 def test_the_halves_end_at_bit_47_with_four_levels_and_at_bit_56_with_five_and_nothing_between_them_is_canonical():
     for fmt, top in ((LONG4, 47), (LONG5, 56)):
-        edges = ((1 << top) - 1, True), (1 << top, False), ((1 << 64) - (1 << top) - 1, False), ((1 << 64) - (1 << top), True)
+        edges = (((1 << top) - 1, True), (1 << top, False), ((1 << 64) - (1 << top) - 1, False),
+                 ((1 << 64) - (1 << top), True))
         for addr, expected in edges: assert is_canonical(addr, fmt) == expected
 
 

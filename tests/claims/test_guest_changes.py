@@ -36,7 +36,8 @@ def test_every_bit_of_every_entry_has_a_name_and_its_number_in_the_sentence_in_e
             for bit in range(8 * fmt.entry_size):
                 sentence = str(EntryChange(level, 3, 0x5000, 0, 1 << bit, fmt, 46))
                 assert sentence.startswith('set ') and f"bit {bit}" in sentence and 'word' not in sentence
-    assert 'clear W (bit 1)' in str(EntryChange(1, 3, 0x5000, 3, 1, LONG4)) and 'set R (bit 0)' in str(EntryChange(1, 3, 0x5000, 0, 1, EPT4))
+    assert ('clear W (bit 1)' in str(EntryChange(1, 3, 0x5000, 3, 1, LONG4))
+            and 'set R (bit 0)' in str(EntryChange(1, 3, 0x5000, 0, 1, EPT4)))
 
 
 @pytest.mark.claim('nbs/guest/10_changes.ipynb', 'fe3dc742', 'a walk with a change is the walk of a guest that was changed, for every bit of every entry on the path')
@@ -46,7 +47,8 @@ def test_a_walk_with_a_change_is_the_walk_of_a_guest_that_was_changed_for_every_
         for step in walker.walk(va, access).steps:
             for bit in range(64):
                 change = (EntryChange(step.level, step.index, step.pte_gpa(LONG4), step.gpte, step.gpte ^ 1 << bit),)
-                assert walk_changed(walker, va, access, change) == apply_changes(walker, va, access, change).walk(va, access)
+                assert walk_changed(walker, va, access,
+                                    change) == apply_changes(walker, va, access, change).walk(va, access)
 
 
 @pytest.mark.claim('nbs/guest/10_changes.ipynb', '12a3cb44', 'asking leaves no trace: every byte of memory and every register is as before')
@@ -57,25 +59,32 @@ def test_asking_leaves_no_trace_every_byte_of_memory_and_every_register_is_as_be
     for change in (set_w, no_wp, Populate(4, 7, 0x1038, 'P')):
         walk_changed(walker, 0x40_0000, WRITE, (change,))
         apply_changes(walker, 0x40_0000, WRITE, (change,))
-    assert [bytes(s.buffer) for s in walker.memory.slots] == before and walker.regs is regs and walker.walk(0x40_0000, WRITE) == verdict
+    assert ([bytes(s.buffer) for s in walker.memory.slots] == before and walker.regs is regs
+            and walker.walk(0x40_0000, WRITE) == verdict)
 
 
 @pytest.mark.claim('nbs/guest/10_changes.ipynb', 'fbb8d095', 'a populated page is reached in every format, from every level, even if memory ends at 4 GiB')
 def test_a_populated_page_is_reached_in_every_format_from_every_level_even_if_memory_ends_at_4_gib():
     for fmt in FORMATS.values():
         if fmt is NONPAGING: continue
-        for level, slots in product(range(1, fmt.root_level + 1), [((0, 0x10_000),), ((0, 0x10_000), (0xffff_0000, 0x10_000))]):
-            regs = Registers(cr0=0x8001_0001, cr3=0 if fmt.is_ept else 0x1000, cr4=0x1020 if fmt.root_level == 5 and fmt.signed else 0 if fmt is PTE32 else 0x20,
-                             efer=0xd00 if fmt.signed else 0x800, pdptrs=(0x2001, 0, 0, 0) if fmt is PAE else None, eptp=0x1000 | fmt.root_level - 1 << 3 if fmt.is_ept else None)
+        for level, slots in product(range(1, fmt.root_level + 1),
+                                    [((0, 0x10_000),), ((0, 0x10_000), (0xffff_0000, 0x10_000))]):
+            regs = Registers(cr0=0x8001_0001, cr3=0 if fmt.is_ept else 0x1000,
+                             cr4=0x1020 if fmt.root_level == 5 and fmt.signed else 0 if fmt is PTE32 else 0x20,
+                             efer=0xd00 if fmt.signed else 0x800, pdptrs=(0x2001, 0, 0, 0) if fmt is PAE else None,
+                             eptp=0x1000 | fmt.root_level - 1 << 3 if fmt.is_ept else None)
             walker, frames = Walker(ram(*slots), regs, fmt), list(range(3, 16))
             if level < fmt.root_level:
                 root, top = (0x2000, 2) if fmt is PAE else (0x1000, fmt.root_level)
-                for at in range(top, level, -1): write_entry(walker.memory, 0x1000 * (top - at) + root, fmt.entry_size, make_gpte(fmt, 0x1000 * (top - at + 1) + root, at, False, 7 if fmt.is_ept else 6))
+                for at in range(top, level, -1):
+                    write_entry(walker.memory, 0x1000 * (top - at) + root, fmt.entry_size,
+                                make_gpte(fmt, 0x1000 * (top - at + 1) + root, at, False, 7 if fmt.is_ept else 6))
             found = walker.walk(0, WRITE | USER)
             assert found.rule is Rule.NOT_PRESENT and found.level == level or fmt is PAE and level == 3
             if found.level != level: continue
             change = Populate(level, 0, found.steps[-1].pte_gpa(fmt), 'all')
-            for outcome in (walk_changed(walker, 0, WRITE | USER, (change,)), apply_changes(walker, 0, WRITE | USER, (change,)).walk(0, WRITE | USER)):
+            for outcome in (walk_changed(walker, 0, WRITE | USER, (change,)),
+                            apply_changes(walker, 0, WRITE | USER, (change,)).walk(0, WRITE | USER)):
                 assert isinstance(outcome, GuestWalk) and walker.memory.slot(outcome.gfn) is None
 
 

@@ -20,13 +20,16 @@ def setup_cells():
     from kvm_mmu_lit.guest.memory import ram
     from kvm_mmu_lit.guest.registers import Registers
 
-    REGISTER_BITS = [('cr0', Cr0.WP), ('cr4', Cr4.PSE), ('cr4', Cr4.SMEP), ('cr4', Cr4.SMAP), ('cr4', Cr4.PKE), ('efer', Efer.NX), ('rflags', Rflags.AC)] \
+    REGISTER_BITS = [('cr0', Cr0.WP), ('cr4', Cr4.PSE), ('cr4', Cr4.SMEP), ('cr4', Cr4.SMAP), ('cr4', Cr4.PKE),
+                     ('efer', Efer.NX), ('rflags', Rflags.AC)] \
         + [('pkru', 1 << bit) for bit in range(32)]
 
     def all_flips(walker, verdict, bits):
         "Every change of one bit: of the entries the walk read, of the registers a walk asks."
-        flips = [EntryChange(s.level, s.index, s.pte_gpa(walker.fmt), s.gpte, s.gpte ^ 1 << bit) for s in verdict.steps for bit in bits]
-        return flips + [RegisterChange(name, name, int(bit), not getattr(walker.regs, name) & bit) for name, bit in REGISTER_BITS]
+        flips = [EntryChange(s.level, s.index, s.pte_gpa(walker.fmt), s.gpte, s.gpte ^ 1 << bit) for s in verdict.steps
+                 for bit in bits]
+        return flips + [RegisterChange(name, name, int(bit), not getattr(walker.regs, name) & bit)
+                        for name, bit in REGISTER_BITS]
 
     def arrives(walker, va, access, changes):
         "The byte a changed walk ends at, None if it is refused."
@@ -47,7 +50,9 @@ def test_each_row_s_rights_are_those_of_the_row_above_or_fewer_and_the_last_row_
 
 @pytest.mark.claim('nbs/guest/11_explain.ipynb', '5d4bb3e0', 'AC is offered to explicit accesses and never to implicit ones')
 def test_ac_is_offered_to_explicit_accesses_and_never_to_implicit_ones():
-    def registers_offered(access): return {c.name for change in smallest_changes(what_if_guest(cr4=0x20 | Cr4.SMAP), 0x40_1000, access) for c in change if isinstance(c, RegisterChange)}
+    def registers_offered(access):
+        return {c.name for change in smallest_changes(what_if_guest(cr4=0x20 | Cr4.SMAP), 0x40_1000, access)
+                for c in change if isinstance(c, RegisterChange)}
     assert registers_offered(READ) == {'RFLAGS.AC', 'CR4.SMAP'} and registers_offered(IMPLICIT) == {'CR4.SMAP'}
 
 
@@ -82,7 +87,8 @@ def test_where_two_bits_are_needed_the_pairs_that_work_are_exactly_the_proposed_
     flags = all_flips(walker, walker.walk(va, access), [*range(12), 63])
     best = smallest_changes(walker, va, access)
     goal = arrives(walker, va, access, best[0])
-    pairs = [pair for pair in combinations(flags, 2) if not (isinstance(pair[1], EntryChange) and pair[0].gpa == pair[1].gpa)
+    pairs = [pair for pair in combinations(flags, 2)
+             if not (isinstance(pair[1], EntryChange) and pair[0].gpa == pair[1].gpa)
              and arrives(walker, va, access, pair) == goal]
     assert len(best) == len(pairs) == 1 and set(best[0]) == set(pairs[0])
 
@@ -92,14 +98,16 @@ def test_cr0_wp_0_repairs_a_write_disabled_key_and_a_missing_w_at_once_and_clear
     walker = what_if_guest(cr4=0x20 | Cr4.PKE, pkru=0b10)
     assert [str(c) for change in smallest_changes(walker, 0x40_0000, WRITE) for c in change] == ['clear CR0.WP']
     walker = what_if_guest(cr4=0x20 | Cr4.PKE | Cr4.SMAP, pkru=0b01)
-    assert [(c.level, c.old ^ c.new) for change in smallest_changes(walker, 0x40_0000, READ) for c in change] == [(1, PT_USER)]
+    assert ([(c.level, c.old ^ c.new) for change in smallest_changes(walker, 0x40_0000, READ) for c in change]
+            == [(1, PT_USER)])
 
 
 @pytest.mark.claim('nbs/guest/11_explain.ipynb', '7a251c43', 'in EPT, for each of 64 leaves and 8 accesses, the proposed leaf allows the access and none with fewer flipped bits does')
 def test_in_ept_for_each_of_64_leaves_and_8_accesses_the_proposed_leaf_allows_the_access_and_none_with_fewer_flipped_bits_does():
     def leaf_walk(low, access):
         memory = ram((0x1000, 0x4000))
-        for level in (4, 3, 2): write_entry(memory, 0x1000 * (5 - level), 8, make_gpte(EPT4, 0x1000 * (6 - level), level, False, 7))
+        for level in (4, 3, 2):
+            write_entry(memory, 0x1000 * (5 - level), 8, make_gpte(EPT4, 0x1000 * (6 - level), level, False, 7))
         write_entry(memory, 0x4000, 8, 0x9000 | low)
         walker = Walker(memory, Registers(eptp=0x1000 | 3 << 3), EPT4)
         return walker, walker.walk(0, access)

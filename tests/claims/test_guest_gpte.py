@@ -55,7 +55,8 @@ def test_every_combination_of_rights_can_be_written_in_every_8_byte_format_and_4
 
 @pytest.mark.claim('nbs/guest/04_gpte.ipynb', '6d5d8fa5', '4-byte entries reach every 4 MiB of 64 GiB, each by one entry, and no 4 KiB page above 4 GiB')
 def test_4_byte_entries_reach_every_4_mib_of_64_gib_each_by_one_entry_and_no_4_kib_page_above_4_gib():
-    reached = [gpte_to_gfn(top << 22 | pse36 << 13 | PT_PAGE_SIZE | PT_PRESENT, 2, PTE32) << PAGE_SHIFT for pse36 in range(16) for top in range(1024)]
+    reached = [gpte_to_gfn(top << 22 | pse36 << 13 | PT_PAGE_SIZE | PT_PRESENT, 2, PTE32) << PAGE_SHIFT
+               for pse36 in range(16) for top in range(1024)]
     assert reached == list(range(0, 64 * GiB, 4 * MiB))
     assert gpte_to_gfn(0xffff_ffff, 1, PTE32) << PAGE_SHIFT < 4 * GiB
 
@@ -71,7 +72,8 @@ def test_a_clean_leaf_loses_write_and_nothing_else_except_in_an_ept_without_dirt
 
 @pytest.mark.claim('nbs/guest/04_gpte.ipynb', '23bb2134', 'every bit belongs to exactly one field, in every format, at every level, for every kind of leaf and every MAXPHYADDR')
 def test_every_bit_belongs_to_exactly_one_field_in_every_format_at_every_level_for_every_kind_of_leaf_and_every_maxphyaddr():
-    cases = [(fmt, level, large, width, pse) for fmt, level in LEVELS for large in (False, True) for width in range(32, 53) for pse in (False, True)]
+    cases = [(fmt, level, large, width, pse) for fmt, level in LEVELS for large in (False, True) for width in range(32, 53)
+             for pse in (False, True)]
     for fmt, level, large, width, pse in cases:
         bits = [bit for field in gpte_fields(fmt, level, large, width, pse) for bit in range(field.high, field.low - 1, -1)]
         assert bits == list(range(8 * fmt.entry_size - 1, -1, -1)), (fmt, level, large, width, pse)
@@ -97,7 +99,8 @@ def test_flipping_a_bit_changes_rights_or_key_exactly_if_it_is_called_a_right_a_
         if (fmt, level) == (PAE, 3): continue        # no walk asks a PDPTE for rights
         fields = gpte_fields(fmt, level, True)
         for field in fields:
-            if fmt is PAE and field.name == 'rsvd' or field.name == 'avl' and field.high == 62: continue   # nobody asks a pointer, or PAE, for a key
+            # nobody asks a pointer, or PAE, for a key
+            if fmt is PAE and field.name == 'rsvd' or field.name == 'avl' and field.high == 62: continue
             for bit in range(field.low, field.high + 1):
                 assert (reads(1, fmt) != reads(1 ^ 1 << bit, fmt)) == (field.kind == 'right'), (fmt, level, field)
         status = {field.name: 1 << field.low for field in fields if field.kind == 'status'}

@@ -23,7 +23,8 @@ def setup_cells():
 
     MODES = ('nonpaging', '2level', 'pae', '4level', '5level')            # of the guest
     NESTED = ('2level', 'pae', '4level', '5level', 'ept4', 'ept5')        # of the tables under it
-    FROM_MEMORY = {'nonpaging': 0, '2level': 2, 'pae': 2, '4level': 4, '5level': 5, 'ept4': 4, 'ept5': 5}   # levels; PAE's third is a register
+    # levels; PAE's third is a register
+    FROM_MEMORY = {'nonpaging': 0, '2level': 2, 'pae': 2, '4level': 4, '5level': 5, 'ept4': 4, 'ept5': 5}
     PAIRS = list(itertools.product(MODES, NESTED))
     DATA = SMALL_PAGES['user data'][0] + 0x10
 
@@ -78,7 +79,8 @@ def test_a_nested_walk_is_two_walks_one_after_the_other():
         flat = small_guest(mode)
         for (addr, *_), access in itertools.product(SMALL_PAGES.values(), (READ, WRITE, USER, WRITE | USER, FETCH | USER)):
             inner, both = flat.walk(addr + 0x10, access), walker.walk(addr + 0x10, access)
-            if isinstance(inner, PageFault): assert (both.error_code, both.level, both.ptes) == (inner.error_code, inner.level, inner.ptes)
+            if isinstance(inner, PageFault):
+                assert (both.error_code, both.level, both.ptes) == (inner.error_code, inner.level, inner.ptes)
             elif isinstance(both, NestedFault):       # without paging, the guest may also name memory nobody mapped
                 assert mode == 'nonpaging' and both.final and both.l2_gpa == inner.gpa == SMALL_PAGES['nothing'][0] + 0x10
             else: assert (both.l2_gpa, both.inner.ptes, both.gpa) == (inner.gpa, inner.ptes, inner.gpa + L2_BASE)
@@ -89,7 +91,7 @@ def test_nested_tables_that_change_no_address_change_no_answer():
     tables = [(frame << 12, 1) for frame in range(1, 16)] + [(0x2_1000 + (n << 12), 1) for n in range(4)] + [(0x80_0000, 2)]
     for mode, nested in itertools.product(MODES[1:], ('4level', 'ept4')):
         flat, fmt = small_guest(mode), FORMATS[nested]
-        both = ram((0x1000, 0xf000), (0x40_0000, 0x1_0000))                # the guest's tables where they were, the nested ones above
+        both = ram((0x1000, 0xf000), (0x40_0000, 0x1_0000))  # the guest's tables where they were, the nested ones above
         write_gpa(both, 0x1000, read_gpa(flat.memory, 0x1000, 0xf000))
         free, root = list(range(0x401, 0x410)), 0x40_0000
         for gpa, level in tables:
@@ -98,9 +100,12 @@ def test_nested_tables_that_change_no_address_change_no_answer():
         outer = small_registers(nested, True, True, False, False)
         outer = replace(outer, eptp=outer.eptp & 0xfff | root) if fmt.is_ept else replace(outer, cr3=root)
         walker = NestedWalker(both, flat.regs, outer)
-        for (addr, *_), access in itertools.product(SMALL_PAGES.values(), (READ, WRITE, USER, WRITE | USER, FETCH, FETCH | USER)):
+        for (addr, *_), access in itertools.product(SMALL_PAGES.values(),
+                                                    (READ, WRITE, USER, WRITE | USER, FETCH, FETCH | USER)):
             alone, nested_verdict = flat.walk(addr, access), walker.walk(addr, access)
-            if isinstance(alone, GuestWalk): assert nested_verdict.inner == alone and nested_verdict.gpa == alone.gpa and nested_verdict.rights == alone.rights
+            if isinstance(alone, GuestWalk):
+                assert (nested_verdict.inner == alone and nested_verdict.gpa == alone.gpa
+                        and nested_verdict.rights == alone.rights)
             else: assert nested_verdict == alone
 
 
@@ -139,7 +144,8 @@ def test_whichever_page_l1_takes_away_the_fault_names_the_address_in_it_and_the_
     for mode, nested in PAIRS:
         walker = nested_guest(mode, nested)
         inner = walker.walk(DATA, WRITE | USER).inner
-        needed = [(step.level, step.pte_gpa(inner.fmt)) for step in inner.steps if step.table is not None] + [(0, inner.gpa)]
+        needed = ([(step.level, step.pte_gpa(inner.fmt)) for step in inner.steps if step.table is not None]
+                  + [(0, inner.gpa)])
         for level, l2_gpa in needed:
             fault = with_leaf(walker, l2_gpa, lambda entry: 0).walk(DATA, WRITE | USER)
             assert (fault.level, fault.l2_gpa, fault.gva, fault.final) == (level, l2_gpa, DATA, level == 0)
@@ -160,7 +166,8 @@ def test_of_two_faults_the_earlier_one_is_told_and_the_guest_s_own_refusal_hides
 
 @pytest.mark.claim('nbs/guest/12_nested_walk.ipynb', 'f6444694', 'an NPT error code always says USER, and one of bits 32 and 33; WRITE is there for every table')
 def test_an_npt_error_code_always_says_user_and_one_of_bits_32_and_33_write_is_there_for_every_table():
-    for (mode, nested), access in itertools.product(itertools.product(MODES, NESTED[:4]), (READ, WRITE, USER, WRITE | USER)):
+    for (mode, nested), access in itertools.product(itertools.product(MODES, NESTED[:4]),
+                                                    (READ, WRITE, USER, WRITE | USER)):
         walker = nested_guest(mode, nested)
         inner = walker.walk(DATA, access).inner
         for step in [*inner.steps, None]:
@@ -184,7 +191,7 @@ def test_bit_8_of_an_ept_violation_s_qualification_tells_the_page_from_a_table_a
 @pytest.mark.claim('nbs/guest/12_nested_walk.ipynb', '4f6a2c52', "a fetch from an execute-only page succeeds in the CPU's walk and fails in KVM's, and no other leaf tells them apart")
 def test_a_fetch_from_an_execute_only_page_succeeds_in_the_cpu_s_walk_and_fails_in_kvm_s_and_no_other_leaf_tells_them_apart():
     CODE = SMALL_PAGES['user code'][0] + 0x10
-    for nested, rights in itertools.product(('ept4', 'ept5'), (1, 3, 4, 5, 7)):            # the lawful RWX of a present entry
+    for nested, rights in itertools.product(('ept4', 'ept5'), (1, 3, 4, 5, 7)):  # the lawful RWX of a present entry
         verdicts = []
         for software in (False, True):
             walker = nested_guest('4level', nested, software=software)
@@ -197,7 +204,8 @@ def test_a_fetch_from_an_execute_only_page_succeeds_in_the_cpu_s_walk_and_fails_
 @pytest.mark.claim('nbs/guest/12_nested_walk.ipynb', 'a58f9f9f', "KVM's walk writes to the guest's tables in every format, so with EPTP bit 6 clear it refuses what the CPU allows")
 def test_kvm_s_walk_writes_to_the_guest_s_tables_in_every_format_so_with_eptp_bit_6_clear_it_refuses_what_the_cpu_allows():
     for mode, nested in itertools.product(MODES[1:], ('ept4', 'ept5')):
-        cpu, kvm = (nested_guest(mode, nested, ept_ad=False, guarded=True, software=software).walk(DATA, READ) for software in (False, True))
+        cpu, kvm = (nested_guest(mode, nested, ept_ad=False, guarded=True, software=software).walk(DATA, READ)
+                    for software in (False, True))
         assert isinstance(cpu, NestedWalk) and isinstance(kvm, NestedFault) and kvm.access == WRITE | USER
 
 

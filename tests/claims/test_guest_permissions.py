@@ -21,7 +21,8 @@ def setup_cells():
     def vcpu(wp=1, nx=1, smep=0, smap=0, pke=0, ac=0, **more):
         "A vCPU in 4-level paging with these bits."
         cr4 = Cr4.PAE | (Cr4.SMEP if smep else 0) | (Cr4.SMAP if smap else 0) | (Cr4.PKE if pke else 0)
-        return Registers(cr0=Cr0.PG | Cr0.PE | (Cr0.WP if wp else 0), cr4=cr4, efer=Efer.LME | Efer.LMA | (Efer.NX if nx else 0),
+        return Registers(cr0=Cr0.PG | Cr0.PE | (Cr0.WP if wp else 0), cr4=cr4,
+                         efer=Efer.LME | Efer.LMA | (Efer.NX if nx else 0),
                          rflags=Rflags.AC if ac else 0, eptp=0x101e, **more)
 
     SHARED = Acc.USER | Acc.EXEC      # A page of the child after the fork: W=0
@@ -78,7 +79,8 @@ def test_wp_nx_smep_and_smap_only_ever_take_away_and_ac_only_ever_gives_back():
         for i, takes in enumerate((True, True, True, True, False)):
             if state[i]: continue
             off, on = (vcpu(*s[:4], ac=s[4]) for s in (state, state[:i] + (1,) + state[i + 1:]))
-            for rights, access in itertools.product(range(8), (who | what for who in (READ, USER, IMPLICIT) for what in KINDS.values())):
+            for rights, access in itertools.product(range(8), (who | what for who in (READ, USER, IMPLICIT)
+                                                               for what in KINDS.values())):
                 few, many = (set(refusals(regs, Acc(rights), access)) for regs in ((off, on) if takes else (on, off)))
                 assert few <= many
 
@@ -108,7 +110,8 @@ def test_the_bytes_are_the_plain_rule_over_every_combination_of_wp_nx_smep_smap_
         regs = vcpu(*state)
         mask = permission_bitmask(regs, bool(is_ept))
         for rights, access in itertools.product(range(8), combinations):
-            assert bool(mask[permission_index(regs, access)] >> rights & 1) == bool(refusals(regs, Acc(rights), access, bool(is_ept)))
+            assert (bool(mask[permission_index(regs, access)] >> rights & 1)
+                    == bool(refusals(regs, Acc(rights), access, bool(is_ept))))
 
 
 @pytest.mark.claim('nbs/guest/06_permissions.ipynb', '9af058b0', 'the key mask is the number KVM computes, and nothing unless CR4.PKE=1 in long mode')
@@ -130,7 +133,8 @@ def test_a_key_looks_at_its_own_two_bits_of_pkru_and_at_no_other():
 def test_kvm_s_check_refuses_what_the_plain_rule_or_the_key_refuses_over_every_combination_and_says_pk_exactly_for_keys():
     combinations = [sum(bits) for bits in itertools.product((0, WRITE), (0, USER), (0, FETCH), (0, IMPLICIT))]
     for *state, is_ept in itertools.product((0, 1), repeat=7):
-        values = [vcpu(*state, pkru=value << 2 * 5 | ~(3 << 2 * 5) & (0xffff_ffff if value % 2 else 0)) for value in range(4)]
+        values = [vcpu(*state, pkru=value << 2 * 5 | ~(3 << 2 * 5) & (0xffff_ffff if value % 2 else 0))
+                  for value in range(4)]
         for rights, access in itertools.product(map(Acc, range(8)), combinations):
             refused = bool(refusals(values[0], rights, access, bool(is_ept)))       # keys apart
             for regs in values:

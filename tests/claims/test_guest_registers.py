@@ -21,7 +21,8 @@ def setup_cells():
     linux_pae = Registers(cr0=0x8005_0033, cr3=0x11c_c080, cr4=0x35_0ef0, efer=0x800, maxphyaddr=40)
 
     memory = ram((0x11c_c000, 0x1000))
-    for slot, pdpte in enumerate((0x1c4_6001, 0x1c4_c001, 0x1c5_0001, 0xdcd_2001)): write_entry(memory, 0x11c_c080 + 8 * slot, 8, pdpte)
+    for slot, pdpte in enumerate((0x1c4_6001, 0x1c4_c001, 0x1c5_0001, 0xdcd_2001)):
+        write_entry(memory, 0x11c_c080 + 8 * slot, 8, pdpte)
     loaded = load_pdptrs(memory, linux_pae)
 
     on = Registers(cr0=Cr0.PG | Cr0.PE, efer=Efer.LME | Efer.LMA, cr4=Cr4.PAE | Cr4.PCIDE)
@@ -47,11 +48,13 @@ def test_pg_lma_la57_and_pae_decide_the_format_and_no_other_bit_of_the_three_reg
 def test_of_the_2_048_settings_of_the_eleven_bits_that_rule_each_other_out_exactly_those_the_manuals_allow_can_be_made():
     def lawful(pe, pg, wp, cd, nw, pae, la57, pcide, cet, lme, lma):
         long_mode = pg and lme                              # LMA follows from the two
-        return (pe or not pg) and lma == long_mode and (pae or not long_mode) and (lma or not pcide) and (cd or not nw) and (wp or not cet)
+        return ((pe or not pg) and lma == long_mode and (pae or not long_mode) and (lma or not pcide) and (cd or not nw)
+                and (wp or not cet))
 
     names = [Cr0.PE, Cr0.PG, Cr0.WP, Cr0.CD, Cr0.NW, Cr4.PAE, Cr4.LA57, Cr4.PCIDE, Cr4.CET, Efer.LME, Efer.LMA]
     for bits in itertools.product((False, True), repeat=11):
-        held = {register: sum(name for name, bit in zip(names, bits) if bit and isinstance(name, register)) for register in (Cr0, Cr4, Efer)}
+        held = {register: sum(name for name, bit in zip(names, bits) if bit and isinstance(name, register))
+                for register in (Cr0, Cr4, Efer)}
         try: made = bool(Registers(cr0=held[Cr0], cr4=held[Cr4], efer=held[Efer]))
         except ValueError: made = False
         assert made == lawful(*bits), held
@@ -135,7 +138,8 @@ def test_the_hole_between_the_halves_begins_at_bit_47_with_four_levels_and_at_bi
 
 @pytest.mark.claim('nbs/guest/03_registers.ipynb', 'f516cdb0', 'the rows of every register cover each bit once, and add up to its value')
 def test_the_rows_of_every_register_cover_each_bit_once_and_add_up_to_its_value():
-    for name, value in (('cr0', 0x8005_0033), ('cr3', 0x11c_c080), ('cr4', 0x35_0ef0), ('efer', 0xd01), ('eptp', 0x105e), ('pkru', 0x5555_4d84), ('rflags', 0x40297)):
+    for name, value in (('cr0', 0x8005_0033), ('cr3', 0x11c_c080), ('cr4', 0x35_0ef0), ('efer', 0xd01), ('eptp', 0x105e),
+                        ('pkru', 0x5555_4d84), ('rflags', 0x40297)):
         rows = decode_register(name, value)
         assert sum(held << low for _, low, _, held, _ in rows) == value
         assert [bit for high, low, *_ in rows for bit in range(high, low - 1, -1)] == list(range(rows[0][0], -1, -1))

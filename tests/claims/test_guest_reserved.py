@@ -38,21 +38,26 @@ def setup_cells():
         if bit == 7 and (level >= 4 or level == 3 and not gbpages): return True
         return bool(bit == 8 and level >= 4 and amd)
 
-    STATES = [(root, width, *flags) for root in (2, 3, 4, 5) for width in range(32, 53) for flags in itertools.product((False, True), repeat=4)]
+    STATES = [(root, width, *flags) for root in (2, 3, 4, 5) for width in range(32, 53)
+              for flags in itertools.product((False, True), repeat=4)]
 
 
 @pytest.mark.claim('nbs/guest/05_reserved.ipynb', '855f9b5b', 'the masks are the numbers KVM computes')
 def test_the_masks_are_the_numbers_kvm_computes():
-    def masks(width, *args): return [[row and f"{row:016x}" for row in rows] for rows in reset_rsvds_bits_mask(rsvd_bits(width, 63), *args).mask]
+    def masks(width, *args):
+        return [[row and f"{row:016x}" for row in rows] for rows in reset_rsvds_bits_mask(rsvd_bits(width, 63), *args).mask]
     plain, last = '000fff0000000000', '000fff0000000080'
-    assert masks(40, 4, True, True, True, False) == [[plain] * 3 + [last, None], [plain, '000fff00001fe000', '000fff003fffe000', last, None]]
+    assert masks(40, 4, True, True, True, False) == [[plain] * 3 + [last, None],
+                                                     [plain, '000fff00001fe000', '000fff003fffe000', last, None]]
     assert [rows[3] for rows in masks(40, 4, True, True, True, True)] == ['000fff0000000180'] * 2
     small, large = masks(40, 4, False, False, True, False)
     assert small[:4] == ['800fff0000000000'] * 2 + ['800fff0000000080'] * 2
     assert large[:4] == ['800fff0000000000', '800fff00001fe000', '800fff003fffe080', '800fff0000000080']
     small, large = masks(46, 5, True, True, True, False)
-    assert small == ['000fc00000000000'] * 3 + ['000fc00000000080'] * 2 and large[1:3] == ['000fc000001fe000', '000fc0003fffe000']
-    assert masks(40, 3, True, True, True, False) == [['7fffff0000000000'] * 2 + ['ffffff00000001e6', None, None], ['7fffff0000000000', '7fffff00001fe000', None, None, None]]
+    assert (small == ['000fc00000000000'] * 3 + ['000fc00000000080'] * 2
+            and large[1:3] == ['000fc000001fe000', '000fc0003fffe000'])
+    assert masks(40, 3, True, True, True, False) == [['7fffff0000000000'] * 2 + ['ffffff00000001e6', None, None],
+                                                     ['7fffff0000000000', '7fffff00001fe000', None, None, None]]
     assert masks(36, 3, False, True, True, False)[1][:2] == ['fffffff000000000', 'fffffff0001fe000']
     assert reset_rsvds_bits_mask(rsvd_bits(40, 63), 2, True, True, True, False).mask[1][:2] == (0, 0x3e_0000)
 
@@ -63,7 +68,8 @@ def test_the_masks_reserve_what_the_manual_reserves_bit_by_bit_for_every_format_
         check = reset_rsvds_bits_mask(rsvd_bits(width, 63), root, nx, gbpages, pse, amd)
         for level, bit7 in itertools.product(range(1, root + 1), (0, 1)):
             if check.mask[bit7][level - 1] is None: continue
-            expected = sum(1 << bit for bit in range(64) if manual_reserves(bit, level, bit7, root, width, nx, gbpages, pse, amd))
+            expected = sum(1 << bit for bit in range(64)
+                           if manual_reserves(bit, level, bit7, root, width, nx, gbpages, pse, amd))
             assert check.at(level, bit7) == expected, (root, width, nx, gbpages, pse, amd, level, bit7)
 
 
@@ -83,7 +89,8 @@ def test_pwt_pcd_and_the_pat_bit_of_a_leaf_are_never_reserved():
 
 @pytest.mark.claim('nbs/guest/05_reserved.ipynb', '6c20e18d', "every row that a walk reads from memory is written by its own mode, so an older mode's leftovers change no answer")
 def test_every_row_that_a_walk_reads_from_memory_is_written_by_its_own_mode_so_an_older_mode_s_leftovers_change_no_answer():
-    def read_rows(root): return {(level, bit7) for level in range(1, root + (root != 3)) for bit7 in (0, 1)}    # PAE: the root is in registers
+    # PAE: the root is in registers
+    def read_rows(root): return {(level, bit7) for level in range(1, root + (root != 3)) for bit7 in (0, 1)}
     for root, width, *flags in STATES:
         check = reset_rsvds_bits_mask(rsvd_bits(width, 63), root, *flags)
         written = {(i + 1, bit7) for bit7 in (0, 1) for i in range(5) if check.mask[bit7][i] is not None}
@@ -124,7 +131,7 @@ def test_ept_reserves_what_the_manual_reserves_bit_by_bit_for_every_width_and_la
         for level, bit7, bit in itertools.product(range(1, 6), (0, 1), range(64)):
             too_large = level > max(huge, 1) and level > 1
             reserved = width <= bit < 52 or bit == 7 and too_large
-            if level > 1 and (not bit7 or level > 3): reserved |= 3 <= bit < 7                   # a pointer has no memory type
+            if level > 1 and (not bit7 or level > 3): reserved |= 3 <= bit < 7  # a pointer has no memory type
             if level in (2, 3) and bit7: reserved |= 12 <= bit < 12 + 9 * (level - 1)            # a page is aligned
             assert (check.at(level, bit7) >> bit & 1) == reserved, (width, huge, level, bit7, bit)
 
@@ -136,7 +143,8 @@ def test_a_bit_is_named_reserved_exactly_if_the_mask_has_it_on_a_cpu_with_nx_1_g
         else: check = reset_rsvds_bits_mask(rsvd_bits(width, 63), fmt.root_level, True, True, True, False)
         for level, bit7 in itertools.product(range(1, fmt.root_level + 1), (0, 1)):
             if check.mask[bit7][level - 1] is None: continue
-            named = sum(rsvd_bits(f.low, f.high) for f in gpte_fields(fmt, level, bool(bit7), width) if f.kind == 'reserved')
+            named = sum(rsvd_bits(f.low, f.high) for f in gpte_fields(fmt, level, bool(bit7), width)
+                        if f.kind == 'reserved')
             assert named == check.at(level, bit7), (fmt, level, bit7, width)
 
 
@@ -156,7 +164,8 @@ def test_the_sentence_names_every_offending_bit_and_no_other():
         gpte = 1 | 1 << bit | 1 << also
         bad = {b for b in {bit, also} if check.at(level, gpte >> 7 & 1) >> b & 1}
         assert is_rsvd_bits_set(check, gpte, level) == bool(bad)
-        named = [[int(n) for n in run.split(':')] for run in re.findall(r'\d+:\d+|\d+', why_reserved(check, gpte, level).partition(' must')[0])]
+        named = [[int(n) for n in run.split(':')]
+                 for run in re.findall(r'\d+:\d+|\d+', why_reserved(check, gpte, level).partition(' must')[0])]
         assert {b for run in named for b in range(run[-1], run[0] + 1)} == bad
 
 
@@ -167,7 +176,8 @@ def test_with_memory_encryption_kvm_may_set_the_bit_it_uses_and_none_of_the_othe
     for level in range(1, 5):
         assert not is_rsvd_bits_set(check, c_bit | 0x2003, level)
         assert all(is_rsvd_bits_set(check, 1 << bit | 0x2003, level) for bit in range(43, 47))
-        assert is_rsvd_bits_set(shadow_zero_check(4, True, 43, True), c_bit | 0x2003, level)       # without it, bit 47 is no frame
+        # without it, bit 47 is no frame
+        assert is_rsvd_bits_set(shadow_zero_check(4, True, 43, True), c_bit | 0x2003, level)
 
 
 @pytest.mark.claim('nbs/guest/05_reserved.ipynb', 'bd52ca4b', "what KVM may write while shadowing is what the manual allows an AMD guest of the host's width")
@@ -176,7 +186,8 @@ def test_what_kvm_may_write_while_shadowing_is_what_the_manual_allows_an_amd_gue
         check = shadow_zero_check(root, nx, width, gbpages)
         for level, bit7 in itertools.product(range(1, root + 1), (0, 1)):
             if check.mask[bit7][level - 1] is None: continue
-            assert check.at(level, bit7) == sum(1 << bit for bit in range(64) if manual_reserves(bit, level, bit7, root, width, nx, gbpages, False, True))
+            assert check.at(level, bit7) == sum(1 << bit for bit in range(64)
+                                                if manual_reserves(bit, level, bit7, root, width, nx, gbpages, False, True))
 
 
 @pytest.mark.claim('nbs/guest/05_reserved.ipynb', '9394cb42', 'with TDP all encryption bits are allowed, and EPT entries of KVM never use execute-only')

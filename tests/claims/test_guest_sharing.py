@@ -60,10 +60,11 @@ def test_the_slot_of_a_self_map_taken_four_times_is_the_pml4_s_own_address_which
 @pytest.mark.claim('nbs/guest/14_sharing.ipynb', 'c19d54c3', 'a self-map makes every table a page, and the table of the table is found by shifting')
 def test_a_self_map_makes_every_table_a_page_and_the_table_of_the_table_is_found_by_shifting():
     walker = self_map_guest(493)
-    assert recursive_tables(table_uses(Tables(walker))) == [0x1000, 0x2000, 0x3000]     # the last table stands at level 1 alone
+    # the last table stands at level 1 alone
+    assert recursive_tables(table_uses(Tables(walker))) == [0x1000, 0x2000, 0x3000]
     base = join_address({4: 493}, LONG4)
     for va in (0, 0x1000):
-        entry_va = base + (va >> 12) * 8                                                # where the guest sees the leaf of va
+        entry_va = base + (va >> 12) * 8  # where the guest sees the leaf of va
         assert walker.walk(entry_va).gpa == walker.walk(va).steps[-1].pte_gpa(LONG4)
     assert recursive_tables(table_uses(Tables(small_guest()))) == []
 

@@ -46,7 +46,8 @@ def setup_cells():
 
     def letters(code):
         "An error code in letters, P first."
-        names = {Pferr.PRESENT: 'P', Pferr.WRITE: 'W', Pferr.USER: 'U', Pferr.RSVD: 'RSVD', Pferr.FETCH: 'F', Pferr.PK: 'PK'}
+        names = {Pferr.PRESENT: 'P', Pferr.WRITE: 'W', Pferr.USER: 'U', Pferr.RSVD: 'RSVD', Pferr.FETCH: 'F',
+                 Pferr.PK: 'PK'}
         return ' '.join(name for bit, name in names.items() if code & bit) or '-'
 
     def causes(regs, caption):
@@ -66,7 +67,8 @@ def setup_cells():
         return PageFault(regs, regs.fmt, 0x5000, access, error_code(regs, rule, access), level, rule, ptes).because
 
     regs_ept = registers_of(EPT4)
-    violation = PageFault(regs_ept, EPT4, 0x40_5000, WRITE, Pferr.PRESENT | WRITE, 1, Rule.PERMISSION, (0x2007, 0x3007, 0x4007, 0x9035))
+    violation = PageFault(regs_ept, EPT4, 0x40_5000, WRITE, Pferr.PRESENT | WRITE, 1, Rule.PERMISSION,
+                          (0x2007, 0x3007, 0x4007, 0x9035))
 
 
 @pytest.mark.claim('nbs/guest/07_verdict.ipynb', '3573cd51', 'a page has exactly the rights that every entry on the way grants, PDPTE registers apart')
@@ -94,7 +96,8 @@ def test_rights_only_shrink_on_the_way_down():
 def test_each_step_s_table_is_the_frame_the_step_above_named_and_its_entry_lies_in_that_table():
     rng = random.Random(3)
     for fmt in FMTS:
-        ptes, addr = tuple(rng.getrandbits(8 * fmt.entry_size) | 1 for _ in range(fmt.root_level)), rng.getrandbits(fmt.address_bits)
+        ptes, addr = (tuple(rng.getrandbits(8 * fmt.entry_size) | 1 for _ in range(fmt.root_level)),
+                      rng.getrandbits(fmt.address_bits))
         steps = unfold(registers_of(fmt), fmt, addr, ptes)
         for above, step in zip(steps, steps[1:]): assert step.table == above.gpte >> 12 << 12 & (1 << 52) - 1
         for step in steps:
@@ -145,12 +148,14 @@ def test_an_implicit_access_is_kvm_s_own_mark_and_never_appears_in_an_error_code
 @pytest.mark.claim('nbs/guest/07_verdict.ipynb', '1c110f9a', 'a refused right names every entry that lacks it and no other')
 def test_a_refused_right_names_every_entry_that_lacks_it_and_no_other():
     slots = {level: slot for level, slot in split_address(0x7fff_dead_b000, LONG4).items() if level}
-    for right, bit, access in ((Acc.WRITE, PT_WRITABLE, WRITE | USER), (Acc.USER, PT_USER, USER), (Acc.EXEC, PT64_NX, FETCH | USER)):
+    for right, bit, access in ((Acc.WRITE, PT_WRITABLE, WRITE | USER), (Acc.USER, PT_USER, USER),
+                               (Acc.EXEC, PT64_NX, FETCH | USER)):
         fine = PT_PRESENT | PT_WRITABLE | PT_USER
         for lacking in itertools.product((False, True), repeat=4):
             if not any(lacking): continue
             ptes = tuple(fine ^ bit if lacks else fine for lacks in lacking)
-            fault = PageFault(regs64, LONG4, 0x7fff_dead_b000, access, error_code(regs64, Rule.PERMISSION, access), 1, Rule.PERMISSION, ptes)
+            fault = PageFault(regs64, LONG4, 0x7fff_dead_b000, access, error_code(regs64, Rule.PERMISSION, access), 1,
+                              Rule.PERMISSION, ptes)
             assert named_entries(fault.because) == {(slots[4 - i], 4 - i) for i, lacks in enumerate(lacking) if lacks}
 
 
@@ -161,7 +166,8 @@ def test_every_rule_s_sentence_names_the_entry_it_stopped_at_and_what_makes_the_
     for sentence, register in (
             (because(strict, Rule.NOT_PRESENT, READ, rw, rw, rw, 0), 'P=0'),
             (because(strict, Rule.RESERVED, READ, rw, rw, rw, rw | 1 << 45), 'MAXPHYADDR is 40'),
-            (because(replace(strict, efer=Efer.LME | Efer.LMA), Rule.RESERVED, READ, rw, rw, rw, rw | PT64_NX), 'EFER.NX=0'),
+            (because(replace(strict, efer=Efer.LME | Efer.LMA), Rule.RESERVED, READ, rw, rw, rw, rw | PT64_NX),
+             'EFER.NX=0'),
             (because(strict, Rule.PERMISSION, WRITE, rw, rw, rw, PT_PRESENT), 'CR0.WP=1'),
             (because(strict, Rule.PERMISSION, FETCH, rw, rw, rw, rw | PT64_NX), 'EFER.NX=1'),
             (because(strict, Rule.PERMISSION, FETCH, user, user, user, user), 'CR4.SMEP=1'),
@@ -173,7 +179,8 @@ def test_every_rule_s_sentence_names_the_entry_it_stopped_at_and_what_makes_the_
 
 @pytest.mark.claim('nbs/guest/07_verdict.ipynb', '6e7f6134', 'a table in a hole is blamed on the entry that names it, and a root in a hole on CR3')
 def test_a_table_in_a_hole_is_blamed_on_the_entry_that_names_it_and_a_root_in_a_hole_on_cr3():
-    assert because(replace(regs64, cr3=0xdead_f000), Rule.HOLE, READ).startswith('CR3 says the level 4 table is at 0xdead_f000')
+    assert because(replace(regs64, cr3=0xdead_f000), Rule.HOLE,
+                   READ).startswith('CR3 says the level 4 table is at 0xdead_f000')
     sentence = because(regs64, Rule.HOLE, READ, 0x7_7003)
     assert named_entries(sentence) == {(0, 4)} and '0x7_7000' in sentence
 

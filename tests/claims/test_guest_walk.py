@@ -34,7 +34,9 @@ def setup_cells():
         return walker.walk(SMALL_PAGES[name][0] + offset, access)
 
     def chain_of(fmt, entries, **registers):
-        "A walker whose path to address 0 has these entries, root first: (bits besides frame) each. Tables at 0x1000, 0x2000..."
+        """A walker whose path to address 0 has these entries, root first: (bits besides frame) each.
+
+    Tables at 0x1000, 0x2000..."""
         memory, level = ram((0x1000, 0x8000)), fmt.root_level
         for i, bits in enumerate(entries):
             write_entry(memory, 0x1000 * (i + 1), fmt.entry_size, 0x1000 * (i + 2) | bits if bits else 0)
@@ -64,7 +66,8 @@ def test_at_every_level_the_page_s_bits_and_the_offset_s_bits_are_disjoint_and_t
 @pytest.mark.claim('nbs/guest/08_walk.ipynb', '93506873', 'the planned byte refuses exactly the rights the plain rule refuses, for WP, NX, SMEP, SMAP and AC at any setting')
 def test_the_planned_byte_refuses_exactly_the_rights_the_plain_rule_refuses_for_wp_nx_smep_smap_and_ac_at_any_setting():
     for wp, nx, smep, smap, ac in itertools.product((0, 1), repeat=5):
-        regs = Registers(cr0=Cr0.PG | Cr0.PE | Cr0.WP * wp, cr4=Cr4.PAE | Cr4.SMEP * smep | Cr4.SMAP * smap, rflags=ac << 18,
+        regs = Registers(cr0=Cr0.PG | Cr0.PE | Cr0.WP * wp, cr4=Cr4.PAE | Cr4.SMEP * smep | Cr4.SMAP * smap,
+                         rflags=ac << 18,
                          efer=Efer.LME | Efer.LMA | Efer.NX * nx)
         for access in (READ, WRITE, USER, USER | WRITE, FETCH, USER | FETCH, IMPLICIT, IMPLICIT | WRITE):
             _, denied, _, _ = plan_access(regs, LONG4, access)
@@ -158,7 +161,8 @@ def test_a_fetch_that_is_refused_for_a_missing_entry_says_so_only_with_nx_or_sme
 
 @pytest.mark.claim('nbs/guest/08_walk.ipynb', '50fc0616', 'inside a large page, every offset of the address is kept, and gfn is the frame of that byte')
 def test_inside_a_large_page_every_offset_of_the_address_is_kept_and_gfn_is_the_frame_of_that_byte():
-    for mode, level in (('2level', 2), ('pae', 2), ('4level', 2), ('4level', 3), ('5level', 2), ('5level', 3), ('ept4', 2), ('ept5', 3)):
+    for mode, level in (('2level', 2), ('pae', 2), ('4level', 2), ('4level', 3), ('5level', 2), ('5level', 3), ('ept4', 2),
+                        ('ept5', 3)):
         fmt, memory = FORMATS[mode], ram((0x1000, 0x8000))
         size, addr = page_size(level, fmt), 0x4000_0000
         map_page(memory, 0x1000, fmt, addr, 3 * size, [2, 3, 4, 5], 7 & ~1, 0 if fmt is PAE else 6, level)
@@ -259,7 +263,8 @@ def test_the_entries_of_a_verdict_are_the_entries_in_memory_each_where_its_step_
             verdict = look(walker, name, WRITE | USER)
             for step in verdict.steps:
                 if step.table is None: assert step.gpte == walker.regs.pdptrs[step.index]
-                else: assert int.from_bytes(read_gpa(walker.memory, step.pte_gpa(fmt), fmt.entry_size), 'little') == step.gpte
+                else:
+                    assert int.from_bytes(read_gpa(walker.memory, step.pte_gpa(fmt), fmt.entry_size), 'little') == step.gpte
 
 
 @pytest.mark.claim('nbs/guest/08_walk.ipynb', 'f39bc804', 'a walk writes nothing, whether it succeeds or faults')

@@ -27,7 +27,8 @@ def setup_cells():
 def test_the_choices_hold_all_five_cases_and_a_choice_is_called_a_case_exactly_when_its_vcpus_do_not_share_their_root():
     for label, case in case_choices().items():
         one, two = two_vcpus(case)
-        assert (one.mmu.root.hpa != two.mmu.root.hpa) == label.startswith('case ') == (to_shadow_page(one.vm, one.mmu.root.hpa) is None), label
+        assert ((one.mmu.root.hpa != two.mmu.root.hpa) == label.startswith('case ')
+                == (to_shadow_page(one.vm, one.mmu.root.hpa) is None)), label
     assert {case.case for case in case_choices().values()} == {0, 1, 2, 3, 4, 5}
 
 

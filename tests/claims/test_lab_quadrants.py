@@ -24,7 +24,8 @@ def test_each_slot_of_the_guest_s_directory_is_shadowed_by_two_slots_of_one_dire
     for gva in range(0, 4 * GiB, 2 * MiB):
         slots = slots_of(vcpu, gva)
         shadows.setdefault(slots.guest[0], []).append(slots.directory)
-    assert sorted(shadows) == list(range(1024)) and len({place for places in shadows.values() for place in places}) == 4 * 512
+    assert (sorted(shadows) == list(range(1024)) and len({place for places in shadows.values() for place in places}) == 4
+            * 512)
     for slot, (even, odd) in shadows.items():
         assert even[0] == odd[0] == slot // 256 and even[1] % 2 == 0 and odd[1] == even[1] + 1
 
@@ -43,7 +44,8 @@ def test_the_walk_of_a_live_vcpu_arrives_where_the_chapter_on_shadow_pages_says_
     vcpu = two_level_vcpu()
     for gva in range(0, 4 * GiB, 0x3_7000):
         slots, path = slots_of(vcpu, gva), quadrant_path(gva)
-        assert (*slots.guest, *slots.directory, *slots.table) == (path.pde, path.pte, path.directory, path.pd_slot, path.half, path.pt_slot)
+        assert (*slots.guest, *slots.directory,
+                *slots.table) == (path.pde, path.pte, path.directory, path.pd_slot, path.half, path.pt_slot)
 
 
 @pytest.mark.claim('nbs/lab/04_quadrants.ipynb', '8b71afd5', "exactly one directory is filled, the one of the address's gibibyte, with and without a page above")
@@ -51,5 +53,6 @@ def test_exactly_one_directory_is_filled_the_one_of_the_address_s_gibibyte_with_
     for npt in (False, True):
         for gib in range(4):
             nodes = show_slots(hex(gib * GiB + 0x12_3000), npt).nodes
-            assert [node.name for node in nodes if node.kind == 'taken' and 'directory' in node.name] == [f'directory {gib}']
+            assert ([node.name for node in nodes if node.kind == 'taken' and 'directory' in node.name]
+                    == [f'directory {gib}'])
             assert any(node.name == 'pml4_root' for node in nodes) == npt

@@ -23,15 +23,20 @@ def test_every_row_of_all_mmus_on_these_machines_is_where_its_own_registers_lead
     for host, mmu, guest_mode in product(HOSTS.values(), ('root_mmu', 'guest_mmu'), (False, True)):
         if mmu == 'guest_mmu' and (host.vendor == 'vmx' or not host.has_tdp): continue
         for case in mmu_cases(host, mmu, guest_mode):
-            assert roles_of(host, mmu, *MODES[case.mode], guest_mode=guest_mode) == (case.cpu_role, case.root_role), case.name
+            assert roles_of(host, mmu, *MODES[case.mode],
+                            guest_mode=guest_mode) == (case.cpu_role, case.root_role), case.name
 
 
 @pytest.mark.claim('nbs/lab/01_roles.ipynb', '8d9bf810', 'toggling WP, SMEP or SMAP moves the root role of shadow paging and of nothing else, except that nested NPT sees SMEP and SMAP')
 def test_toggling_wp_smep_or_smap_moves_the_root_role_of_shadow_paging_and_of_nothing_else_except_that_nested_npt_sees_smep_and_smap():
     def root_of(host, mmu, **bits): return show_roles(host, mmu, **bits).parts[1].fields
-    moves = {(host, mmu, bit) for host, mmu in (('SVM, shadow paging', 'root_mmu'), ('SVM, NPT', 'root_mmu'), ('SVM, NPT', 'guest_mmu'))
-             for bit in ('wp', 'smep', 'smap') if len({root_of(host, mmu, **{'wp': False, bit: on}) for on in (False, True)}) > 1}
-    assert moves == {('SVM, shadow paging', 'root_mmu', 'wp'), ('SVM, shadow paging', 'root_mmu', 'smep'), ('SVM, shadow paging', 'root_mmu', 'smap'), ('SVM, NPT', 'guest_mmu', 'smep'), ('SVM, NPT', 'guest_mmu', 'smap')}
+    moves = {(host, mmu, bit)
+             for host, mmu in (('SVM, shadow paging', 'root_mmu'), ('SVM, NPT', 'root_mmu'), ('SVM, NPT', 'guest_mmu'))
+             for bit in ('wp', 'smep', 'smap')
+             if len({root_of(host, mmu, **{'wp': False, bit: on}) for on in (False, True)}) > 1}
+    assert moves == {('SVM, shadow paging', 'root_mmu', 'wp'), ('SVM, shadow paging', 'root_mmu', 'smep'),
+                     ('SVM, shadow paging', 'root_mmu', 'smap'), ('SVM, NPT', 'guest_mmu', 'smep'),
+                     ('SVM, NPT', 'guest_mmu', 'smap')}
 
 
 @pytest.mark.claim('nbs/lab/01_roles.ipynb', 'd3d77bac', 'what the strips light is what differs, over every state of the twelve switches a CPU can be in, on every machine')
@@ -45,4 +50,5 @@ def test_what_the_strips_light_is_what_differs_over_every_state_of_the_twelve_sw
             want = roles_of(HOSTS[host], 'root_mmu', *MODES['4-level'])[reference]
             lit = {field.name for field in strip.fields if field.kind == 'changed'}
             word = sum(field.value << field.low for field in strip.fields)
-            assert lit == {field.name for field in strip.fields if word >> field.low & (1 << field.width) - 1 != want.word >> field.low & (1 << field.width) - 1}
+            assert lit == {field.name for field in strip.fields if word >> field.low & (1 << field.width) - 1 != want.word
+                           >> field.low & (1 << field.width) - 1}

@@ -25,15 +25,20 @@ def test_vmexit_is_offered_exactly_while_l2_runs_in_every_world_and_after_every_
         assert 'vmexit' not in possible_events(where, policy)
         for event in possible_events(where, policy):
             offered = 'vmexit' in possible_events(where, policy, (event,))
-            assert offered == machine_after(where, policy, (event,))[0].vcpus[0].guest_mode == event.startswith('vmrun'), (where.name, event)
+            assert (offered == machine_after(where, policy, (event,))[0].vcpus[0].guest_mode
+                    == event.startswith('vmrun')), (where.name, event)
 
 
 @pytest.mark.claim('nbs/lab/02_root_cache.ipynb', '5f5038ab', 'the view shows the states of the history the review draws, row by row')
 def test_the_view_shows_the_states_of_the_history_the_review_draws_row_by_row():
-    for name, policy, events in (('shadow paging, 4-level VMX host', '6.1', ('vmrun PAE X', 'vmexit', 'cr3 B', 'cr3 A', 'zap')), ('NPT, 4-level host', 'series', ('mode PAE', 'vmrun N', 'vmexit', 'vmrun N', 'edit N', 'vmexit'))):
+    for name, policy, events in (('shadow paging, 4-level VMX host', '6.1',
+                                  ('vmrun PAE X', 'vmexit', 'cr3 B', 'cr3 A', 'zap')),
+                                 ('NPT, 4-level host', 'series',
+                                  ('mode PAE', 'vmrun N', 'vmexit', 'vmrun N', 'edit N', 'vmexit'))):
         mine, review = (draw(world(name), design(policy), events) for draw in (view_history, draw_history))
         kept = [i for i, column in enumerate(zip(*(event.states for event in mine.events))) if set(column[1:]) != {'-'}]
-        for row, drawn in zip(mine.events[1:], review.events): assert set(row.states) - {'-'} == set(drawn.states) - {'-'}, row
+        for row, drawn in zip(mine.events[1:], review.events):
+            assert set(row.states) - {'-'} == set(drawn.states) - {'-'}, row
 
 
 @pytest.mark.claim('nbs/lab/02_root_cache.ipynb', '0f575cdf', 'pressing buttons gives the picture of the list of events, and undo gives the one before')

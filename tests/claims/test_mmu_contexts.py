@@ -38,7 +38,8 @@ def test_a_vcpu_s_log_ends_with_what_happened_last_however_long_it_runs_and_it_d
     vcpu = Vcpu(None)
     for n in range(5 * LOG_KEEPS):
         vcpu.did('step', n=n)
-        if n % 1000 == 0: assert [did['n'] for did in vcpu.log[-LOG_KEEPS:]] == list(range(max(0, n + 1 - LOG_KEEPS), n + 1))
+        if n % 1000 == 0:
+            assert [did['n'] for did in vcpu.log[-LOG_KEEPS:]] == list(range(max(0, n + 1 - LOG_KEEPS), n + 1))
     assert LOG_KEEPS <= len(vcpu.log) <= 2 * LOG_KEEPS
 
 
@@ -68,7 +69,8 @@ def test_the_walker_fits_the_mode_of_whose_tables_it_reads_and_the_fault_handler
     for vcpu in all_situations():
         assert vcpu.walk_mmu.walker == walker_of(calc_cpu_role(vcpu.cr0, vcpu.cr4, vcpu.efer))
         handlers['L2' if vcpu.is_nested else 'L1'].add((vcpu.host.tdp, vcpu.mmu.fault))
-    assert handlers['L1'] == {('off', 'nonpaging'), ('off', 'paging32'), ('off', 'paging64'), ('npt', 'tdp'), ('ept', 'tdp')}
+    assert handlers['L1'] == {('off', 'nonpaging'), ('off', 'paging32'), ('off', 'paging64'), ('npt', 'tdp'),
+                              ('ept', 'tdp')}
     assert handlers['L2'] == {('npt', 'paging32'), ('npt', 'paging64'), ('ept', 'ept')}
 
 
@@ -78,14 +80,16 @@ def test_setting_up_an_mmu_a_second_time_in_any_situation_changes_nothing():
         before = without_log(vcpu)
         assert init_mmu(vcpu) is False and without_log(vcpu) == before
         if vcpu.mmu_is == 'root_mmu': continue
-        again = init_shadow_npt_roles(vcpu, vcpu.l1[2], vcpu.l1[3]) if vcpu.host.tdp == 'npt' else init_shadow_ept_roles(vcpu, 0x105e)
+        again = (init_shadow_npt_roles(vcpu, vcpu.l1[2], vcpu.l1[3]) if vcpu.host.tdp == 'npt'
+                 else init_shadow_ept_roles(vcpu, 0x105e))
         assert again is False and without_log(vcpu) == before
 
 
 @pytest.mark.claim('nbs/mmu/03_contexts.ipynb', 'a81c8969', 'setting up is a function of the state now, so two paths to one state leave equal MMUs')
 def test_setting_up_is_a_function_of_the_state_now_so_two_paths_to_one_state_leave_equal_mmus():
     for host in all_hosts():
-        for one, other in itertools.permutations([mode for mode in MODES if mode != '5-level' and (host.bits == 64 or mode != '4-level')], 2):
+        for one, other in itertools.permutations([mode for mode in MODES if mode != '5-level'
+                                                  and (host.bits == 64 or mode != '4-level')], 2):
             vcpu = vcpu_at(host, one)
             vcpu.cr0, vcpu.cr4, vcpu.efer = MODES[other]
             init_mmu(vcpu)
@@ -118,7 +122,8 @@ def test_in_every_situation_forgetting_makes_the_next_init_do_its_work_and_the_r
         before = without_log(vcpu)
         forget_roles(vcpu)
         assert init_mmu(vcpu) is True
-        assert (vcpu.walk_mmu.cpu_role, vcpu.walk_mmu.root_role) == (getattr(before, vcpu.walk_mmu_is).cpu_role, getattr(before, vcpu.walk_mmu_is).root_role)
+        assert ((vcpu.walk_mmu.cpu_role, vcpu.walk_mmu.root_role)
+                == (getattr(before, vcpu.walk_mmu_is).cpu_role, getattr(before, vcpu.walk_mmu_is).root_role))
 
 
 @pytest.mark.claim('nbs/mmu/03_contexts.ipynb', '57763234', 'no init function frees, replaces or forgets a root')
@@ -141,12 +146,15 @@ def test_with_tdp_an_l2_without_nested_paging_changes_one_bit_of_the_root_role_w
         if not host.has_tdp: continue
         try: before, after = vcpu_at(host, l1), vcpu_at(host, l1, l2, 'L2 without nested paging')
         except ValueError: continue
-        assert [change.field for change in diff_roles(before.root_mmu.root_role, after.root_mmu.root_role)] == ['guest_mode']
+        assert ([change.field for change in diff_roles(before.root_mmu.root_role, after.root_mmu.root_role)]
+                == ['guest_mode'])
 
 
 @pytest.mark.claim('nbs/mmu/03_contexts.ipynb', 'd753ef05', 'every pairing of a per-vCPU root and a shadow page occurs with shadow paging, in both directions, on VMX only when L2 is left')
 def test_every_pairing_of_a_per_vcpu_root_and_a_shadow_page_occurs_with_shadow_paging_in_both_directions_on_vmx_only_when_l2_is_left():
     def cells(table): return {cell for row in table.rows for cell in row[1:]}
-    assert cells(show_pairings()) == cells(show_pairings(leaving=True)) == {'pae_root', 'shadow page', 'pae_root -> shadow page', 'shadow page -> pae_root'}
-    assert 'pae_root -> shadow page' not in cells(show_pairings(vendor='vmx')) and 'pae_root -> shadow page' in cells(show_pairings(vendor='vmx', leaving=True))
+    assert (cells(show_pairings()) == cells(show_pairings(leaving=True))
+            == {'pae_root', 'shadow page', 'pae_root -> shadow page', 'shadow page -> pae_root'})
+    assert ('pae_root -> shadow page' not in cells(show_pairings(vendor='vmx'))
+            and 'pae_root -> shadow page' in cells(show_pairings(vendor='vmx', leaving=True)))
     assert cells(show_pairings(levels=3)) == {'pae_root'}

@@ -65,8 +65,10 @@ def test_with_paging_on_each_field_follows_the_register_bit_it_is_named_after_an
     moves = {}
     for name, field in moved_fields(given={'CR0.PG'}): moves.setdefault(field, set()).add(name)
     assert moves == {
-        'level': {'CR4.PAE', 'CR4.LA57', 'EFER.LMA'}, 'has_4_byte_gpte': {'CR4.PAE'}, 'efer_nx': {'EFER.NX'}, 'cr0_wp': {'CR0.WP'},
-        'smep_andnot_wp': {'CR4.SMEP', 'CR0.WP'}, 'smap_andnot_wp': {'CR4.SMAP', 'CR0.WP'}, 'guest_mode': {'guest mode'}, 'smm': {'SMM'},
+        'level': {'CR4.PAE', 'CR4.LA57', 'EFER.LMA'}, 'has_4_byte_gpte': {'CR4.PAE'}, 'efer_nx': {'EFER.NX'},
+        'cr0_wp': {'CR0.WP'},
+        'smep_andnot_wp': {'CR4.SMEP', 'CR0.WP'}, 'smap_andnot_wp': {'CR4.SMAP', 'CR0.WP'}, 'guest_mode': {'guest mode'},
+        'smm': {'SMM'},
         'cr4_pse': {'CR4.PSE'}, 'cr4_smap': {'CR4.SMAP'}, 'cr4_smep': {'CR4.SMEP'}, 'efer_lma': {'EFER.LMA'},
         'cr4_pke': {'CR4.PKE', 'EFER.LMA'}, 'cr4_la57': {'CR4.LA57', 'EFER.LMA'}}
 
@@ -85,7 +87,8 @@ def test_the_level_and_the_entry_size_are_those_of_the_paging_mode_in_every_stat
         if lma and not (pg and pae): continue
         state = Cr0.PE | (Cr0.PG if pg else 0), (Cr4.PAE if pae else 0) | (Cr4.LA57 if la57 else 0), Efer.LMA if lma else 0
         fmt, base = paging_format(*state), calc_cpu_role(*state).base
-        assert base.level == fmt.root_level and base.has_4_byte_gpte == (pg and fmt.entry_size == 4) and base.direct == (not pg)
+        assert (base.level == fmt.root_level and base.has_4_byte_gpte == (pg and fmt.entry_size == 4)
+                and base.direct == (not pg))
         modes.add(fmt.name)
     assert len(modes) == 5
 
@@ -115,8 +118,10 @@ def test_states_with_the_same_cpu_role_get_the_same_permission_bytes_and_the_sam
     answers = {}
     for bits in itertools.product((0, 1), repeat=8):
         wp, nx, smep, smap, pke, pse, la57, lma = bits
-        cr4 = sum(int(bit) for bit, on in ((Cr4.SMEP, smep), (Cr4.SMAP, smap), (Cr4.PKE, pke), (Cr4.PSE, pse), (Cr4.LA57, la57)) if on) | Cr4.PAE
-        regs = Registers(cr0=Cr0.PE | Cr0.PG | (Cr0.WP if wp else 0), cr4=cr4, efer=(Efer.NX if nx else 0) | (Efer.LME | Efer.LMA if lma else 0))
+        cr4 = sum(int(bit) for bit, on in ((Cr4.SMEP, smep), (Cr4.SMAP, smap), (Cr4.PKE, pke), (Cr4.PSE, pse),
+                                           (Cr4.LA57, la57)) if on) | Cr4.PAE
+        regs = Registers(cr0=Cr0.PE | Cr0.PG | (Cr0.WP if wp else 0), cr4=cr4,
+                         efer=(Efer.NX if nx else 0) | (Efer.LME | Efer.LMA if lma else 0))
         answers.setdefault(cpu_role_of(regs), set()).add((permission_bitmask(regs), pkru_mask(regs)))
     assert len(answers) == 32 * 5 and all(len(found) == 1 for found in answers.values())
 

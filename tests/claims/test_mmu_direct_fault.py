@@ -33,18 +33,21 @@ def setup_cells():
 
 @pytest.mark.claim('nbs/mmu/19_direct_fault.ipynb', '59a8b902', 'the leaf of a direct fault grants everything, in every one of the direct MMUs, whatever was asked for')
 def test_the_leaf_of_a_direct_fault_grants_everything_in_every_one_of_the_direct_mmus_whatever_was_asked_for():
-    for host, code in product((svm_host(4), svm_host(5), svm_host(4, tdp_mmu=False), vmx_host(4, 4), vmx_host(4, 4, ad=False)), (0, W, U, F, U | W)):
+    for host, code in product((svm_host(4), svm_host(5), svm_host(4, tdp_mmu=False), vmx_host(4, 4),
+                               vmx_host(4, 4, ad=False)), (0, W, U, F, U | W)):
         vcpu, = example_vcpus(host)
         assert direct_page_fault(vcpu, Fault(0x10_0000, code, is_tdp=True)) == 'FIXED'
         masks, spte = vcpu.vm.masks, last_entry(vcpu, 0x10_0000)[2]
-        assert is_writable(spte) and is_executable(masks, spte) and spte & masks.user == masks.user and is_accessed(masks, spte)
+        assert (is_writable(spte) and is_executable(masks, spte) and spte & masks.user == masks.user
+                and is_accessed(masks, spte))
 
 
 @pytest.mark.claim('nbs/mmu/19_direct_fault.ipynb', 'c6092f35', 'Asked again about a page it has mapped writable, KVM leaves D out, once, and then finds nothing to do')
 def test_asked_again_about_a_page_it_has_mapped_writable_kvm_leaves_d_out_once_and_then_finds_nothing_to_do():
     for host in (svm_host(4), svm_host(4, tdp_mmu=False), vmx_host(4, 4)):
         vcpu, = example_vcpus(host)
-        assert [direct_page_fault(vcpu, Fault(0x10_0000, U, is_tdp=True)) for _ in range(3)] == ['FIXED', 'FIXED', 'SPURIOUS']
+        assert ([direct_page_fault(vcpu, Fault(0x10_0000, U, is_tdp=True)) for _ in range(3)]
+                == ['FIXED', 'FIXED', 'SPURIOUS'])
         assert not last_entry(vcpu, 0x10_0000)[2] & vcpu.vm.masks.dirty
 
 
@@ -71,7 +74,7 @@ def test_with_the_workaround_a_page_that_is_read_is_large_and_the_first_fetch_cu
         direct_page_fault(vcpu, Fault(0x20_3000, P | U | F, is_tdp=True))
         sp, index, small = last_entry(vcpu, 0x20_3000)
         assert (sp.role.level, index) == (1, 3) and is_executable(vcpu.vm.masks, small) and sp.nx_huge
-        direct_page_fault(vcpu, Fault(0x20_5000, U, is_tdp=True))     # A read beside it: no large page takes the table's place
+        direct_page_fault(vcpu, Fault(0x20_5000, U, is_tdp=True))  # A read beside it: no large page takes the table's place
         assert last_entry(vcpu, 0x20_5000)[0] is sp and last_entry(vcpu, 0x20_3000)[2] == small
 
 
@@ -81,7 +84,8 @@ def test_a_frame_the_host_takes_away_while_the_fault_looks_for_it_is_not_mapped(
     def take_away(name):
         if name == 'faulted in': vcpu.vm.mmu_seq += 1
     vcpu.vm.interleave = take_away
-    assert direct_page_fault(vcpu, Fault(0x10_0000, U, is_tdp=True)) == 'RETRY' and not is_present(last_entry(vcpu, 0x10_0000)[2])
+    assert (direct_page_fault(vcpu, Fault(0x10_0000, U, is_tdp=True)) == 'RETRY'
+            and not is_present(last_entry(vcpu, 0x10_0000)[2]))
 
 
 @pytest.mark.claim('nbs/mmu/19_direct_fault.ipynb', '54755e1e', 'no direct MMU maps a frame that was taken away meanwhile, for a read or a write, and the next fault maps it')
@@ -91,7 +95,8 @@ def test_no_direct_mmu_maps_a_frame_that_was_taken_away_meanwhile_for_a_read_or_
         def take_once(name):
             if name == 'faulted in': vcpu.vm.mmu_seq, vcpu.vm.interleave = vcpu.vm.mmu_seq + 1, None
         vcpu.vm.interleave = take_once
-        assert direct_page_fault(vcpu, Fault(0x10_0000, code, is_tdp=True)) == 'RETRY' and not is_present(last_entry(vcpu, 0x10_0000)[2])
+        assert (direct_page_fault(vcpu, Fault(0x10_0000, code, is_tdp=True)) == 'RETRY'
+                and not is_present(last_entry(vcpu, 0x10_0000)[2]))
         assert direct_page_fault(vcpu, Fault(0x10_0000, code, is_tdp=True)) == 'FIXED'
 
 
@@ -132,7 +137,7 @@ def test_no_neighbour_is_mapped_that_the_log_must_name_that_the_host_has_not_at_
     vcpu.vm.invalidating = 0, 0                                   # The host is taking frames away, somewhere
     direct_page_fault(vcpu, Fault(0x10_3000, U, is_tdp=True))
     assert set(last_entry(vcpu, 0x10_3000)[0].sptes) == {0x103}
-    vcpu, entries = prefetched(0x3ff)                             # The last frame of the slot: 0x400 is a hole, and in the next group
+    vcpu, entries = prefetched(0x3ff)  # The last frame of the slot: 0x400 is a hole, and in the next group
     assert set(entries) == set(range(0x1f8, 0x200))
     assert set(prefetched(0x402, memory=[(0x40_0000, 0x5000)])[1]) == {2}      # Memory the guest may only read
     assert set(prefetched(0x103, host=vmx_host(4, 4, ad=False, tdp_mmu=False))[1]) == {0x103}
@@ -140,7 +145,8 @@ def test_no_neighbour_is_mapped_that_the_log_must_name_that_the_host_has_not_at_
 
 @pytest.mark.claim('nbs/mmu/19_direct_fault.ipynb', '4d28c6aa', 'a page the host has not at hand ends its run of empty neighbours and not the next run; the first of a run, all of it; a run must lie in one slot')
 def test_a_page_the_host_has_not_at_hand_ends_its_run_of_empty_neighbours_and_not_the_next_run_the_first_of_a_run_all_of_it_a_run_must_lie_in_one_slot():
-    for absent, before, mapped in ((0x106, (), range(0x100, 0x106)), (0x101, (), [0x100, 0x103, 0x104, 0x105, 0x106, 0x107]), (0x100, (), [0x103])):
+    for absent, before, mapped in ((0x106, (), range(0x100, 0x106)),
+                                   (0x101, (), [0x100, 0x103, 0x104, 0x105, 0x106, 0x107]), (0x100, (), [0x103])):
         vcpu, = example_vcpus(svm_host(4, tdp_mmu=False), prefetch=True)
         vcpu.vm.moved[absent] = 0x1234, False                     # Merged with another: not to be had for writing
         direct_page_fault(vcpu, Fault(0x10_3000, U, is_tdp=True))
@@ -186,11 +192,13 @@ def test_the_note_names_the_frame_and_the_generation_whatever_they_are_and_holds
         vcpu, = example_vcpus(host, generation=rng.randrange(1 << 18))
         gfn = rng.randrange(1 << 20, 1 << 33)
         assert direct_page_fault(vcpu, Fault(gfn << 12, U, is_tdp=True)) == 'EMULATE'
-        for changes, want in ((0, 'EMULATE'), (1, 'INVALID'), (1 << GEN_BITS, 'EMULATE')):       # The generation has 19 bits, and wraps
+        # The generation has 19 bits, and wraps
+        for changes, want in ((0, 'EMULATE'), (1, 'INVALID'), (1 << GEN_BITS, 'EMULATE')):
             vcpu.mmio, here = None, vcpu.vm.generation
             vcpu.vm.generation += changes
             assert handle_mmio(vcpu, gfn << 12) == want and (vcpu.mmio is None or vcpu.mmio[1] == gfn) == True
-            assert (vcpu.mmio is not None) == (want == 'EMULATE') and (vcpu.mmio is None or vcpu.mmio[0] == 0)      # Known by its frame alone
+            # Known by its frame alone
+            assert (vcpu.mmio is not None) == (want == 'EMULATE') and (vcpu.mmio is None or vcpu.mmio[0] == 0)
             vcpu.vm.generation = here
 
 
@@ -214,5 +222,7 @@ def test_a_reserved_bit_that_is_not_there_to_remember_mmio_is_kvm_s_own_mistake_
         sp, index = next((sp, index) for at, sp, index in shadow_walk(vcpu.vm, vcpu.mmu, 0x10_0000) if at == level)
         sp.sptes[index] |= 1 << vcpu.vm.masks.phys_bits           # One bit more than a frame can have
         assert has_reserved(vcpu.vm, sp, sp.sptes[index])
-        if level > 1: vcpu.vm.pages[sp.sptes[index] & SPTE_ADDRESS] = vcpu.vm.pages[sp.sptes[index] & SPTE_ADDRESS & (1 << vcpu.vm.masks.phys_bits) - 1]
+        if level > 1:
+            spt = sp.sptes[index] & SPTE_ADDRESS
+            vcpu.vm.pages[spt] = vcpu.vm.pages[spt & (1 << vcpu.vm.masks.phys_bits) - 1]
         with expect_fail(KvmBug, contains=f'no entry of level {level} has'): handle_mmio(vcpu, 0x10_0000)

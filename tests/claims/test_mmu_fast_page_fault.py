@@ -49,7 +49,8 @@ def test_an_entry_allows_a_fetch_by_x_or_the_lack_of_nx_a_write_by_w_a_read_by_b
 @pytest.mark.claim('nbs/mmu/18_fast_page_fault.ipynb', 'c0490cf5', "a write gets W back exactly from 110, on every host, and a read or a write finds an access-tracked entry's rights again")
 def test_a_write_gets_w_back_exactly_from_110_on_every_host_and_a_read_or_a_write_finds_an_access_tracked_entry_s_rights_again():
     no_ad = vmx_host(4, 4, ad=False)
-    for host, state in product((svm_host(4), svm_host(4, tdp_mmu=False), vmx_host(4, 4), no_ad), ('111', '110', '100', '000')):
+    for host, state in product((svm_host(4), svm_host(4, tdp_mmu=False), vmx_host(4, 4), no_ad),
+                               ('111', '110', '100', '000')):
         vcpu, sp, index = touched(host, state)
         want = {'111': 'SPURIOUS', '110': 'FIXED'}.get(state, 'INVALID')
         assert fast_page_fault(vcpu, Fault(0x10_0000, P | W | U, is_tdp=True)) == want
@@ -83,7 +84,8 @@ def test_no_large_page_of_a_logged_slot_gets_w_back_a_small_one_does():
         sp.sptes[index] = spte & ~SPTE_WRITABLE
         if logged: vcpu.vm.logged.add(0)
         answer = fast_page_fault(vcpu, Fault(0x20_0000, P | W | U, is_tdp=True))
-        assert answer == ('INVALID' if large and logged else 'FIXED') and vcpu.vm.dirty == ({0x200} if logged and not large else set())
+        assert (answer == ('INVALID' if large and logged else 'FIXED')
+                and vcpu.vm.dirty == ({0x200} if logged and not large else set()))
 
 
 @pytest.mark.claim('nbs/mmu/18_fast_page_fault.ipynb', '947fc82e', 'Who loses the exchange looks again: an entry zapped under a fast fault is not written')

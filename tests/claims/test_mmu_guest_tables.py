@@ -30,12 +30,14 @@ def setup_cells():
         walker = nested_guest(mode, nested, software=True, **more)
         inner, outer = walker.regs, walker.nested.regs
         ept = nested.startswith('ept')
-        vcpu = Vcpu(Vm(vmx_host(5, 5) if ept else svm_host(5), walker.memory), guest_mode=True, mmu_is='guest_mmu', walk_mmu_is='nested_mmu')
+        vcpu = Vcpu(Vm(vmx_host(5, 5) if ept else svm_host(5), walker.memory), guest_mode=True, mmu_is='guest_mmu',
+                    walk_mmu_is='nested_mmu')
         vcpu.nested_pgd = outer.eptp & 0xfff | 0x1000 if ept else 0x1000
         vcpu.l1 = int(outer.cr0), 0, int(outer.cr4), int(outer.efer)
         if ept: init_shadow_ept_roles(vcpu, vcpu.nested_pgd, bool(outer.ept_execonly))
         else: init_shadow_npt_roles(vcpu, int(outer.cr4), int(outer.efer))
-        vcpu.cr0, vcpu.cr4, vcpu.efer, vcpu.cr3, vcpu.rflags = int(inner.cr0), int(inner.cr4), int(inner.efer), 0x1000, int(inner.rflags)
+        vcpu.cr0, vcpu.cr4, vcpu.efer, vcpu.cr3, vcpu.rflags = (int(inner.cr0), int(inner.cr4), int(inner.efer), 0x1000,
+                                                                int(inner.rflags))
         init_mmu(vcpu)
         if inner.pdptrs: vcpu.nested_mmu.pdptrs = list(inner.pdptrs)
         return vcpu, walker
@@ -50,19 +52,24 @@ def setup_cells():
     def l1_with_log(pages=3, index=511):
         "A vCPU whose L1 maps `pages` pages from 0x10_0000 on for its L2, clean, and wants them logged."
         memory, free = ram((0, 1 << 22)), list(range(0x21, 0x29))
-        for page in range(pages): map_page(memory, 0x2_0000, FORMATS['ept4'], 0x10_0000 + (page << 12), 0x10_0000 + (page << 12), free, 0x6, 0x6)
-        vcpu = Vcpu(Vm(vmx_host(), memory), guest_mode=True, mmu_is='guest_mmu', walk_mmu_is='nested_mmu', nested_pgd=0x2_0000 | 0x40 | 3 << 3 | 6, pml_address=LOG, pml_index=index)
+        for page in range(pages):
+            map_page(memory, 0x2_0000, FORMATS['ept4'], 0x10_0000 + (page << 12), 0x10_0000 + (page << 12), free, 0x6, 0x6)
+        vcpu = Vcpu(Vm(vmx_host(), memory), guest_mode=True, mmu_is='guest_mmu', walk_mmu_is='nested_mmu',
+                    nested_pgd=0x2_0000 | 0x40 | 3 << 3 | 6, pml_address=LOG, pml_index=index)
         vcpu.cr0, vcpu.cr4, vcpu.efer = map(int, MODES['4-level'])
         vcpu.l1 = vcpu.cr0, 0x1000, vcpu.cr4, vcpu.efer
         init_shadow_ept_roles(vcpu, vcpu.nested_pgd)
         return vcpu
 
-    def logged(vcpu): return [int.from_bytes(read_gpa(vcpu.vm.memory, LOG + 8 * slot, 8), 'little') for slot in range(511, (vcpu.pml_index + 1 & 0xffff) - 1, -1)]
+    def logged(vcpu):
+        return [int.from_bytes(read_gpa(vcpu.vm.memory, LOG + 8 * slot, 8), 'little')
+                for slot in range(511, (vcpu.pml_index + 1 & 0xffff) - 1, -1)]
 
 
 @pytest.mark.claim('nbs/mmu/12_guest_tables.ipynb', 'ede1ba72', 'what is kept reads entries as one made anew does, whatever register bit changed in between')
 def test_what_is_kept_reads_entries_as_one_made_anew_does_whatever_register_bit_changed_in_between():
-    bits = [('cr0', 1 << bit) for bit in (16, 0)] + [('cr4', 1 << bit) for bit in (4, 5, 7, 12, 20, 21, 22)] + [('efer', 1 << 11), ('rflags', 1 << 18), ('pkru', 3 << 2), ('cr3', 0x5000)]
+    bits = ([('cr0', 1 << bit) for bit in (16, 0)] + [('cr4', 1 << bit) for bit in (4, 5, 7, 12, 20, 21, 22)]
+            + [('efer', 1 << 11), ('rflags', 1 << 18), ('pkru', 3 << 2), ('cr3', 0x5000)])
     for mode, (name, bit) in product(('2-level', 'PAE', '4-level'), bits):
         vcpu = example_guest(mode)
         if (mode, name, bit) == ('4-level', 'cr4', 1 << 12): continue      # LA57 cannot change in long mode
@@ -92,14 +99,16 @@ def test_one_entry_gives_the_rights_its_bits_say_without_write_while_it_is_clean
         vcpu.efer = vcpu.efer & ~(1 << 11) | efer_nx << 11
         init_mmu(vcpu)
         tables, gpte = guest_tables(vcpu, vcpu.mmu), 0x123 << 12 | bits | used << 5 | dirty << 6 | nx << 63
-        assert tables.gfn(gpte) == 0x123 and tables.is_invalid(gpte) == (not bits & 1 or not used or bool(nx and not efer_nx))
+        assert (tables.gfn(gpte) == 0x123
+                and tables.is_invalid(gpte) == (not bits & 1 or not used or bool(nx and not efer_nx)))
         if tables.is_invalid(gpte): continue
         assert tables.access(gpte) == (4 if bits & 4 else 0) | (2 if bits & 2 and dirty else 0) | (0 if nx else 1)
 
 
 @pytest.mark.claim('nbs/mmu/12_guest_tables.ipynb', '0875e529', "KVM's walk reaches what Part I's walk reaches, or is refused with the same code, for every mode, access and leaf")
 def test_kvm_s_walk_reaches_what_part_i_s_walk_reaches_or_is_refused_with_the_same_code_for_every_mode_access_and_leaf():
-    for mode, bits, access in product(('2-level', 'PAE', '4-level', '5-level'), (0x7, 0x5, 0x3, 0x1, 0x0), (0, 2, 4, 6, 16, 20)):
+    for mode, bits, access in product(('2-level', 'PAE', '4-level', '5-level'), (0x7, 0x5, 0x3, 0x1, 0x0),
+                                      (0, 2, 4, 6, 16, 20)):
         vcpu = example_guest(mode, bits)
         plain, walked = book_walk(vcpu, access), walk_addr(vcpu, vcpu.mmu, 0x40_0010, access)
         assert (walked.fault is None) == (not isinstance(plain, PageFault))
@@ -116,7 +125,8 @@ def test_the_rights_above_a_table_are_those_of_all_entries_above_it_together_for
             write_entry(vcpu.vm.memory, frame * 4096 + 8 * slot, 8, old & ~7 | bits)
         walked = walk_addr(vcpu, vcpu.mmu, 0x40_0010, 0)
         left = [7, rights[0], rights[0] & rights[1], rights[0] & rights[1] & rights[2]]
-        assert [walked.pt_access[level] & 6 for level in (4, 3, 2, 1)] == [bits & 6 for bits in left] and walked.table_gfns == {4: 1, 3: 2, 2: 3, 1: 4}
+        assert ([walked.pt_access[level] & 6 for level in (4, 3, 2, 1)] == [bits & 6 for bits in left]
+                and walked.table_gfns == {4: 1, 3: 2, 2: 3, 1: 4})
         assert all(walked.pt_access[level] & 1 for level in (3, 2, 1))
 
 
@@ -131,7 +141,8 @@ def test_a_leaf_is_writable_for_the_shadow_exactly_if_it_is_writable_and_dirty_o
 
 @pytest.mark.claim('nbs/mmu/12_guest_tables.ipynb', '9fea193b', "KVM leaves the guest's memory as Part I's walk leaves it, for every mode, access and leaf")
 def test_kvm_leaves_the_guest_s_memory_as_part_i_s_walk_leaves_it_for_every_mode_access_and_leaf():
-    for mode, bits, access in product(('2-level', 'PAE', '4-level', '5-level'), (0x7, 0x5, 0x47, 0x27, 0x67, 0x1, 0x0), (0, 2, 4, 6)):
+    for mode, bits, access in product(('2-level', 'PAE', '4-level', '5-level'), (0x7, 0x5, 0x47, 0x27, 0x67, 0x1, 0x0),
+                                      (0, 2, 4, 6)):
         by_kvm, by_book = example_guest(mode, bits), example_guest(mode, bits)
         plain = book_walk(by_book, access)
         if not isinstance(plain, PageFault): write_back(by_book.vm.memory, plain)
@@ -177,14 +188,18 @@ def test_for_l2_kvm_reaches_what_part_i_s_nested_walk_reaches_or_tells_the_same_
         vcpu, walker = nested_vcpu(mode, nested)
         for (gva, *_), access in product(SMALL_PAGES.values(), (0, 2, 4, 6)):
             want, got = walker.walk(gva, Pferr(access)), walk_addr(vcpu, vcpu.nested_mmu, gva, access)
-            if isinstance(want, NestedWalk): assert got.fault is None and got.gfn == want.steps[-1].gpa >> 12 and got.faulting_mmu == ''
-            else: assert (got.faulting_mmu == 'guest_mmu') == isinstance(want, NestedFault) and got.fault.error_code == (want.fault if isinstance(want, NestedFault) else want).error_code
+            if isinstance(want, NestedWalk):
+                assert got.fault is None and got.gfn == want.steps[-1].gpa >> 12 and got.faulting_mmu == ''
+            else:
+                assert ((got.faulting_mmu == 'guest_mmu') == isinstance(want, NestedFault)
+                        and got.fault.error_code == (want.fault if isinstance(want, NestedFault) else want).error_code)
 
 
 @pytest.mark.claim('nbs/mmu/12_guest_tables.ipynb', '29b23cf7', "L1's log gets each page once when it becomes dirty, from the last slot down, and nothing for a read")
 def test_l1_s_log_gets_each_page_once_when_it_becomes_dirty_from_the_last_slot_down_and_nothing_for_a_read():
     vcpu = l1_with_log()
-    for gpa, access in ((0x10_0123, int(Pferr.WRITE)), (0x10_1000, 0), (0x10_2fff, int(Pferr.WRITE)), (0x10_0456, int(Pferr.WRITE)), (0x10_1000, int(Pferr.WRITE))):
+    for gpa, access in ((0x10_0123, int(Pferr.WRITE)), (0x10_1000, 0), (0x10_2fff, int(Pferr.WRITE)),
+                        (0x10_0456, int(Pferr.WRITE)), (0x10_1000, int(Pferr.WRITE))):
         assert walk_addr(vcpu, vcpu.guest_mmu, gpa, access | int(Pferr.USER)).fault is None
     assert logged(vcpu) == [0x10_0000, 0x10_2000, 0x10_1000] and vcpu.pml_index == 508
 
@@ -208,11 +223,13 @@ def test_without_a_log_with_one_in_a_hole_and_with_a_clean_ept_that_keeps_no_d_b
     for changes in (dict(pml_address=None), dict(pml_address=1 << 40)):
         vcpu = l1_with_log()
         for name, value in changes.items(): setattr(vcpu, name, value)
-        assert walk_addr(vcpu, vcpu.guest_mmu, 0x10_0000, int(Pferr.WRITE | Pferr.USER)).ptes[-1] & 0x200 and vcpu.pml_index == 511 and not any(read_gpa(vcpu.vm.memory, LOG, 4096))
+        assert (walk_addr(vcpu, vcpu.guest_mmu, 0x10_0000, int(Pferr.WRITE | Pferr.USER)).ptes[-1] & 0x200
+                and vcpu.pml_index == 511 and not any(read_gpa(vcpu.vm.memory, LOG, 4096)))
     vcpu = l1_with_log()
     vcpu.nested_pgd &= ~0x40
     init_shadow_ept_roles(vcpu, vcpu.nested_pgd)
-    assert not walk_addr(vcpu, vcpu.guest_mmu, 0x10_0000, int(Pferr.WRITE | Pferr.USER)).ptes[-1] & 0x300 and vcpu.pml_index == 511
+    assert (not walk_addr(vcpu, vcpu.guest_mmu, 0x10_0000, int(Pferr.WRITE | Pferr.USER)).ptes[-1] & 0x300
+            and vcpu.pml_index == 511)
     vcpu.guest_mode = False
     with expect_fail(KvmBug, contains='and L1 runs'): write_l1_log(vcpu, 0x10_0000)
 
@@ -233,7 +250,8 @@ def test_what_l1_s_tables_do_not_map_is_told_by_its_frame_the_byte_l2_asked_for_
     memory, free = ram((0, 1 << 22)), list(range(0x21, 0x29))
     for frame in range(1, 9): map_page(memory, 0x2_0000, FORMATS['ept4'], frame << 12, frame << 12, free, 0x7, 0x7)
     map_page(memory, 0x1000, FORMATS['4level'], 0x40_0000, 0x10_0000, list(range(2, 9)), 0x7, 0x7)
-    vcpu = Vcpu(Vm(vmx_host(), memory), cr3=0x1000, guest_mode=True, mmu_is='guest_mmu', walk_mmu_is='nested_mmu', nested_pgd=0x2_0000 | 3 << 3 | 6)
+    vcpu = Vcpu(Vm(vmx_host(), memory), cr3=0x1000, guest_mode=True, mmu_is='guest_mmu', walk_mmu_is='nested_mmu',
+                nested_pgd=0x2_0000 | 3 << 3 | 6)
     vcpu.cr0, vcpu.cr4, vcpu.efer = map(int, MODES['4-level'])
     vcpu.l1 = vcpu.cr0, 0x1000, vcpu.cr4, vcpu.efer
     init_shadow_ept_roles(vcpu, vcpu.nested_pgd)
@@ -245,7 +263,8 @@ def test_what_l1_s_tables_do_not_map_is_told_by_its_frame_the_byte_l2_asked_for_
 @pytest.mark.claim('nbs/mmu/12_guest_tables.ipynb', 'e397840e', 'the entry behind a slot is the one that the slot shadows: for 4-byte entries the slots of both halves name all 1024, and each its own')
 def test_the_entry_behind_a_slot_is_the_one_that_the_slot_shadows_for_4_byte_entries_the_slots_of_both_halves_name_all_1024_and_each_its_own():
     def behind(entry_size, quadrant, slot):
-        return sp_gpte_gpa(ShadowPage(0x11, PageRole(level=1, access=7, quadrant=quadrant, has_4_byte_gpte=int(entry_size == 4)), 0), slot) - 0x1_1000
+        return sp_gpte_gpa(ShadowPage(0x11, PageRole(level=1, access=7, quadrant=quadrant,
+                                                     has_4_byte_gpte=int(entry_size == 4)), 0), slot) - 0x1_1000
     for pte in range(1024):
         (quadrant, slot), = shadow_slots(1, pte)
         assert behind(4, quadrant, slot) == 4 * pte

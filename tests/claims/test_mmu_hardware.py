@@ -52,7 +52,8 @@ def setup_cells():
 
 @pytest.mark.claim('nbs/mmu/24_hardware.ipynb', 'd6d35d69', 'the constants are the bits the architecture gives them')
 def test_the_constants_are_the_bits_the_architecture_gives_them():
-    assert (PRESENT, WRITE, USER, RSVD, FETCH) == (1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 4) and (GUEST_FINAL, GUEST_PAGE) == (1 << 32, 1 << 33)
+    assert ((PRESENT, WRITE, USER, RSVD, FETCH) == (1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 4)
+            and (GUEST_FINAL, GUEST_PAGE) == (1 << 32, 1 << 33))
     assert (PG, SMEP, SMAP, LMA) == (1 << 31, 1 << 20, 1 << 21, 1 << 10)
 
 
@@ -71,7 +72,8 @@ def test_an_l2_under_the_nested_tables_of_a_pae_l1_has_a_root_of_four_levels_the
     vcpu = guest(svm_host(4), mode='PAE')
     enter_l2(vcpu, L2State(0, 0, 0, 0, 0x1000))
     enter_guest(vcpu)
-    assert root_entry(vcpu, 0x40_0000) == (3, None, vcpu.mmu.pae_words[0]) != (3, None, 0) and root_entry(vcpu, 1 << 39) == (4, None, 0)
+    assert (root_entry(vcpu, 0x40_0000) == (3, None, vcpu.mmu.pae_words[0]) != (3, None, 0)
+            and root_entry(vcpu, 1 << 39) == (4, None, 0))
 
 
 @pytest.mark.claim('nbs/mmu/24_hardware.ipynb', '04356b37', 'before KVM has built anything a walk reads one entry; after one fault it reads four, in the slots the address names')
@@ -80,13 +82,15 @@ def test_before_kvm_has_built_anything_a_walk_reads_one_entry_after_one_fault_it
         vcpu = guest(gva=gva)
         assert [(level, entry) for level, _, _, entry in host_walk(vcpu, gva)] == [(4, 0)]
         page_fault(vcpu, gva, 0)
-        assert [(level, index) for level, _, index, _ in host_walk(vcpu, gva)] == [(n, gva >> 12 + 9 * (n - 1) & 511) for n in (4, 3, 2, 1)]
+        assert ([(level, index) for level, _, index, _ in host_walk(vcpu, gva)]
+                == [(n, gva >> 12 + 9 * (n - 1) & 511) for n in (4, 3, 2, 1)])
 
 
 @pytest.mark.claim('nbs/mmu/24_hardware.ipynb', '0ef68821', 'of the eight rights an EPT entry can have, two are reserved, those with write and without read')
 def test_of_the_eight_rights_an_ept_entry_can_have_two_are_reserved_those_with_write_and_without_read():
     vm = guest(vmx_host(4, 4)).vm
-    assert [rights for rights in range(8) if is_reserved(vm, 0x10_0000 | rights)] == [rights for rights in range(8) if rights & 2 and not rights & 1]
+    assert ([rights for rights in range(8) if is_reserved(vm, 0x10_0000 | rights)]
+            == [rights for rights in range(8) if rights & 2 and not rights & 1])
 
 
 @pytest.mark.claim('nbs/mmu/24_hardware.ipynb', '6a957437', 'an entry that remembers a device is reserved on every host and for all rights, and no entry a fault makes is')
@@ -94,14 +98,16 @@ def test_an_entry_that_remembers_a_device_is_reserved_on_every_host_and_for_all_
     for host in (SHADOW, svm_host(4), vmx_host(4, 4), vmx_host(4, 0), vmx_host(4, 4, ad=False)):
         vcpu = guest(host)
         vm = vcpu.vm
-        for gen, access in product((0, 5), (1, 3, 5, 7)): assert is_reserved(vm, make_mmio_spte(vm.masks, gen, 0xfee00, access))
+        for gen, access in product((0, 5), (1, 3, 5, 7)):
+            assert is_reserved(vm, make_mmio_spte(vm.masks, gen, 0xfee00, access))
         page_fault(vcpu, 0x40_0000 if not host.has_tdp else 0x1000, 0)
         assert not any(is_reserved(vm, entry) for sp in vm.pages.values() for entry in sp.sptes.values())
 
 
 @pytest.mark.claim('nbs/mmu/24_hardware.ipynb', '1f7fe6d4', 'only EPT can be without marks, and then a leaf stays as KVM wrote it')
 def test_only_ept_can_be_without_marks_and_then_a_leaf_stays_as_kvm_wrote_it():
-    for host, marks in ((SHADOW, True), (svm_host(4), True), (vmx_host(4, 4), True), (vmx_host(4, 4, ad=False), False), (vmx_host(4, 0), True)):
+    for host, marks in ((SHADOW, True), (svm_host(4), True), (vmx_host(4, 4), True), (vmx_host(4, 4, ad=False), False),
+                        (vmx_host(4, 0), True)):
         vcpu = guest(host)
         page_fault(vcpu, 0x40_0000, 0)                      # With TDP this is a guest-physical address, and as good
         *_, (_, sp, index, entry) = host_walk(vcpu, 0x40_0000)
@@ -120,7 +126,8 @@ def test_a_guest_without_paging_has_no_smep_and_no_smap_and_ac_lifts_smap_alone(
 
 @pytest.mark.claim('nbs/mmu/24_hardware.ipynb', '946163c4', "The processor's rule is the guest's plain rule with WP=1 and NX=1, over every page and access")
 def test_the_processor_s_rule_is_the_guest_s_plain_rule_with_wp_1_and_nx_1_over_every_page_and_access():
-    for access, uwx, smep, smap in product((0, WRITE, USER, USER | WRITE, FETCH, USER | FETCH), range(8), (False, True), (False, True)):
+    for access, uwx, smep, smap in product((0, WRITE, USER, USER | WRITE, FETCH, USER | FETCH), range(8), (False, True),
+                                           (False, True)):
         regs = Registers(cr0=0x8001_0001, cr4=0x20 | smep << 20 | smap << 21, efer=0xd00)
         writable, user, nx = uwx & 2, uwx & 4, not uwx & 1
         assert is_denied(access, writable, user, nx, smep, smap) == bool(refusals(regs, uwx, access))
@@ -132,7 +139,8 @@ def test_a_write_needs_w_at_every_level_user_code_u_at_every_level_and_nx_at_any
     page_fault(vcpu, 0x40_0000, WRITE)
     way = [(sp, index, entry & ~(1 << 63 | 6)) for _, sp, index, entry in host_walk(vcpu, 0x40_0000)]
     for writable, user, nx in product(range(16), repeat=3):
-        for n, (sp, index, entry) in enumerate(way): sp.sptes[index] = entry | (writable >> n & 1) << 1 | (user >> n & 1) << 2 | (nx >> n & 1) << 63
+        for n, (sp, index, entry) in enumerate(way):
+            sp.sptes[index] = entry | (writable >> n & 1) << 1 | (user >> n & 1) << 2 | (nx >> n & 1) << 63
         gets = [isinstance(shadow_access(vcpu, 0x40_0000, kind, False), Reached) for kind in (WRITE, USER, FETCH)]
         assert gets == [writable == 15, user == 15, nx == 0]
 
@@ -143,7 +151,8 @@ def test_an_exit_s_code_is_the_access_as_it_was_p_when_there_was_an_entry_and_rs
     page_fault(vcpu, 0x40_0000, WRITE)
     *_, (_, sp, index, entry) = host_walk(vcpu, 0x40_0000)
     for kind in (0, WRITE, USER, USER | WRITE, FETCH, USER | FETCH):
-        for there, more in ((0, 0), (1 << 63 | entry & ~6, PRESENT), (make_mmio_spte(vcpu.vm.masks, 0, 0x100, 7), PRESENT | RSVD)):
+        for there, more in ((0, 0), (1 << 63 | entry & ~6, PRESENT),
+                            (make_mmio_spte(vcpu.vm.masks, 0, 0x100, 7), PRESENT | RSVD)):
             sp.sptes[index] = there
             answer = shadow_access(vcpu, 0x40_0123, kind)
             assert answer == Exit(0x40_0123, kind | more) or isinstance(answer, Reached) and (kind, more) == (0, PRESENT)
@@ -157,16 +166,20 @@ def test_a_large_page_ends_the_walk_above_level_1_and_the_byte_is_the_one_at_the
         sp, index = next((sp, index) for at, sp, index, _ in host_walk(vcpu, 0x40_0000) if at == level)
         sp.sptes[index] = 5 << 30 | 0x7 | (0x80 if level > 1 else 0)
         size = 1 << 12 + 9 * (level - 1)
-        for offset in (0, 0x123, 0xfff): assert shadow_access(vcpu, 0x40_0000 + offset, 0) == Reached((5 << 30) + (0x40_0000 + offset) % size, level)
+        for offset in (0, 0x123, 0xfff):
+            assert shadow_access(vcpu, 0x40_0000 + offset, 0) == Reached((5 << 30) + (0x40_0000 + offset) % size, level)
 
 
 @pytest.mark.claim('nbs/mmu/24_hardware.ipynb', '8b200179', 'an address the guest cannot even name is refused before any table is read, and KVM hears nothing')
 def test_an_address_the_guest_cannot_even_name_is_refused_before_any_table_is_read_and_kvm_hears_nothing():
-    assert isinstance(shadow_access(guest(), 1 << 47, 0), Refused) and isinstance(shadow_access(guest(), (1 << 64) - (1 << 47) - 1, 0), Refused)
+    assert (isinstance(shadow_access(guest(), 1 << 47, 0), Refused)
+            and isinstance(shadow_access(guest(), (1 << 64) - (1 << 47) - 1, 0), Refused))
     assert isinstance(shadow_access(guest(), (1 << 64) - (1 << 47), 0), Exit)
     wide = guest(svm_host(5, npt=False), mode='5-level')
     assert isinstance(shadow_access(wide, 1 << 47, 0), Exit) and isinstance(shadow_access(wide, 1 << 56, 0), Refused)
-    for mode in ('2-level', 'PAE'): assert isinstance(shadow_access(guest(mode=mode), 1 << 32, 0), Refused) and isinstance(shadow_access(guest(mode=mode), (1 << 32) - 1, 0), Exit)
+    for mode in ('2-level', 'PAE'):
+        assert (isinstance(shadow_access(guest(mode=mode), 1 << 32, 0), Refused)
+                and isinstance(shadow_access(guest(mode=mode), (1 << 32) - 1, 0), Exit))
 
 
 @pytest.mark.claim('nbs/mmu/24_hardware.ipynb', '071108c0', 'A leaf is marked dirty by a write and only by a write, and looking marks nothing')
@@ -186,8 +199,10 @@ def test_the_picture_shows_the_walk_one_taken_slot_a_table_and_red_where_it_exit
     page_fault(vcpu, 0x40_0000, 0)
     through, stopped = draw_answer(vcpu, 0x40_0000), draw_answer(vcpu, 0x40_1000, USER | WRITE)
     assert [box.rows[0].state for box in through.boxes[:-1]] == ['taken'] * 4 and through.boxes[-1].kind == 'frame'
-    assert [box.rows[0].state for box in stopped.boxes[:-1]] == ['taken'] * 3 + ['refused'] and stopped.boxes[-1].kind == 'refused'
-    assert [box.rows[0].index for box in stopped.boxes[:-1]] == [0, 0, 2, 1] and stopped.caption == 'user write at 0x40_1000'
+    assert ([box.rows[0].state for box in stopped.boxes[:-1]] == ['taken'] * 3 + ['refused']
+            and stopped.boxes[-1].kind == 'refused')
+    assert ([box.rows[0].index for box in stopped.boxes[:-1]] == [0, 0, 2, 1]
+            and stopped.caption == 'user write at 0x40_1000')
 
 
 @pytest.mark.claim('nbs/mmu/24_hardware.ipynb', '4605c784', "under CR0.WP=0 the supervisor's write and the user's read of one read-only page each cost an exit, again and again")
@@ -222,7 +237,8 @@ def test_npt_takes_every_access_for_a_user_s_and_a_missing_u_stops_even_the_supe
 def test_a_reserved_entry_tells_ept_s_handler_nothing_of_the_access_and_npt_s_everything():
     for host, kind in product((svm_host(4), vmx_host(4, 4)), (USER, USER | WRITE, FETCH)):
         masks = guest(host).vm.masks
-        assert trip(make_mmio_spte(masks, 0, 0x100, 7), kind, host) == (RSVD if masks.is_ept else kind | USER | GUEST_FINAL | PRESENT | RSVD)
+        assert trip(make_mmio_spte(masks, 0, 0x100, 7), kind,
+                    host) == (RSVD if masks.is_ept else kind | USER | GUEST_FINAL | PRESENT | RSVD)
 
 
 @pytest.mark.claim('nbs/mmu/24_hardware.ipynb', 'e458c1ef', "the guest frame behind a host frame is the one whose page it is, and a frame of nobody's is a broken invariant")
@@ -258,7 +274,8 @@ def test_with_shadow_paging_the_processor_asks_kvm_about_everything_with_tdp_it_
 def test_reading_a_guest_s_table_asks_for_a_write_under_npt_and_under_ept_with_a_and_d_and_for_a_read_alone_without_them():
     for host, code in ((svm_host(4), USER | WRITE), (vmx_host(4, 4), USER | WRITE), (vmx_host(4, 4, ad=False), USER)):
         exits, _ = until_reached(guest(host))
-        assert [one.error_code for one in exits[:4]] == [code | GUEST_PAGE] * 4 and exits[4].error_code == USER | GUEST_FINAL
+        assert ([one.error_code for one in exits[:4]] == [code | GUEST_PAGE] * 4
+                and exits[4].error_code == USER | GUEST_FINAL)
 
 
 @pytest.mark.claim('nbs/mmu/24_hardware.ipynb', '855f47be', "the processor marks each entry of the guest's accessed, and dirty only the last and only for a write; KVM sees none of it")
@@ -310,7 +327,8 @@ def test_a_page_that_was_read_has_a_in_both_tables_the_first_write_adds_d_to_bot
         sp.sptes[index] = entry & ~dirty
         for kind, marked in ((0, False), (WRITE, True), (WRITE, True)):
             assert isinstance(tdp_access(vcpu, 0x40_0010, kind), Reached)
-            assert (read_entry(vcpu.vm.memory, 0x4000, 8) & 0x60, bool(sp.sptes[index] & dirty)) == (0x60 if marked else 0x20, marked)
+            assert (read_entry(vcpu.vm.memory, 0x4000, 8) & 0x60,
+                    bool(sp.sptes[index] & dirty)) == (0x60 if marked else 0x20, marked)
 
 
 @pytest.mark.claim('nbs/mmu/24_hardware.ipynb', '86bf9abd', "only looking changes nothing: not a bit of the guest's memory, not a bit of KVM's tables")
@@ -318,15 +336,18 @@ def test_only_looking_changes_nothing_not_a_bit_of_the_guest_s_memory_not_a_bit_
     for host in (svm_host(4), vmx_host(4, 4)):
         vcpu = guest(host)
         until_reached(vcpu)
-        for gpa in (0x1000, 0x2000, 0x3010, 0x4000): write_entry(vcpu.vm.memory, gpa, 8, read_entry(vcpu.vm.memory, gpa, 8) & ~0x60)
-        state = lambda: ([read_entry(vcpu.vm.memory, gpa, 8) for gpa in (0x1000, 0x2000, 0x3010, 0x4000)], [dict(sp.sptes) for sp in vcpu.vm.pages.values()])
+        for gpa in (0x1000, 0x2000, 0x3010, 0x4000):
+            write_entry(vcpu.vm.memory, gpa, 8, read_entry(vcpu.vm.memory, gpa, 8) & ~0x60)
+        state = lambda: ([read_entry(vcpu.vm.memory, gpa, 8) for gpa in (0x1000, 0x2000, 0x3010, 0x4000)],
+                         [dict(sp.sptes) for sp in vcpu.vm.pages.values()])
         before = state()
         assert isinstance(tdp_access(vcpu, 0x40_0010, 0, mark=False), Reached) and state() == before
 
 
 @pytest.mark.claim('nbs/mmu/24_hardware.ipynb', '49106ec0', "g levels of the guest's over h of KVM's cost g + h + g*h reads: 24 at four and four, 35 at five and five")
 def test_g_levels_of_the_guest_s_over_h_of_kvm_s_cost_g_h_g_h_reads_24_at_four_and_four_35_at_five_and_five():
-    for (mode, g), (host, h) in product((('2-level', 2), ('PAE', 2), ('4-level', 4), ('5-level', 5)), ((svm_host(4), 4), (vmx_host(4, 4), 4), (svm_host(5), 5))):
+    for (mode, g), (host, h) in product((('2-level', 2), ('PAE', 2), ('4-level', 4), ('5-level', 5)),
+                                        ((svm_host(4), 4), (vmx_host(4, 4), 4), (svm_host(5), 5))):
         if mode == '5-level' and h == 4: continue           # A machine of four levels offers its guest no fifth
         vcpu = guest(host, mode=mode)
         until_reached(vcpu)

@@ -33,10 +33,14 @@ def setup_cells():
              'EPT without A and D': vmx_host(ad=False), 'old MMU, EPT without A and D': vmx_host(ad=False, tdp_mmu=False)}
 
     def guest(host=HOSTS['shadow'], pages=4, marks=True, **vm):
-        "A vCPU in 4-level paging, with a TLB; page i of `PAGE` leads to frame `FRAME + i`. Its entries have A and D, unless without marks."
+        """A vCPU in 4-level paging, with a TLB; page i of `PAGE` leads to frame `FRAME + i`.
+
+    Its entries have A and D, unless without marks."""
         memory, (cr0, cr4, efer) = ram((0, 1 << 22)), map(int, MODES['4-level'])
         tables = list(range(2, 30))
-        for i in range(pages): map_page(memory, 0x1000, FORMATS['4level'], PAGE + 0x1000 * i, FRAME + i << 12, tables, 0x67 if marks else 0x7, 0x27 if marks else 0x7)
+        for i in range(pages):
+            map_page(memory, 0x1000, FORMATS['4level'], PAGE + 0x1000 * i, FRAME + i << 12, tables, 0x67 if marks else 0x7,
+                     0x27 if marks else 0x7)
         vm = Vm(host, memory, prefetch=False, **vm)
         vcpu = new_vcpu(vm, cr0=cr0, cr3=0x1000, cr4=cr4, efer=efer)
         vcpu.tlb = Tlb()
@@ -68,7 +72,8 @@ def setup_cells():
             told = act()
             told = sorted(gfn for gfn in told if gfn >= FRAME) if isinstance(told, frozenset) else None
             noted = FRAME in vm.dirty
-            rows.append((len(rows) + 1, who, what, (entry_state(vm, entry(vcpu)), 'yes' if noted else 'no', None if told is None else ', '.join(map(hex, told)) or 'none')))
+            rows.append((len(rows) + 1, who, what, (entry_state(vm, entry(vcpu)), 'yes' if noted else 'no',
+                                                    None if told is None else ', '.join(map(hex, told)) or 'none')))
         write, read = (lambda: use(vcpu, 0, WRITE)), (lambda: use(vcpu))
         step('guest', 'writes', write)
         step('host', 'starts the log', lambda: start_dirty_log(vm, 0))

@@ -55,7 +55,8 @@ def setup_cells():
     FULL = [0x10_0067 + (i << 12) for i in range(16)]
 
     def two_roots():
-        "A vCPU with the way to 0x40_0000 below its root, and a cached root that shares it; the table is stale, the guest's entry gone."
+        """A vCPU with the way to 0x40_0000 below its root, and a cached root that shares it; the table is stale, the
+    guest's entry gone."""
         vcpu, = example_vcpus()
         sp, index = shadow_of(vcpu)
         old = to_shadow_page(vcpu.vm, vcpu.mmu.root.hpa)
@@ -119,7 +120,8 @@ def test_only_a_neighbour_that_would_be_writable_is_held_back_from_the_log_the_a
         vcpu, = example_vcpus()
         sp, index = shadow_of(vcpu)
         if logged: vcpu.vm.logged.add(0)
-        made = prefetch_gpte(vcpu, guest_tables(vcpu, vcpu.mmu), sp, index + 1, 0x10_1067 if writable else 0x10_1065, mere_neighbour)
+        made = prefetch_gpte(vcpu, guest_tables(vcpu, vcpu.mmu), sp, index + 1, 0x10_1067 if writable else 0x10_1065,
+                             mere_neighbour)
         assert made == (not (logged and writable and mere_neighbour))
         assert vcpu.vm.dirty == ({0x101} if logged and writable and made else set())
 
@@ -148,7 +150,8 @@ def test_nothing_is_prefetched_while_the_host_takes_frames_away_above_level_1_or
 def test_below_a_large_page_of_the_guest_s_the_neighbours_in_memory_are_mapped_whether_or_not_there_are_a_bits_to_tell_them_by():
     for ad_disabled in (0, 1):
         vcpu, = example_vcpus(vmx_host(4, 4), prefetch=True)
-        sp = get_shadow_page(vcpu, 0x100, replace(child_role(to_shadow_page(vcpu.vm, vcpu.mmu.root.hpa).role, 0, True, 7), level=1, guest_mode=1, ad_disabled=ad_disabled))
+        sp = get_shadow_page(vcpu, 0x100, replace(child_role(to_shadow_page(vcpu.vm, vcpu.mmu.root.hpa).role, 0, True, 7),
+                                                  level=1, guest_mode=1, ad_disabled=ad_disabled))
         pte_prefetch(vcpu, None, sp, 3)
         assert set(sp.sptes) == {0, 1, 2, 4, 5, 6, 7}
 
@@ -186,7 +189,8 @@ def test_what_invlpg_takes_out_of_a_stale_table_every_processor_forgets_even_if_
         flushes = vcpu.vm.flushes
         invalidate_gva(vcpu, vcpu.mmu, 0x40_0000)
         assert vcpu.vm.flushes == flushes + stale
-        assert bool(rmap_entries(vcpu.vm, 0x100, 1)) == (not stale) and is_present(sp.sptes.get(index, 0)) == (not stale or gpte == 0x10_1067)
+        assert (bool(rmap_entries(vcpu.vm, 0x100, 1)) == (not stale)
+                and is_present(sp.sptes.get(index, 0)) == (not stale or gpte == 0x10_1067))
 
 
 @pytest.mark.claim('nbs/mmu/20_invlpg.ipynb', 'b6a09c84', 'the walk stops at the first table with no mark below, and a stale table that no mark leads to is not looked at')
@@ -247,12 +251,14 @@ def test_a_stale_entry_below_a_cached_root_goes_though_the_current_root_does_not
 
 @pytest.mark.claim('nbs/mmu/20_invlpg.ipynb', 'd341a079', 'for an address that is not canonical nothing is looked at and nothing flushed; with five levels more addresses are canonical')
 def test_for_an_address_that_is_not_canonical_nothing_is_looked_at_and_nothing_flushed_with_five_levels_more_addresses_are_canonical():
-    for gva, la57, works in ((0x40_0000, 0, True), (1 << 47, 0, False), (1 << 47, 1, True), (1 << 56, 1, False), (0xffff_8000_0000_0000, 0, True)):
+    for gva, la57, works in ((0x40_0000, 0, True), (1 << 47, 0, False), (1 << 47, 1, True), (1 << 56, 1, False),
+                             (0xffff_8000_0000_0000, 0, True)):
         vcpu, = example_vcpus()
         vcpu.cr4 |= int(Cr4.LA57) * la57
         vcpu.log.clear()
         invalidate_gva(vcpu, vcpu.mmu, gva)
-        assert [did.what for did in vcpu.log] == (['invalidate_gva', 'flush_gva', 'invlpg_root'] if works else ['invalidate_gva']), hex(gva)
+        assert [did.what for did in vcpu.log] == (['invalidate_gva', 'flush_gva', 'invlpg_root'] if works
+                                                  else ['invalidate_gva']), hex(gva)
 
 
 @pytest.mark.claim('nbs/mmu/20_invlpg.ipynb', 'c7dba397', 'Under TDP nothing is shadowed, and nothing is looked at: only the processor forgets')
@@ -285,12 +291,14 @@ def test_a_reserved_bit_in_the_guest_s_tables_is_told_to_the_guest_and_the_shado
     write_entry(vcpu.vm.memory, 0x5000, 8, 1 << 50 | 0x10_0067)
     vcpu.log.clear()
     inject_page_fault(vcpu, refused(vcpu, 0))
-    assert vcpu.injected == Injected('guest', '#PF', 0x40_0000, 9) and [did.what for did in vcpu.log] == ['inject'] and is_present(sp.sptes[index])
+    assert (vcpu.injected == Injected('guest', '#PF', 0x40_0000, 9) and [did.what for did in vcpu.log] == ['inject']
+            and is_present(sp.sptes[index]))
 
 
 @pytest.mark.claim('nbs/mmu/20_invlpg.ipynb', '4e52f24e', "an address without a walk makes a #GP, a full log of L1's an exit to L1, and neither looks at the shadow")
 def test_an_address_without_a_walk_makes_a_gp_a_full_log_of_l1_s_an_exit_to_l1_and_neither_looks_at_the_shadow():
-    for fault, want in ((GeneralProtection("not canonical"), Injected('guest', '#GP', 1 << 47, 0)), (LogFull(), Injected('L1', 'log full', 0, 0))):
+    for fault, want in ((GeneralProtection("not canonical"), Injected('guest', '#GP', 1 << 47, 0)),
+                        (LogFull(), Injected('L1', 'log full', 0, 0))):
         vcpu, = example_vcpus()
         vcpu.log.clear()
         inject_page_fault(vcpu, Walked(1 << 47, 0, fault=fault, faulting_mmu='root_mmu'))
@@ -322,4 +330,5 @@ def test_bits_7_and_8_of_the_qualification_are_the_real_exit_s_the_others_the_wa
         vcpu, = example_vcpus()
         vcpu.npf_info = info
         real = 0 if info is None else {0: 0, 1: 0x180, 2: 0x80}[info >> 32]
-        assert ept_qualification(vcpu, SimpleNamespace(exit_reason=reason, exit_qualification=asked)) == (0 if reason == 49 else asked | real)
+        assert (ept_qualification(vcpu, SimpleNamespace(exit_reason=reason, exit_qualification=asked))
+                == (0 if reason == 49 else asked | real))

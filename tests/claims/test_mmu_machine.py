@@ -23,7 +23,8 @@ def setup_cells():
         "Frames 0 to 15 mapped one to one, four pages at 0x40_0000, tables in frames 1 to 8."
         memory, free = ram((0, 1 << 22)), list(range(2, 9))
         for page in range(16): map_page(memory, 0x1000, FORMATS['4level'], page << 12, page << 12, free, 0x3, 0x7)
-        for page in range(4): map_page(memory, 0x1000, FORMATS['4level'], 0x40_0000 + (page << 12), 0x10_0000 + (page << 12), free, 0x7, 0x7)
+        for page in range(4):
+            map_page(memory, 0x1000, FORMATS['4level'], 0x40_0000 + (page << 12), 0x10_0000 + (page << 12), free, 0x7, 0x7)
         return new_machine(host, memory, vcpus=vcpus)
 
     wrong = (('set_cr0', 1 << 63), ('set_cr4', 0), ('set_efer', 0))
@@ -32,18 +33,22 @@ def setup_cells():
 
     def walk_race(at='guest tables walked'):
         machine = small_machine(vcpus=2)
-        machine.happen(dict(do='write', vcpu=1, at=0x5ff8, value=0))        # vCPU 1 has written to that table before: no exit
-        return machine, dict(do='read', vcpu=0, at=0x40_0000, meanwhile=dict(at=at, event=dict(do='write', vcpu=1, at=0x5000, value=0)))
+        machine.happen(dict(do='write', vcpu=1, at=0x5ff8, value=0))  # vCPU 1 has written to that table before: no exit
+        return machine, dict(do='read', vcpu=0, at=0x40_0000,
+                             meanwhile=dict(at=at, event=dict(do='write', vcpu=1, at=0x5000, value=0)))
 
     def zap_race(host=svm_host(4)):
         machine = small_machine(host, 2)
-        for event in (dict(do='write', vcpu=0, at=0x40_0000, value=1), dict(do='start_dirty_log', slot=0)): machine.happen(event)
-        return machine, dict(do='write', vcpu=0, at=0x40_0000, value=2, meanwhile=dict(at='fast page fault', nth=5, event=dict(do='unmap', start=0x100, end=0x101)))
+        for event in (dict(do='write', vcpu=0, at=0x40_0000, value=1), dict(do='start_dirty_log', slot=0)):
+            machine.happen(event)
+        return machine, dict(do='write', vcpu=0, at=0x40_0000, value=2,
+                             meanwhile=dict(at='fast page fault', nth=5, event=dict(do='unmap', start=0x100, end=0x101)))
 
     def sync_race(at='sync: marked in sync'):
         machine = small_machine(vcpus=2)
         edit = dict(do='write', vcpu=0, at=0x5000, value=0x10_1067)
-        for event in (dict(do='read', vcpu=1, at=0x40_0000), edit, edit, dict(do='set_cr3', vcpu=1, value=0x1000)): machine.happen(event)
+        for event in (dict(do='read', vcpu=1, at=0x40_0000), edit, edit, dict(do='set_cr3', vcpu=1, value=0x1000)):
+            machine.happen(event)
         return machine, dict(do='read', vcpu=1, at=0x40_0000, meanwhile=dict(at=at, event={**edit, 'value': 0x10_2067}))
 
     from kvm_mmu_lit.guest.memory import write_entry
@@ -71,7 +76,8 @@ def test_an_access_says_how_it_ended_done_with_what_was_read_or_the_fault_the_gu
     assert ended('write', 0x40_0010, value=0x1234, size=2) == ('done', 0x1234) == ended('read', 0x40_0010, size=4)
     assert ended('fetch', 0x40_0000) == ('done', 0)
     assert ended('read', 0x50_0000) == 0x0, "nothing is mapped there"
-    assert ended('read', 0x3000, user=True) == 0x5 and ended('write', 0x3000, user=True, value=0) == 0x7, "a supervisor's page"
+    assert (ended('read', 0x3000, user=True) == 0x5
+            and ended('write', 0x3000, user=True, value=0) == 0x7), "a supervisor's page"
     assert ended('read', 0x3000) == ('done', 0x4027), "the guest's entry of level 2, with the A bit of the walks so far"
 
 
@@ -95,14 +101,16 @@ def test_a_refused_mov_leaves_the_register_and_kvm_s_tables_as_they_were_cr0_wp_
     before = vcpu.cr0, vcpu.cr4, vcpu.efer, set(machine.vm.pages), vcpu.mmu.root
     for do, value in wrong: assert '#GP' in str(machine.happen(dict(do=do, vcpu=0, value=value)))
     assert before == (vcpu.cr0, vcpu.cr4, vcpu.efer, set(machine.vm.pages), vcpu.mmu.root)
-    assert machine.happen(dict(do='set_cr0', vcpu=0, value=vcpu.cr0 & ~(1 << 16))) is None and machine.happen(write).what == 'done'
+    assert (machine.happen(dict(do='set_cr0', vcpu=0, value=vcpu.cr0 & ~(1 << 16))) is None
+            and machine.happen(write).what == 'done')
 
 
 @pytest.mark.claim('nbs/mmu/28_machine.ipynb', 'd5066b10', 'Each kind of flush brings the new page, whichever kind it is, and without one vCPU 1 may stay with the old')
 def test_each_kind_of_flush_brings_the_new_page_whichever_kind_it_is_and_without_one_vcpu_1_may_stay_with_the_old():
     edit, read = dict(do='write', vcpu=0, at=0x5000, value=0x10_1067), dict(do='read', vcpu=1, at=0x40_0000)
     seen = {}
-    for flush in (None, dict(do='invlpg', vcpu=1, at=0x40_0000), dict(do='set_cr3', vcpu=1, value=0x1000), *(dict(do='invpcid', vcpu=1, kind=kind, pcid=0, at=0x40_0000) for kind in range(4))):
+    for flush in (None, dict(do='invlpg', vcpu=1, at=0x40_0000), dict(do='set_cr3', vcpu=1, value=0x1000),
+                  *(dict(do='invpcid', vcpu=1, kind=kind, pcid=0, at=0x40_0000) for kind in range(4))):
         machine = small_machine(vcpus=2)
         for event in (read, edit): machine.happen(event)
         if flush: machine.happen(flush)
@@ -126,7 +134,8 @@ def test_l2_runs_under_registers_of_its_own_and_leaves_l1_s_as_they_were_on_host
 
 @pytest.mark.claim('nbs/mmu/28_machine.ipynb', 'ea609997', "A store of KVM's into a page table is followed at once, a write of the guest's only after a flush")
 def test_a_store_of_kvm_s_into_a_page_table_is_followed_at_once_a_write_of_the_guest_s_only_after_a_flush():
-    for event, frame in ((dict(do='write', vcpu=0, at=0x5000, value=0x10_1067), 0x100), (dict(do='store', vcpu=0, gpa=0x5000, value=0x10_1067), 0x101)):
+    for event, frame in ((dict(do='write', vcpu=0, at=0x5000, value=0x10_1067), 0x100),
+                         (dict(do='store', vcpu=0, gpa=0x5000, value=0x10_1067), 0x101)):
         machine = small_machine()
         machine.happen(dict(do='read', vcpu=0, at=0x40_0000))
         machine.happen(event)
@@ -139,9 +148,11 @@ def test_the_second_event_happens_at_the_point_named_the_n_th_time_it_is_reached
         machine = small_machine(vcpus=2)
         machine.happen(dict(do='read', vcpu=0, at=0x40_0000, meanwhile=dict(at=at, nth=nth, event=event)))
         return machine.steps
-    assert steps('guest tables walked') == 2 and steps('in guest') == 2 == steps('in guest', 2), "it enters twice: once to fault, once to read"
+    assert (steps('guest tables walked') == 2
+            and steps('in guest') == 2 == steps('in guest', 2)), "it enters twice: once to fault, once to read"
     assert steps('in guest', 3) == steps('guest tables walked', 2) == steps('tdp exchange') == steps('syncing') == 1
-    again = dict(do='read', vcpu=1, at=0x40_1000, meanwhile=dict(at='faulted in', event=dict(do='read', vcpu=0, at=0x40_2000)))
+    again = dict(do='read', vcpu=1, at=0x40_1000,
+                 meanwhile=dict(at='faulted in', event=dict(do='read', vcpu=0, at=0x40_2000)))
     assert steps('faulted in', event=again) == 3
 
 
@@ -162,7 +173,8 @@ def test_the_picture_tells_what_happens_without_it_same_answer_same_tables_same_
             machine, event = walk_race(at)
             event['meanwhile']['event']['at'] = gpte_at
             rows = draw_race(machine, event, 0x40_0000, gpte_at).events if drawn else machine.happen(event) and ()
-            machines.append((machine.steps, [(sp.gfn, sp.sptes) for sp in machine.vm.pages.values()], bytes(machine.vm.memory.slot(5).page(5))))
+            machines.append((machine.steps, [(sp.gfn, sp.sptes) for sp in machine.vm.pages.values()],
+                             bytes(machine.vm.memory.slot(5).page(5))))
         assert machines[0] == machines[1] and rows[-1].lane == 'vCPU 0', (at, gpte_at)
 
 
@@ -193,9 +205,12 @@ def test_while_a_table_is_being_synced_a_store_into_it_exits_and_waits_afterward
 @pytest.mark.claim('nbs/mmu/28_machine.ipynb', 'cef8f887', 'what is no event is refused by name and is no step, whatever is wrong with it')
 def test_what_is_no_event_is_refused_by_name_and_is_no_step_whatever_is_wrong_with_it():
     read, refused = dict(do='read', vcpu=0, at=0), new_machine(svm_host(4))
-    wrong = ({'do': []}, [], dict(read, size=True), dict(read, size=1.0), dict(read, at='0'), dict(read, colour=1), dict(do='delete_slot', slot=1),
-             *(dict(read, meanwhile=meanwhile) for meanwhile in ([], dict(at=[], event=read), dict(at='in guest'), dict(at='in guest', event=read, nth=0),
-                                                                 dict(at='in guest', event=read, nth='2'), dict(at='in guest', event=read, colour=1))))
+    wrong = ({'do': []}, [], dict(read, size=True), dict(read, size=1.0), dict(read, at='0'), dict(read, colour=1),
+             dict(do='delete_slot', slot=1),
+             *(dict(read, meanwhile=meanwhile)
+               for meanwhile in ([], dict(at=[], event=read), dict(at='in guest'), dict(at='in guest', event=read, nth=0),
+                                                                 dict(at='in guest', event=read, nth='2'),
+                                 dict(at='in guest', event=read, colour=1))))
     for event in wrong:
         with expect_fail(ValueError): refused.happen(event)
     assert refused.steps == 0
@@ -206,7 +221,9 @@ def test_an_l2_in_pae_mode_starts_with_the_four_entries_at_its_cr3_as_l1_s_neste
     for host, fmt, pgd in ((svm_host(4), '4level', 0x2_0000), (vmx_host(4), 'ept4', eptp_of(0x2_0000))):
         machine, free = small_machine(host), list(range(0x21, 0x40))
         memory = machine.vm.memory
-        for gpa in (0x5000, 0x6000): map_page(memory, 0x2_0000, FORMATS[fmt], gpa, 0x30_0000 + gpa, free, 0x6 if 'ept' in fmt else 0x7, 0x6 if 'ept' in fmt else 0x7)
+        for gpa in (0x5000, 0x6000):
+            map_page(memory, 0x2_0000, FORMATS[fmt], gpa, 0x30_0000 + gpa, free, 0x6 if 'ept' in fmt else 0x7,
+                     0x6 if 'ept' in fmt else 0x7)
         for gpa in (0x5000, 0x6000): write_entry(memory, 0x30_0000 + gpa, 8, gpa + 0x1001)
         cr0, cr4, efer = map(int, MODES['PAE'])
         machine.happen(dict(do='enter_l2', vcpu=0, cr0=cr0, cr3=0x5000, cr4=cr4, efer=efer, nested_pgd=pgd))
@@ -220,7 +237,8 @@ def test_the_processor_marks_l2_s_entries_behind_l1_s_nested_tables_and_leaves_l
     for host, fmt, pgd in ((svm_host(4), '4level', 0x2_0000), (vmx_host(4), 'ept4', eptp_of(0x2_0000))):
         machine, free = small_machine(host), list(range(0x21, 0x40))
         memory, bits = machine.vm.memory, 0x6 if fmt == 'ept4' else 0x7
-        for gpa in (*range(0x1000, 0x9000, 0x1000), 0x10_0000): map_page(memory, 0x2_0000, FORMATS[fmt], gpa, 0x30_0000 + (gpa & 0xffff), free, bits, bits)
+        for gpa in (*range(0x1000, 0x9000, 0x1000), 0x10_0000):
+            map_page(memory, 0x2_0000, FORMATS[fmt], gpa, 0x30_0000 + (gpa & 0xffff), free, bits, bits)
         for frame in range(1, 9): memory.words(8)[0x300 + frame][:] = memory.words(8)[frame][:]
         cr0, cr4, efer = map(int, MODES['4-level'])
         machine.happen(dict(do='enter_l2', vcpu=0, cr0=cr0, cr3=0x1000, cr4=cr4, efer=efer, nested_pgd=pgd))

@@ -26,12 +26,16 @@ def setup_cells():
         "Frames 0 to 15 mapped one to one, four pages at 0x40_0000."
         memory, free = ram((0, 1 << 22)), list(range(2, 9))
         for page in range(16): map_page(memory, 0x1000, FORMATS['4level'], page << 12, page << 12, free, 0x3, 0x7)
-        for page in range(4): map_page(memory, 0x1000, FORMATS['4level'], 0x40_0000 + (page << 12), 0x10_0000 + (page << 12), free, 0x7, 0x7)
+        for page in range(4):
+            map_page(memory, 0x1000, FORMATS['4level'], 0x40_0000 + (page << 12), 0x10_0000 + (page << 12), free, 0x7, 0x7)
         return new_machine(host, memory, vcpus=vcpus)
 
-    EVENTS = (dict(do='write', vcpu=0, at=0x40_0008, value=7), dict(do='write', vcpu=0, at=0x5000, value=0x10_1067), dict(do='read', vcpu=1, at=0x40_1000),
-              dict(do='set_cr0', vcpu=1, value=0x8000_0001), dict(do='invlpg', vcpu=0, at=0x40_0000), dict(do='start_dirty_log', slot=0), dict(do='write', vcpu=1, at=0x40_2000, value=1),
-              dict(do='unmap', start=0x100, end=0x102), dict(do='read', vcpu=0, at=0x40_0000), dict(do='get_dirty_log', slot=0))
+    EVENTS = (dict(do='write', vcpu=0, at=0x40_0008, value=7), dict(do='write', vcpu=0, at=0x5000, value=0x10_1067),
+              dict(do='read', vcpu=1, at=0x40_1000),
+              dict(do='set_cr0', vcpu=1, value=0x8000_0001), dict(do='invlpg', vcpu=0, at=0x40_0000),
+              dict(do='start_dirty_log', slot=0), dict(do='write', vcpu=1, at=0x40_2000, value=1),
+              dict(do='unmap', start=0x100, end=0x102), dict(do='read', vcpu=0, at=0x40_0000),
+              dict(do='get_dirty_log', slot=0))
 
 
 @pytest.mark.claim('nbs/mmu/29_machine_state.ipynb', 'f9fef168', 'A state is exactly what JSON has: written and read it is equal, and says the same text again')
@@ -70,7 +74,8 @@ def test_the_edit_marks_the_table_above_it_out_of_sync_and_changes_no_entry_of_i
     for event in (EVENTS[1], EVENTS[4], dict(do='read', vcpu=0, at=0x40_0000)):
         machine.happen(event)
         states.append(freeze(machine))
-    edited, flushed, read = ({where for where, _, _ in differences(*pair) if where.startswith(f'pages[{leaf}]')} for pair in zip(states, states[1:]))
+    edited, flushed, read = ({where for where, _, _ in differences(*pair) if where.startswith(f'pages[{leaf}]')}
+                             for pair in zip(states, states[1:]))
     assert edited == {f'pages[{leaf}].unsync'}, edited
     assert any('.sptes' in where for where in flushed | read) and not any('.unsync' in where for where in flushed)
 
@@ -83,7 +88,8 @@ def test_no_difference_is_overlooked_and_none_invented_it_is_empty_for_equal_sta
     found = list(differences(freeze(other), freeze(one)))
     assert found and all(old != new for _, old, new in found) and len({where for where, _, _ in found}) == len(found)
     assert ('steps', 0, len(EVENTS)) in found and ('vcpus[1].cr0', other.vcpus[1].cr0, one.vcpus[1].cr0) in found
-    assert sorted(map(str, ((where, new, old) for where, old, new in found))) == sorted(map(str, differences(freeze(one), freeze(other))))
+    assert (sorted(map(str, ((where, new, old) for where, old, new in found)))
+            == sorted(map(str, differences(freeze(one), freeze(other)))))
     last = freeze(one)
     swapped = {**last, 'pages': last['pages'][::-1]}
     assert [where for where, _, _ in differences(last, swapped)] == ['pages'], "the order counts"
@@ -96,7 +102,8 @@ def test_whatever_part_is_missing_is_of_another_type_or_is_too_many_the_state_is
     state, tried = freeze(one), 0
     def parts(value, path=()):
         if isinstance(value, dict): yield path, value
-        for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else (): yield from parts(inner, (*path, key))
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+            yield from parts(inner, (*path, key))
     def changed(path, change):
         again = json.loads(json.dumps(state))
         part = again
@@ -106,8 +113,11 @@ def test_whatever_part_is_missing_is_of_another_type_or_is_too_many_the_state_is
     for path, part in parts(state):
         if path and path[-1] == 'pages': continue                # A frame that is missing is a frame of zeroes
         for name in part:
-            for change in (lambda one: one.pop(name), lambda one: one.update({name: 1.5}), lambda one: one.update(colour=1)):
-                with expect_fail(ValueError, contains='colour' if 'colour' in str(change.__code__.co_names + change.__code__.co_consts) else name): thaw(changed(path, change))
+            for change in (lambda one: one.pop(name), lambda one: one.update({name: 1.5}),
+                           lambda one: one.update(colour=1)):
+                with expect_fail(ValueError, contains='colour'
+                                 if 'colour' in str(change.__code__.co_names + change.__code__.co_consts) else name):
+                    thaw(changed(path, change))
                 tried += 1
     assert tried > 300
 
@@ -152,12 +162,15 @@ def test_what_is_broken_comes_with_its_number_the_entry_concerned_the_frames_on_
     machine = small_machine()
     machine.happen(EVENTS[0])
     vm, (sp, index) = machine.vm, entry_at(machine.vm, rmap_entries(machine.vm, 0x100, 1)[0])
-    bug = broken_invariant(vm, 52, f"frame 0x100 is mapped to host frame {spte_pfn(sp.sptes[index]):#x}, the host has it in 0x4000000")
+    bug = broken_invariant(vm, 52, f"frame 0x100 is mapped to host frame {spte_pfn(sp.sptes[index]):#x}, the host has it "
+                                   f"in 0x4000000")
     assert bug.kind == 'invariant 52' and str(bug).startswith('52: frame 0x100 is mapped')
     shown = bug.state.splitlines()
-    assert shown[0].startswith(f"level 1 table {sp.spt:#x} of frame {sp.gfn:#x}, {sp.role}") and 'reached from slot' in shown[1]
+    assert (shown[0].startswith(f"level 1 table {sp.spt:#x} of frame {sp.gfn:#x}, {sp.role}")
+            and 'reached from slot' in shown[1])
     assert shown[2].startswith(f"  slot {index}: {sp.sptes[index]:#x}, page of host frame {spte_pfn(sp.sptes[index]):#x}")
-    assert "for the guest's frame 0x100; the guest's entry says 0x100" in shown[2] and shown[-1] == f"and {len(vm.pages) - 1} tables more"
+    assert ("for the guest's frame 0x100; the guest's entry says 0x100" in shown[2]
+            and shown[-1] == f"and {len(vm.pages) - 1} tables more")
 
 
 @pytest.mark.claim('nbs/mmu/29_machine_state.ipynb', '33d72d72', 'A sentence shows what it names, by table, entry, value or frame, and one that names nothing shows the roots')
@@ -166,8 +179,11 @@ def test_a_sentence_shows_what_it_names_by_table_entry_value_or_frame_and_one_th
     machine.happen(dict(do='read', vcpu=0, at=0x40_1000))
     vm, (sp, index) = machine.vm, entry_at(machine.vm, rmap_entries(machine.vm, 0x101, 1)[0])
     here = {sp.spt: {index}}
-    assert named_in(vm, f"slot {index} of {sp.spt + 8 * index:#x}") == named_in(vm, f"spte {sp.sptes[index]:#x}") == named_in(vm, 'frame 0x101') == here
-    assert named_in(vm, f"table {sp.spt:#x} is lost") == {sp.spt: set()} == named_in(vm, f"frame {sp.gfn:#x} is writable") and named_in(vm, 'frame 0x3ff') == {}
+    assert (named_in(vm, f"slot {index} of {sp.spt + 8 * index:#x}") == named_in(vm, f"spte {sp.sptes[index]:#x}")
+            == named_in(vm, 'frame 0x101') == here)
+    assert (named_in(vm, f"table {sp.spt:#x} is lost") == {sp.spt: set()} == named_in(vm, f"frame {sp.gfn:#x} is writable")
+            and named_in(vm, 'frame 0x3ff') == {})
     root, = (sp for sp in vm.pages.values() if sp.root_count)
-    assert state_text(vm, 'nothing fits').startswith(f"level 4 table {root.spt:#x} of frame 0x1,") and 'held 1 times' in state_text(vm, 'nothing fits')
+    assert (state_text(vm, 'nothing fits').startswith(f"level 4 table {root.spt:#x} of frame 0x1,")
+            and 'held 1 times' in state_text(vm, 'nothing fits'))
     assert with_state(vm, KvmBug('nothing fits')).__notes__ == [state_text(vm, 'nothing fits')]

@@ -23,13 +23,16 @@ def setup_cells():
                                       svm_adjust_mmio_mask)
 
     NPT, EPT, EPT_NO_AD = base_masks(), ept_masks(), ept_masks(has_ad=False)
-    ROLE, NO_AD_ROLE, L2_ROLE = PageRole(level=1, access=7, direct=1), PageRole(level=1, access=7, direct=1, ad_disabled=1), PageRole(level=1, access=7, direct=1, guest_mode=1)
+    ROLE, NO_AD_ROLE, L2_ROLE = (PageRole(level=1, access=7, direct=1),
+                                 PageRole(level=1, access=7, direct=1, ad_disabled=1),
+                                 PageRole(level=1, access=7, direct=1, guest_mode=1))
 
     CASES = (      # what, how to make it, the kernel's number
         ('shadow paging, all rights', lambda: make_spte(NPT, ROLE, 7, 0x1234)[0], 0x1234e67),
         ('user, read-only, no execution', lambda: make_spte(NPT, ROLE, 4, 0x1234)[0], 0x8000000001234a25),
         ('2 MiB, all rights', lambda: make_spte(NPT, PageRole(level=2), 7, 0x200)[0], 0x200ee7),
-        ('all rights asked, read-only memory slot', lambda: make_spte(NPT, ROLE, 7, 0x1234, host_writable=False)[0], 0x1234825),
+        ('all rights asked, read-only memory slot', lambda: make_spte(NPT, ROLE, 7, 0x1234, host_writable=False)[0],
+         0x1234825),
         ('prefetched', lambda: make_spte(NPT, ROLE, 7, 0x1234, prefetch=True)[0], 0x1234e47),
         ('EPT, all rights', lambda: make_spte(EPT, ROLE, 7, 0x1234)[0], 0x0600000001234b77),
         ('EPT without A/D', lambda: make_spte(EPT_NO_AD, NO_AD_ROLE, 7, 0x1234)[0], 0x0610000001234877),
@@ -39,18 +42,22 @@ def setup_cells():
         ('a table, shadow paging', lambda: make_nonleaf_spte(NPT, 0), 0x827),
         ('a table, EPT', lambda: make_nonleaf_spte(EPT, 0), 0x907),
         ('a table, EPT without A/D', lambda: make_nonleaf_spte(EPT_NO_AD, 0, True), 0x10000000000807),
-        ('MMIO, shadow paging, frame 0xfee00, generation 5', lambda: make_mmio_spte(NPT, 5, 0xfee00, 6), 0x00080000fee0002f),
+        ('MMIO, shadow paging, frame 0xfee00, generation 5', lambda: make_mmio_spte(NPT, 5, 0xfee00, 6),
+         0x00080000fee0002f),
         ('MMIO, EPT, the same', lambda: make_mmio_spte(EPT, 5, 0xfee00, 6), 0xfee0002e))
 
 
 @pytest.mark.claim('nbs/mmu/05_make_spte.ipynb', '6f829cf6', 'whatever is asked, W is in the entry exactly when it was asked, the host allows it, nobody protects the frame and it is not prefetched without A/D')
 def test_whatever_is_asked_w_is_in_the_entry_exactly_when_it_was_asked_the_host_allows_it_nobody_protects_the_frame_and_it_is_not_prefetched_without_a_d():
-    for masks, ad_off, access, prefetch, host, protected in product((NPT, EPT_NO_AD), (0, 1), range(1, 8), (False, True), (False, True), (False, True)):
+    for masks, ad_off, access, prefetch, host, protected in product((NPT, EPT_NO_AD), (0, 1), range(1, 8),
+                                                                     *[(False, True)] * 3):
         if ad_off and masks is NPT: continue     # Only EPT comes without A/D bits
-        spte, wrprot = make_spte(masks, PageRole(level=1, ad_disabled=ad_off), access, 0x1234, 0, prefetch, host, lambda: protected)
+        spte, wrprot = make_spte(masks, PageRole(level=1, ad_disabled=ad_off), access, 0x1234, 0, prefetch, host,
+                                 lambda: protected)
         check_writable(masks, spte)
         granted = bool(access & ACC_WRITE) and host
-        assert wrprot == (granted and protected) and is_writable(spte) == (granted and not protected and not (prefetch and ad_off))
+        assert (wrprot == (granted and protected)
+                and is_writable(spte) == (granted and not protected and not (prefetch and ad_off)))
         assert is_mmu_writable(masks, spte) == (granted and not protected) and is_host_writable(masks, spte) == host
 
 
@@ -64,7 +71,8 @@ def test_over_a_writable_entry_nobody_is_asked_again_and_d_is_not_set_by_this_ca
 @pytest.mark.claim('nbs/mmu/05_make_spte.ipynb', '0f145428', "a large page that takes a table's place asks about its frames, though the entry to the table is writable")
 def test_a_large_page_that_takes_a_table_s_place_asks_about_its_frames_though_the_entry_to_the_table_is_writable():
     asked = []
-    make_spte(NPT, PageRole(level=2), 7, 0x200, old_spte=make_nonleaf_spte(NPT, 0x123_4000, False), protect=lambda: asked.append(True))
+    make_spte(NPT, PageRole(level=2), 7, 0x200, old_spte=make_nonleaf_spte(NPT, 0x123_4000, False),
+              protect=lambda: asked.append(True))
     assert asked and is_writable(make_nonleaf_spte(NPT, 0x123_4000, False))
 
 
@@ -83,13 +91,15 @@ def test_of_the_eight_combinations_four_are_states_and_no_operation_leaves_them(
         except KvmBug: continue
         legal.add(writable_state(masks, spte))
     assert legal == {'000', '100', '110', '111'}
-    assert {state for masks in (NPT, EPT, EPT_NO_AD) for start, operation, end in writable_moves(masks) for state in (start, end)} == legal
+    assert {state for masks in (NPT, EPT, EPT_NO_AD) for start, operation, end in writable_moves(masks)
+            for state in (start, end)} == legal
 
 
 @pytest.mark.claim('nbs/mmu/05_make_spte.ipynb', '12cb4357', 'write protection that is for good is never undone by a fast fault; write protection that watches always is')
 def test_write_protection_that_is_for_good_is_never_undone_by_a_fast_fault_write_protection_that_watches_always_is():
     moves = {(start, operation): end for start, operation, end in writable_moves(NPT)}
-    assert moves['100', 'fast fault'] == '100' and moves['000', 'fast fault'] == '000' and moves['110', 'fast fault'] == '111'
+    assert (moves['100', 'fast fault'] == '100' and moves['000', 'fast fault'] == '000'
+            and moves['110', 'fast fault'] == '111')
 
 
 @pytest.mark.claim('nbs/mmu/05_make_spte.ipynb', 'ad771539', 'all 524,288 generations come back, and no two share a spelling')
@@ -104,7 +114,8 @@ def test_an_mmio_entry_maps_nothing_and_is_neither_removed_nor_empty_on_every_ho
         for gen, gfn, access in product((0, 1, 0xff, 0x100, 0x7ffff), (0, 0xfee00, (1 << 24) - 1), range(8)):
             spte = make_mmio_spte(masks, gen, gfn, access)
             assert is_mmio(masks, spte) and not is_present(spte) and spte not in (0, REMOVED_SPTE)
-            assert (mmio_gen(spte), mmio_gfn(masks, spte), mmio_access(masks, spte)) == (gen, gfn, access & masks.mmio_access)
+            assert (mmio_gen(spte), mmio_gfn(masks, spte),
+                    mmio_access(masks, spte)) == (gen, gfn, access & masks.mmio_access)
 
 
 @pytest.mark.claim('nbs/mmu/05_make_spte.ipynb', '8153547b', 'with L1TF every MMIO entry has the five bits set and still gives its frame back; without room for the move it keeps none')
@@ -113,22 +124,27 @@ def test_with_l1tf_every_mmio_entry_has_the_five_bits_set_and_still_gives_its_fr
         masks = base_masks(cache, cache, True)
         for gfn in (0, 0xfee00, (1 << cache - 12) - 1):
             spte = make_mmio_spte(masks, 5, gfn, 6)
-            assert spte & masks.nonpresent_or_rsvd == masks.nonpresent_or_rsvd == 0x1f << cache - 5 and mmio_gfn(masks, spte) == gfn
+            assert (spte & masks.nonpresent_or_rsvd == masks.nonpresent_or_rsvd == 0x1f << cache - 5
+                    and mmio_gfn(masks, spte) == gfn)
     assert base_masks(52, 52, True).nonpresent_or_rsvd == 0 and base_masks(52).mmio_value == 0
 
 
 @pytest.mark.claim('nbs/mmu/05_make_spte.ipynb', '936cfe29', 'the six kinds are told apart: nothing, removed, MMIO, tracked, a table, a page')
 def test_the_six_kinds_are_told_apart_nothing_removed_mmio_tracked_a_table_a_page():
     kinds = {decode_spte(EPT_NO_AD, spte, level)['kind']: spte for spte, level in (
-        (0, 1), (REMOVED_SPTE, 1), (make_mmio_spte(EPT_NO_AD, 5, 0xfee00, 0), 1), (0x0750000001234870, 1), (make_nonleaf_spte(EPT_NO_AD, 0x5000, True), 2), (0x0610000001234877, 1))}
-    assert list(kinds) == ['empty', 'removed', 'MMIO', 'page, access-tracked', 'table', 'page'] and len(set(kinds.values())) == 6
+        (0, 1), (REMOVED_SPTE, 1), (make_mmio_spte(EPT_NO_AD, 5, 0xfee00, 0), 1), (0x0750000001234870, 1),
+        (make_nonleaf_spte(EPT_NO_AD, 0x5000, True), 2), (0x0610000001234877, 1))}
+    assert (list(kinds) == ['empty', 'removed', 'MMIO', 'page, access-tracked', 'table', 'page']
+            and len(set(kinds.values())) == 6)
 
 
 @pytest.mark.claim('nbs/mmu/05_make_spte.ipynb', 'b13dc7b3', 'every bit of every kind of entry has exactly one name')
 def test_every_bit_of_every_kind_of_entry_has_exactly_one_name():
     for masks in (NPT, EPT, EPT_NO_AD, base_masks(39, 39, True), svm_adjust_mmio_mask(base_masks(43), 43)):
-        for spte in (0, REMOVED_SPTE, make_nonleaf_spte(masks, 0x5000), SPTE_PRESENT | SPTE_LARGE, make_mmio_spte(masks, 5, 0x1234, 7)):
-            assert sorted(bit for field in spte_fields(masks, spte) for bit in range(field.low, field.high + 1)) == list(range(64))
+        for spte in (0, REMOVED_SPTE, make_nonleaf_spte(masks, 0x5000), SPTE_PRESENT | SPTE_LARGE,
+                     make_mmio_spte(masks, 5, 0x1234, 7)):
+            assert (sorted(bit for field in spte_fields(masks, spte) for bit in range(field.low, field.high + 1))
+                    == list(range(64)))
 
 
 @pytest.mark.claim('nbs/mmu/05_make_spte.ipynb', 'ee04b135', 'fifteen entries the kernel makes come out to the bit')
@@ -152,7 +168,8 @@ def test_no_entry_made_for_any_mmu_of_any_host_has_a_bit_kvm_must_not_set():
         masks, role = masks_of(mmu.host), mmu.root_role
         check = reset_shadow_zero_check(mmu.host, role, mmu.name.split(',')[0])
         for level, access, prefetch in product((1, 2, 3), (4, 5, 6, 7), (False, True)):
-            if level > role.level or not (role.efer_nx or masks.is_ept or access & ACC_EXEC): continue    # Without EFER.NX no entry of the guest's can refuse execution
+            # Without EFER.NX no entry of the guest's can refuse execution
+            if level > role.level or not (role.efer_nx or masks.is_ept or access & ACC_EXEC): continue
             here = PageRole(level=level, ad_disabled=role.ad_disabled, guest_mode=role.guest_mode)
             spte, _ = make_spte(masks, here, access, 1 << 33, prefetch=prefetch)
             made += 1
@@ -166,4 +183,5 @@ def test_an_mmio_entry_is_one_kvm_s_self_check_refuses_on_every_host_that_rememb
         masks = masks_of(host)
         for kind, level in (('TDP', 4), ('shadow', 4)):
             if (kind == 'TDP') != host.has_tdp: continue
-            assert is_rsvd_spte(reset_shadow_zero_check(host, PageRole(level=level, efer_nx=1, direct=kind == 'TDP'), kind), make_mmio_spte(masks, 5, 0xfee00, 0), 1)
+            assert is_rsvd_spte(reset_shadow_zero_check(host, PageRole(level=level, efer_nx=1, direct=kind == 'TDP'), kind),
+                                make_mmio_spte(masks, 5, 0xfee00, 0), 1)

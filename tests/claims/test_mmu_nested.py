@@ -32,13 +32,15 @@ def setup_cells():
         if not isinstance(walk, NestedFault): return 'nobody', 'done', 0, 0, walk.gpa
         if not walk.fault.fmt.is_ept: return 'L1', 'NPF', 0x400, int(walk.error_code), walk.l2_gpa
         reason = walk.fault.exit_reason
-        return 'L1', 'EPT violation' if reason == 48 else 'EPT misconfiguration', reason, walk.exit_qualification, walk.l2_gpa
+        return ('L1', 'EPT violation' if reason == 48 else 'EPT misconfiguration', reason, walk.exit_qualification,
+                walk.l2_gpa)
 
     def agrees(hypervisor, l2, place, wrong, kind, warm):
         vcpu = spoiled(hypervisor, l2, place, wrong, warm).vcpus[0]
         want = expected(vcpu, l2_page(l2) + 0x10, kind)
         heard = told(vcpu, l2_page(l2) + 0x10, kind)
-        assert (heard.to, heard.what, heard.number, heard.code, heard.addr) == want, (hypervisor, l2, place, wrong, kind, heard, want)
+        assert (heard.to, heard.what, heard.number, heard.code,
+                heard.addr) == want, (hypervisor, l2, place, wrong, kind, heard, want)
         return heard
 
 
@@ -77,22 +79,26 @@ def test_the_manual_s_rule_is_the_same_a_match_obeys_the_bit_a_difference_does_t
 def test_for_each_last_entry_whatever_is_wrong_with_it_every_access_and_every_kind_of_l1_the_one_the_architecture_names_is_told_with_its_number_code_and_address_and_nobody_else():
     heard = {}
     for hypervisor in HYPERVISORS:
-        for l2 in ('2-level', 'PAE') if hypervisor in ('NPT, 2-level', 'EPT, 4-level', 'bare, VMX shadow') else ('4-level',):
+        for l2 in (('2-level', 'PAE') if hypervisor in ('NPT, 2-level', 'EPT, 4-level', 'bare, VMX shadow')
+                else ('4-level',)):
             for place in leaves(hypervisor, l2):
                 for wrong, kind in product(wrongs(place.fmt), KINDS.values()):
                     ended = agrees(hypervisor, l2, place, wrong, kind, warm=kind == WRITE)
                     heard.setdefault((place.whose, place.leads_to), set()).add(ended.to)
-    assert heard[('L2', 'the page')] == {'L2', 'nobody'} and heard[('L1', 'the page')] == heard[('L1', 'a table of L2')] == {'L1', 'nobody'}
+    assert (heard[('L2', 'the page')] == {'L2', 'nobody'} and heard[('L1', 'the page')] == heard[('L1', 'a table of L2')]
+            == {'L1', 'nobody'})
 
 
 @pytest.mark.claim('nbs/mmu/31_nested.ipynb', 'c42266fe', 'The entries above the last ones are judged alike, at every level of either dimension')
 def test_the_entries_above_the_last_ones_are_judged_alike_at_every_level_of_either_dimension():
     heard = set()
-    for hypervisor, l2 in (('NPT, 5-level', 'PAE'), ('NPT, passthrough', '4-level'), ('NPT, PAE', '2-level'), ('EPT without A/D', '2-level'), ('EPT, 5-level', 'nonpaging')):
+    for hypervisor, l2 in (('NPT, 5-level', 'PAE'), ('NPT, passthrough', '4-level'), ('NPT, PAE', '2-level'),
+                           ('EPT without A/D', '2-level'), ('EPT, 5-level', 'nonpaging')):
         for place in places(hypervisor, l2):
             if place.level == 1: continue
             for wrong in wrongs(place.fmt):
-                ended = agrees(hypervisor, l2, place, wrong, USER | WRITE, warm=place.level == 2 or hypervisor == 'EPT without A/D')
+                ended = agrees(hypervisor, l2, place, wrong, USER | WRITE,
+                               warm=place.level == 2 or hypervisor == 'EPT without A/D')
                 heard.add((place.whose, ended.to))
     assert heard <= {('L2', 'L2'), ('L2', 'nobody'), ('L1', 'L1'), ('L1', 'nobody')}
 
@@ -102,9 +108,12 @@ def test_an_l1_that_asks_for_page_faults_gets_those_l2_would_have_got_with_the_s
     for hypervisor in ('NPT, 4-level', 'EPT, 4-level', 'bare, SVM shadow', 'bare, EPT below'):
         for place in leaves(hypervisor, '4-level'):
             for wrong in wrongs(place.fmt):
-                without, caught = (told(spoiled(hypervisor, '4-level', place, wrong).vcpus[0], PAGE, USER | WRITE, Catch(bit)) for bit in (False, True))
+                without, caught = (told(spoiled(hypervisor, '4-level', place, wrong).vcpus[0], PAGE, USER | WRITE,
+                                        Catch(bit)) for bit in (False, True))
                 if without.to != 'L2': assert caught == without
-                else: assert caught.to == 'L1' and caught.what == '#PF intercepted' and (caught.code, caught.addr) == (without.code, without.addr)
+                else:
+                    assert (caught.to == 'L1' and caught.what == '#PF intercepted'
+                            and (caught.code, caught.addr) == (without.code, without.addr))
 
 
 @pytest.mark.claim('nbs/mmu/31_nested.ipynb', '61878428', 'Whatever the host does to a frame L2 uses, or to one its tables lie in, neither guest is told, and the byte is where it was')

@@ -20,17 +20,20 @@ def setup_cells():
     from kvm_mmu_lit.mmu.roots import per_vcpu_pages
     from kvm_mmu_lit.mmu.shadow_page import to_shadow_page
 
-    def nested_on_4_levels(mode): return next(c for c in all_mmus() if c.name == f'shadow NPT, {mode} L1' and c.host.levels == 4)
+    def nested_on_4_levels(mode):
+        return next(c for c in all_mmus() if c.name == f'shadow NPT, {mode} L1' and c.host.levels == 4)
     long_role, pae_role = nested_on_4_levels('4-level'), nested_on_4_levels('PAE')
 
     def at_the_switch(l1, l2, host, leaving):
-        "(Where the loaded root lives, where the wanted one will) when `kvm_mmu_new_pgd` is called on the way in, or on the way out."
+        """(Where the loaded root lives, where the wanted one will) when `kvm_mmu_new_pgd` is called on the way in, or on
+    the way out."""
         vcpu, seen = hypervisor(l1, host), []
         def storage(root):
             pages = per_vcpu_pages(vcpu.mmu)
             return 'none' if not root.valid else pages[0][0] if pages else 'shadow page'
         def see(did):
-            if did.what == 'new_pgd': seen.append((storage(vcpu.mmu.root), root_storage(vcpu.mmu.cpu_role, vcpu.mmu.root_role)))
+            if did.what == 'new_pgd':
+                seen.append((storage(vcpu.mmu.root), root_storage(vcpu.mmu.cpu_role, vcpu.mmu.root_role)))
         vcpu.watch = see
         enter_l2(vcpu, l2_state(l2, pointer('X')))
         enter_guest(vcpu)
@@ -39,7 +42,9 @@ def setup_cells():
 
     MODES_OF_SHADOW = ('nonpaging', '2-level', 'PAE', '4-level', '5-level')
 
-    def enters(pgd): return lambda vcpu: (vmx_enter(vcpu, l2_state('PAE', pointer('X'), pgd)), enter_guest(vcpu), vmx_exit(vcpu), enter_guest(vcpu))
+    def enters(pgd):
+        return lambda vcpu: (vmx_enter(vcpu, l2_state('PAE', pointer('X'), pgd)), enter_guest(vcpu), vmx_exit(vcpu),
+                             enter_guest(vcpu))
 
 
 @pytest.mark.claim('nbs/mmu/23_nested_switch.ipynb', 'ba5b8bda', "with the slip L1 comes back with L2's CR4 when one of them pages and the other does not, without it with its own")
@@ -58,19 +63,25 @@ def test_with_the_slip_l1_comes_back_with_l2_s_cr4_when_one_of_them_pages_and_th
 def test_a_log_of_dirtied_pages_needs_ept_and_a_whole_page_below_maxphyaddr_ends_with_l2_and_no_vmcb_has_one():
     cr0, cr4, efer = MODES['4-level']
     state = dict(mode='4-level', cr3=pointer('X'))
-    for changes, starts in ((dict(pml_address=0x9000), True), (dict(pml_address=0x9008), False), (dict(pml_address=1 << 52), False), (dict(pml_address=0x9000, nested_pgd=None), False)):
+    for changes, starts in ((dict(pml_address=0x9000), True), (dict(pml_address=0x9008), False),
+                            (dict(pml_address=1 << 52), False), (dict(pml_address=0x9000, nested_pgd=None), False)):
         vcpu = hypervisor('4-level', vmx_host(5, 5))
-        assert vmx_enter(vcpu, l2_state(**{**state, 'nested_pgd': eptp_of(pointer('N')), 'pml_index': 17, **changes})) == starts
+        assert (vmx_enter(vcpu, l2_state(**{**state, 'nested_pgd': eptp_of(pointer('N')), 'pml_index': 17, **changes}))
+                == starts)
         assert (vcpu.pml_address, vcpu.guest_mode) == ((0x9000, True) if starts else (None, False))
-        if starts: assert vcpu.pml_index == 17 and vmx_exit(vcpu) and vcpu.pml_address is None and vcpu.pml_index == 17, "L1 reads how far the log got"
-    with expect_fail(ValueError, contains='a VMCB has no log'): svm_vmrun(hypervisor('4-level', svm_host(5)), l2_state(**state, nested_pgd=pointer('N'), pml_address=0x9000))
+        if starts:
+            assert (vcpu.pml_index == 17 and vmx_exit(vcpu) and vcpu.pml_address is None
+                    and vcpu.pml_index == 17), "L1 reads how far the log got"
+    with expect_fail(ValueError, contains='a VMCB has no log'):
+        svm_vmrun(hypervisor('4-level', svm_host(5)), l2_state(**state, nested_pgd=pointer('N'), pml_address=0x9000))
 
 
 @pytest.mark.claim('nbs/mmu/23_nested_switch.ipynb', '629bd452', 'with nested paging guest_mmu builds and nested_mmu walks while L2 runs; back in L1 root_mmu does both, and guest_mmu keeps its roots')
 def test_with_nested_paging_guest_mmu_builds_and_nested_mmu_walks_while_l2_runs_back_in_l1_root_mmu_does_both_and_guest_mmu_keeps_its_roots():
     for host in HOSTS.values():
         if not host.has_tdp: continue
-        modes = [m.mode for m in all_mmus(reachable=True) if m.host == host and m.name.startswith('TDP') and ', L2' not in m.name]
+        modes = [m.mode for m in all_mmus(reachable=True) if m.host == host and m.name.startswith('TDP')
+                 and ', L2' not in m.name]
         for mode in modes:
             vcpu = hypervisor(mode, host)
             pgd = pointer('N') if host.vendor == 'svm' else eptp_of(pointer('N'))
@@ -78,7 +89,8 @@ def test_with_nested_paging_guest_mmu_builds_and_nested_mmu_walks_while_l2_runs_
             assert (vcpu.mmu_is, vcpu.walk_mmu_is) == ('guest_mmu', 'nested_mmu') and vcpu.guest_mmu.root.pgd == pgd
             roots = cached_roots(vcpu, LETTERS, ('root_mmu', 'guest_mmu'))
             assert leave_l2(vcpu) and (vcpu.mmu_is, vcpu.walk_mmu_is) == ('root_mmu', 'root_mmu')
-            assert cached_roots(vcpu, LETTERS, ('guest_mmu',)) == roots[4:] and not any(prev.valid for prev in vcpu.root_mmu.prev_roots)
+            assert (cached_roots(vcpu, LETTERS, ('guest_mmu',)) == roots[4:]
+                    and not any(prev.valid for prev in vcpu.root_mmu.prev_roots))
 
 
 @pytest.mark.claim('nbs/mmu/23_nested_switch.ipynb', 'deea2634', 'the second VMRUN with the same pointer hits, except in cases 4 and 5, where no root is ever kept')
@@ -86,9 +98,11 @@ def test_the_second_vmrun_with_the_same_pointer_hits_except_in_cases_4_and_5_whe
     for host in HOSTS.values():
         if not host.has_tdp: continue
         for case in all_mmus():
-            if case.host.bits != host.bits or case.host != host or case.mmu != 'guest_mmu' or case.mode not in MODES: continue
+            if case.host.bits != host.bits or case.host != host or case.mmu != 'guest_mmu' or case.mode not in MODES:
+                continue
             vcpu = hypervisor(case.mode if host.vendor == 'svm' else 'PAE' if host.bits == 32 else '4-level', host)
-            pgd = pointer('N') if host.vendor == 'svm' else eptp_of(pointer('N'), case.root_role.level, not case.root_role.ad_disabled)
+            pgd = (pointer('N') if host.vendor == 'svm'
+                   else eptp_of(pointer('N'), case.root_role.level, not case.root_role.ad_disabled))
             hits = []
             for _ in range(3):
                 enter_l2(vcpu, l2_state('PAE', pointer('X'), pgd))
@@ -150,7 +164,8 @@ def test_all_four_pairings_of_loaded_and_wanted_occur_whatever_is_loaded_stays_i
     for l1 in MODES_OF_SHADOW:
         for l2 in MODES_OF_SHADOW:
             for leaving in (False, True): seen.add(at_the_switch(l1, l2, HOSTS['SVM, shadow'], leaving))
-    assert {('shadow page', 'shadow page'), ('shadow page', 'pae_root'), ('pae_root', 'shadow page'), ('pae_root', 'pae_root')} <= seen
+    assert {('shadow page', 'shadow page'), ('shadow page', 'pae_root'), ('pae_root', 'shadow page'),
+            ('pae_root', 'pae_root')} <= seen
     assert {loaded for loaded, _ in seen} == {'shadow page', 'pae_root', 'none'}
     for l1 in MODES_OF_SHADOW:
         for l2 in MODES_OF_SHADOW:
@@ -196,7 +211,8 @@ def test_vmx_serves_the_requests_of_the_context_it_leaves_before_it_leaves_it():
     vcpu.requests.add('TLB_FLUSH_GUEST')
     vmx_enter(vcpu, l2_state('4-level', pointer('X')))
     names = [did.what for did in vcpu.log]
-    assert names.index('sync_children') < names.index('flush_guest') < names.index('init_mmu') and 'TLB_FLUSH_GUEST' not in vcpu.requests
+    assert (names.index('sync_children') < names.index('flush_guest') < names.index('init_mmu')
+            and 'TLB_FLUSH_GUEST' not in vcpu.requests)
 
 
 @pytest.mark.claim('nbs/mmu/23_nested_switch.ipynb', '63af1e37', 'EPTPs that differ only in low bits have roots of their own, and INVEPT of one drops them together')
@@ -206,7 +222,8 @@ def test_eptps_that_differ_only_in_low_bits_have_roots_of_their_own_and_invept_o
     for pgd in same: enters(pgd)(vcpu)
     held = [root for root in (vcpu.guest_mmu.root, *vcpu.guest_mmu.prev_roots)]
     assert {root.pgd for root in held} == set(same) and all(root.valid for root in held)
-    assert {to_shadow_page(vcpu.vm, root.hpa).gfn for root in held} == {pointer('N') >> 12} and len({root.hpa for root in held}) == 4
+    assert ({to_shadow_page(vcpu.vm, root.hpa).gfn for root in held} == {pointer('N') >> 12}
+            and len({root.hpa for root in held}) == 4)
     invept(vcpu, eptp_of(pointer('M')))
     assert all(root.valid for root in held)
     invept(vcpu, same[0])
@@ -269,7 +286,8 @@ def test_invvpid_without_ept_drops_the_roots_of_l2_and_no_other_with_ept_it_is_t
         leave_l2(vcpu)
         enter_guest(vcpu)
         mmu = vcpu.guest_mmu if nested_pgd else vcpu.root_mmu
-        def roots(): return [to_shadow_page(vcpu.vm, root.hpa).role.guest_mode for root in (mmu.root, *mmu.prev_roots) if root.valid]
+        def roots():
+            return [to_shadow_page(vcpu.vm, root.hpa).role.guest_mode for root in (mmu.root, *mmu.prev_roots) if root.valid]
         before = roots()
         vcpu.log.clear()
         invvpid(vcpu)

@@ -50,7 +50,8 @@ def setup_cells():
 def test_each_of_the_five_questions_is_one_bit_of_the_error_code_whatever_the_others_and_the_bits_above_say():
     for code, high in product(range(32), (0, 1 << 32, 1 << 33 | 1 << 5)):
         fault = Fault(0x10_0000, code | high)
-        assert [fault.present, fault.write, fault.user, fault.rsvd, fault.exec] == [bool(code >> bit & 1) for bit in range(5)]
+        assert [fault.present, fault.write, fault.user, fault.rsvd,
+                fault.exec] == [bool(code >> bit & 1) for bit in range(5)]
 
 
 @pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', 'ce099d33', 'a table linked while the walk stands at its slot is walked through, and each slot is nine more bits of the address')
@@ -61,8 +62,10 @@ def test_a_table_linked_while_the_walk_stands_at_its_slot_is_walked_through_and_
         addr, seen = rng.randrange(1 << 47), []
         for level, sp, index in shadow_walk(vcpu.vm, vcpu.mmu, addr):
             seen.append((level, index))
-            if level > 1: link(vcpu.vm, sp, index, get_child(vcpu, sp, index, addr >> 12 & -(1 << 9 * (level - 1)), True, 7))
-        assert seen == [(level, addr >> shift & 511) for level, shift in zip((5, 4, 3, 2, 1), (48, 39, 30, 21, 12))][5 - levels:]
+            if level > 1:
+                link(vcpu.vm, sp, index, get_child(vcpu, sp, index, addr >> 12 & -(1 << 9 * (level - 1)), True, 7))
+        assert seen == [(level, addr >> shift & 511)
+                        for level, shift in zip((5, 4, 3, 2, 1), (48, 39, 30, 21, 12))][5 - levels:]
 
 
 @pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', '04808f2f', 'the last entry of a way is the leaf, or the hole the way ends in')
@@ -137,14 +140,16 @@ def test_a_page_the_host_has_merged_with_another_is_mapped_without_w_for_a_read_
         vcpu, = example_vcpus(svm_host(4))
         vcpu.vm.moved[0x100] = 0x200_0000, False
         fault = Fault(0x10_0000, U | W * write, is_tdp=True, gfn=0x100)
-        assert faultin(vcpu, fault, 7) == 'CONTINUE' and fault.map_writable == write and vcpu.vm.moved[0x100] == (0x200_0000, write)
+        assert (faultin(vcpu, fault, 7) == 'CONTINUE' and fault.map_writable == write
+                and vcpu.vm.moved[0x100] == (0x200_0000, write))
 
 
 @pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', '6f3128a3', 'a write to memory the guest may only read is emulated, and no entry is made for it')
 def test_a_write_to_memory_the_guest_may_only_read_is_emulated_and_no_entry_is_made_for_it():
     vcpu, = example_vcpus(svm_host(4))
     add_ram(vcpu.vm.memory, 0x50_0000, 0x1000, readonly=True)
-    assert [faultin(vcpu, Fault(0x50_0000, code, is_tdp=True, gfn=0x500), 7) for code in (U, U | W)] == ['CONTINUE', 'EMULATE']
+    assert ([faultin(vcpu, Fault(0x50_0000, code, is_tdp=True, gfn=0x500), 7) for code in (U, U | W)]
+            == ['CONTINUE', 'EMULATE'])
 
 
 @pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', '2fcaf09e', 'an MMIO access is known again by its page and in its generation, and page 0 never is')
@@ -194,7 +199,8 @@ def test_a_per_vcpu_root_has_no_generation_to_compare_so_it_is_stale_as_long_as_
         cr0, cr4, efer = map(int, MODES[mode])
         vcpu = new_vcpu(Vm(svm_host(4, npt=False), ram((0, 1 << 22))), cr0=cr0, cr3=0x1000, cr4=cr4, efer=efer)
         enter_guest(vcpu)
-        assert (to_shadow_page(vcpu.vm, vcpu.mmu.root.hpa) is None) == (mode == 'nonpaging') and not is_stale(vcpu, Fault(0, 0))
+        assert ((to_shadow_page(vcpu.vm, vcpu.mmu.root.hpa) is None) == (mode == 'nonpaging')
+                and not is_stale(vcpu, Fault(0, 0)))
         vcpu.request('MMU_FREE_OBSOLETE_ROOTS')
         assert is_stale(vcpu, Fault(0, 0)) == (mode == 'nonpaging')
 
@@ -204,12 +210,14 @@ def test_only_a_refused_write_to_a_present_page_of_a_tracked_frame_is_known_for_
     vcpu, = example_vcpus()
     vcpu.vm.tracked[0x100] = 1
     def asked(code, gfn): return is_guest_table_write(vcpu.vm, Fault(gfn << 12, code, gfn=gfn))
-    assert [(code, gfn) for code in (0, W, P, P | W, P | W | RSVD) for gfn in (0x100, 0x101) if asked(code, gfn)] == [(P | W, 0x100)]
+    assert ([(code, gfn) for code in (0, W, P, P | W, P | W | RSVD) for gfn in (0x100, 0x101) if asked(code, gfn)]
+            == [(P | W, 0x100)])
 
 
 @pytest.mark.claim('nbs/mmu/17_page_fault.ipynb', 'c8de8c40', 'the level is the largest that hardware, host, tables and log all allow; and what is fetched is small if the workaround is on')
 def test_the_level_is_the_largest_that_hardware_host_tables_and_log_all_allow_and_what_is_fetched_is_small_if_the_workaround_is_on():
-    for most, host_level, reason, logged, fetched, workaround in product((1, 2, 3), (1, 2, 3), (0, 2, 3), *[(False, True)] * 3):
+    for most, host_level, reason, logged, fetched, workaround in product((1, 2, 3), (1, 2, 3), (0, 2, 3),
+                                                                         *[(False, True)] * 3):
         vm = Vm(svm_host(4), ram((0, 1 << 31)), nx_huge_pages=workaround)
         vm.host_levels[0] = host_level
         if reason: vm.no_large[large_key(0x4_0123, reason)] = 1

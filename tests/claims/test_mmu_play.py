@@ -22,14 +22,20 @@ def setup_cells():
     from kvm_mmu_lit.mmu.machine import EVENTS, HOST_EVENTS
     from kvm_mmu_lit.mmu.machine_state import copy_machine, freeze
 
-    SMALLEST = """{"tables": [{"root": "0x1000", "frames": [2, 3, 4], "map": [{"at": "0x400000", "to": "0x100000", "bits": 7}]}],
+    SMALLEST = """{"tables": [{"root": "0x1000", "frames": [2, 3, 4],
+                           "map": [{"at": "0x400000", "to": "0x100000", "bits": 7}]}],
                "events": [{"do": "read", "vcpu": 0, "at": "0x400000"}]}"""
 
-    STORY = {'says': 'an edit, and a late flush', 'host': 'svm shadow', 'mode': '4-level', 'cr3': '0x1000', 'vcpus': 2, 'memory': [{'base': 0, 'size': '0x400000'}],
+    STORY = {'says': 'an edit, and a late flush', 'host': 'svm shadow', 'mode': '4-level', 'cr3': '0x1000', 'vcpus': 2,
+             'memory': [{'base': 0, 'size': '0x400000'}],
              'tables': [{'root': '0x1000', 'format': '4level', 'frames': [2, 3, 4, 5, 6, 7, 8],
-                         'map': [{'at': 0, 'to': 0, 'pages': 16, 'bits': 3}, {'at': '0x400000', 'to': '0x100000', 'pages': 4, 'bits': 7}]}],
-             'events': [{'do': 'write', 'vcpu': 0, 'at': '0x400000', 'value': 1}, {'do': 'read', 'vcpu': 1, 'at': '0x400000'}, {'do': 'write', 'vcpu': 0, 'at': '0x5000', 'value': '0x101067'},
-                        {'do': 'read', 'vcpu': 1, 'at': '0x400000'}, {'do': 'invlpg', 'vcpu': 1, 'at': '0x400000'}, {'do': 'read', 'vcpu': 1, 'at': '0x400000'}]}
+                         'map': [{'at': 0, 'to': 0, 'pages': 16, 'bits': 3},
+                                 {'at': '0x400000', 'to': '0x100000', 'pages': 4, 'bits': 7}]}],
+             'events': [{'do': 'write', 'vcpu': 0, 'at': '0x400000', 'value': 1},
+                        {'do': 'read', 'vcpu': 1, 'at': '0x400000'},
+                        {'do': 'write', 'vcpu': 0, 'at': '0x5000', 'value': '0x101067'},
+                        {'do': 'read', 'vcpu': 1, 'at': '0x400000'}, {'do': 'invlpg', 'vcpu': 1, 'at': '0x400000'},
+                        {'do': 'read', 'vcpu': 1, 'at': '0x400000'}]}
 
     HOLE = 0x100_0000                                                # No slot of the story is there
     ENTRY_OF = {4: 0x1000, 3: 0x2000, 2: 0x3010, 1: 0x5000}          # Level -> where the story's entry for 0x40_0000 stands
@@ -64,21 +70,32 @@ def test_looking_does_not_change_the_story_step_by_step_or_at_once_on_a_copy_or_
     steps = play(scenario)
     for n, told in enumerate(once):
         step = next(steps)
-        assert (step.number, step.answer, step.did, step.roots) == (n + 1, *told) and freeze(copy_machine(scenario.machine)) == freeze(scenario.machine)
+        assert ((step.number, step.answer, step.did, step.roots) == (n + 1, *told)
+                and freeze(copy_machine(scenario.machine)) == freeze(scenario.machine))
     assert scenario.machine.steps == len(once) == len(STORY['events'])
 
 
 @pytest.mark.claim('nbs/mmu/30_play.ipynb', 'bb1f1a1f', 'Whatever a scenario cannot have is refused before anything happens, with its place')
 def test_whatever_a_scenario_cannot_have_is_refused_before_anything_happens_with_its_place():
     def without(**changes): return make_scenario({**STORY, **changes})
-    wrong = [(dict(memory=[dict(base=0, size=0x2000), dict(base=0x1000, size=0x1000)]), 'memory[1]: '), (dict(memory=[dict(base=1 << 52, size=0x1000)]), 'beyond MAXPHYADDR'),
-             (dict(memory=[dict(base=0, size=1)]), 'whole 4096-byte pages'), (dict(mode='6-level'), "mode: '6-level'"), (dict(vcpus=0), 'vcpus: '), (dict(host='arm'), "host: 'arm'"),
-             (dict(tables=[dict(root=1 << 40, frames=[2], map=[dict(at=0, to=0)])]), 'tables[0].map[0]: table at'), (dict(stores=[dict(gpa=1 << 40, value=1)]), 'stores[0]: '),
-             (dict(tables=[dict(root=0x1001)]), 'tables[0].root: 0x1001, must be a multiple of 0x1000'), (dict(tables=[dict(root=0x1000, frames=[2, 1])]), 'tables[0].frames[1]: frame 0x1 is'),
-             (dict(tables=[dict(root=0x1000, frames=[2]), dict(root=0x3000, frames=[2])]), 'tables[1].frames[0]: frame 0x2 is a table of tables[0].frames[0] already'),
-             (dict(speed=1), 'scenario has no speed'), (dict(events={}), 'events: '), (dict(memory=[dict(base=0, size=1 << 40)]), 'at most')]
-    for line, why in (({'at': 0x800}, '.at: 0x800, must be a multiple of 0x1000'), ({'at': 0x1000, 'level': 2}, '.at: 0x1000, must be a multiple of 0x200000'), ({'at': 1 << 47}, '.at: 0x800000000000, no address of 48 bits'),
-                      ({'at': (1 << 47) - 0x1000, 'pages': 2}, '.at: 0x800000000000'), ({'bits': 0x1007}, '.bits: 0x1007 has bits of the address'), ({'upper': 0x2007}, '.upper: 0x2007'), ({'to': 1 << 52}, ': 0x10000000000000 cannot be the frame')):
+    wrong = [(dict(memory=[dict(base=0, size=0x2000), dict(base=0x1000, size=0x1000)]), 'memory[1]: '),
+             (dict(memory=[dict(base=1 << 52, size=0x1000)]), 'beyond MAXPHYADDR'),
+             (dict(memory=[dict(base=0, size=1)]), 'whole 4096-byte pages'), (dict(mode='6-level'), "mode: '6-level'"),
+             (dict(vcpus=0), 'vcpus: '), (dict(host='arm'), "host: 'arm'"),
+             (dict(tables=[dict(root=1 << 40, frames=[2], map=[dict(at=0, to=0)])]), 'tables[0].map[0]: table at'),
+             (dict(stores=[dict(gpa=1 << 40, value=1)]), 'stores[0]: '),
+             (dict(tables=[dict(root=0x1001)]), 'tables[0].root: 0x1001, must be a multiple of 0x1000'),
+             (dict(tables=[dict(root=0x1000, frames=[2, 1])]), 'tables[0].frames[1]: frame 0x1 is'),
+             (dict(tables=[dict(root=0x1000, frames=[2]), dict(root=0x3000, frames=[2])]),
+              'tables[1].frames[0]: frame 0x2 is a table of tables[0].frames[0] already'),
+             (dict(speed=1), 'scenario has no speed'), (dict(events={}), 'events: '),
+             (dict(memory=[dict(base=0, size=1 << 40)]), 'at most')]
+    for line, why in (({'at': 0x800}, '.at: 0x800, must be a multiple of 0x1000'),
+                      ({'at': 0x1000, 'level': 2}, '.at: 0x1000, must be a multiple of 0x200000'),
+                      ({'at': 1 << 47}, '.at: 0x800000000000, no address of 48 bits'),
+                      ({'at': (1 << 47) - 0x1000, 'pages': 2}, '.at: 0x800000000000'),
+                      ({'bits': 0x1007}, '.bits: 0x1007 has bits of the address'), ({'upper': 0x2007}, '.upper: 0x2007'),
+                      ({'to': 1 << 52}, ': 0x10000000000000 cannot be the frame')):
         wrong.append((dict(tables=[dict(root=0x1000, frames=[2, 3, 4], map=[line])]), f'tables[0].map[0]{why}'))
     for changes, why in wrong:
         with expect_fail(ValueError, contains=why): without(**changes)
@@ -89,11 +106,13 @@ def test_of_every_format_what_a_file_maps_is_where_the_guest_s_own_walk_finds_it
     for (name, fmt), level in product(FORMATS.items(), (1, 2)):
         if not fmt.root_level: continue
         size = page_size(level, fmt)
-        memory = make_scenario({'memory': [{'base': 0, 'size': 0x10000}], 'tables': [{'root': 0x1000, 'format': name, 'frames': [2, 3, 4, 5], 'map': [
+        memory = make_scenario({'memory': [{'base': 0, 'size': 0x10000}],
+                                'tables': [{'root': 0x1000, 'format': name, 'frames': [2, 3, 4, 5], 'map': [
             {'at': 4 * size, 'to': 8 * size, 'pages': 3, 'level': level, 'bits': 6, 'upper': 6}]}]}).machine.vm.memory
         regs = small_registers(name, wp=True, nx=True, smep=False, smap=False)
         walker = Walker(memory, load_pdptrs(memory, regs) if fmt is PAE else regs, fmt)
-        assert [(page.va, page.gpa, page.level) for page in mappings(walker)] == [((4 + n) * size, (8 + n) * size, level) for n in range(3)], (name, level)
+        assert ([(page.va, page.gpa, page.level) for page in mappings(walker)]
+                == [((4 + n) * size, (8 + n) * size, level) for n in range(3)]), (name, level)
 
 
 @pytest.mark.claim('nbs/mmu/30_play.ipynb', '756d81db', 'Wherever the file has a number, anything else is refused by its place, and so is a number out of bounds; whatever stands elsewhere, the answer is a machine or a `ValueError`')
@@ -102,7 +121,8 @@ def test_wherever_the_file_has_a_number_anything_else_is_refused_by_its_place_an
     whole['tables'] = [{**STORY['tables'][0], 'map': [{'at': 0, 'to': 0, 'pages': 16, 'bits': 3, 'upper': 7, 'level': 1}]}]
     def places(value, path=()):
         if path: yield path, value
-        for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else (): yield from places(inner, (*path, key))
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+            yield from places(inner, (*path, key))
     numbers = 0
     for (path, value), junk in product(places(whole), (None, True, 1.5, [], {}, 'x', -1, 1 << 70)):
         story = json.loads(json.dumps(whole))
@@ -121,15 +141,18 @@ def test_wherever_the_file_has_a_number_anything_else_is_refused_by_its_place_an
 def test_a_file_that_is_no_scenario_is_one_line_of_error_with_its_name_no_text_no_json_no_numbers_lists_too_deep_too_long_a_number_a_name_given_twice():
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / 'wrong.json'
-        for data in (b'', b'[', b'\xff', b'[]', b'{"limit": NaN}', b'{"says": ' + b'[' * 900 + b']' * 900 + b'}', b'[' * 100_000, b'{"limit": 1' + b'0' * 5000 + b'}', b'{"host": "svm npt", "host": "svm shadow"}'):
+        for data in (b'', b'[', b'\xff', b'[]', b'{"limit": NaN}', b'{"says": ' + b'[' * 900 + b']' * 900 + b'}',
+                     b'[' * 100_000, b'{"limit": 1' + b'0' * 5000 + b'}', b'{"host": "svm npt", "host": "svm shadow"}'):
             path.write_bytes(data)
             with expect_fail(ValueError, contains='wrong.json: '): read_scenario(path)
 
 
 @pytest.mark.claim('nbs/mmu/30_play.ipynb', '9394ef9b', 'An impossible event is refused with its place in the list')
 def test_an_impossible_event_is_refused_with_its_place_in_the_list():
-    with expect_fail(ValueError, contains='events[1]: leave_l2 while L1 runs'): list(play(make_scenario({**STORY, 'events': [STORY['events'][0], {'do': 'leave_l2', 'vcpu': 0}]})))
-    with expect_fail(ValueError, contains="events[0]: read has no 'colour'"): list(play(make_scenario({**STORY, 'events': [{'do': 'read', 'vcpu': 0, 'at': 0, 'colour': 1}]})))
+    with expect_fail(ValueError, contains='events[1]: leave_l2 while L1 runs'):
+        list(play(make_scenario({**STORY, 'events': [STORY['events'][0], {'do': 'leave_l2', 'vcpu': 0}]})))
+    with expect_fail(ValueError, contains="events[0]: read has no 'colour'"):
+        list(play(make_scenario({**STORY, 'events': [{'do': 'read', 'vcpu': 0, 'at': 0, 'colour': 1}]})))
 
 
 @pytest.mark.claim('nbs/mmu/30_play.ipynb', '88863301', 'Every kind of event is refused without what it needs, with what it does not have, and with a number one too large; the machine is as it was')
@@ -141,8 +164,10 @@ def test_every_kind_of_event_is_refused_without_what_it_needs_with_what_it_does_
         with expect_fail(ValueError, contains=why): machine.happen(event)
     for name, kind in EVENTS.items():
         who = {} if name in HOST_EVENTS else dict(vcpu=0)
-        right = dict(do=name, **who, **{key: rule if type(rule) is int else rule() if isinstance(rule, type) else rule[0] for key, rule in kind.needs.items()})
-        for key in (*who, *kind.needs): refused({one: value for one, value in right.items() if one != key}, f"{name} needs {key}")
+        right = dict(do=name, **who, **{key: rule if type(rule) is int else rule() if isinstance(rule, type) else rule[0]
+                                        for key, rule in kind.needs.items()})
+        for key in (*who, *kind.needs):
+            refused({one: value for one, value in right.items() if one != key}, f"{name} needs {key}")
         refused({**right, 'colour': 1}, f"{name} has no 'colour'")
         for key, rule in {**kind.needs, **kind.may, **{one: 1 for one in who}}.items():
             if type(rule) is int: refused({**right, key: rule + 1}, f"{name}: {key}=")
@@ -152,9 +177,12 @@ def test_every_kind_of_event_is_refused_without_what_it_needs_with_what_it_does_
 
 @pytest.mark.claim('nbs/mmu/30_play.ipynb', '9b76ec73', 'Slots over others, beyond MAXPHYADDR or off a page, and stores and slots that are nowhere are refused with their place, and the machine is as it was')
 def test_slots_over_others_beyond_maxphyaddr_or_off_a_page_and_stores_and_slots_that_are_nowhere_are_refused_with_their_place_and_the_machine_is_as_it_was():
-    for event, why in ((dict(do='add_slot', gpa=0x3f_f000, size=0x2000), 'overlaps'), (dict(do='add_slot', gpa=(1 << 52) - 0x1000, size=0x2000), 'beyond MAXPHYADDR 52'),
-                       (dict(do='add_slot', gpa=0x40_0800, size=0x1000), 'whole 4096-byte pages'), (dict(do='delete_slot', slot=1), 'no memory slot begins at frame 0x1'),
-                       (dict(do='start_dirty_log', slot=7), 'no memory slot begins at frame 0x7'), (dict(do='store', vcpu=0, gpa=0x40_0000, value=1), 'lies in no memory slot')):
+    for event, why in ((dict(do='add_slot', gpa=0x3f_f000, size=0x2000), 'overlaps'),
+                       (dict(do='add_slot', gpa=(1 << 52) - 0x1000, size=0x2000), 'beyond MAXPHYADDR 52'),
+                       (dict(do='add_slot', gpa=0x40_0800, size=0x1000), 'whole 4096-byte pages'),
+                       (dict(do='delete_slot', slot=1), 'no memory slot begins at frame 0x1'),
+                       (dict(do='start_dirty_log', slot=7), 'no memory slot begins at frame 0x7'),
+                       (dict(do='store', vcpu=0, gpa=0x40_0000, value=1), 'lies in no memory slot')):
         scenario = make_scenario({**STORY, 'events': [STORY['events'][0], event]})
         steps = play(scenario)
         next(steps)
@@ -167,32 +195,39 @@ def test_slots_over_others_beyond_maxphyaddr_or_off_a_page_and_stores_and_slots_
 @pytest.mark.claim('nbs/mmu/30_play.ipynb', '5ec539a2', 'The first invariant that does not hold ends the story, with its number and the tables it is about; so does what KVM itself stops at')
 def test_the_first_invariant_that_does_not_hold_ends_the_story_with_its_number_and_the_tables_it_is_about_so_does_what_kvm_itself_stops_at():
     looks = []
-    def second(vm): return [(52, 'frame 0x100 is elsewhere'), (14, 'and more')] if looks.append(vm) or len(looks) == 2 else []
+    def second(vm):
+        return [(52, 'frame 0x100 is elsewhere'), (14, 'and more')] if looks.append(vm) or len(looks) == 2 else []
     steps = list(play(make_scenario(STORY), second))
     assert len(steps) == 2 and not any(step.broken or step.state for step in steps[:-1])
     assert steps[-1].broken == 'KvmBug: invariant 52: frame 0x100 is elsewhere'
-    assert steps[-1].state.startswith('level 1 table') and "for the guest's frame 0x100; the guest's entry says 0x100" in steps[-1].state
+    assert (steps[-1].state.startswith('level 1 table')
+            and "for the guest's frame 0x100; the guest's entry says 0x100" in steps[-1].state)
     scenario = make_scenario(STORY)
     list(play(scenario))
-    for sp in scenario.machine.vm.pages.values(): sp.root_count = 0                # Nobody holds the roots any more, says KVM
+    for sp in scenario.machine.vm.pages.values(): sp.root_count = 0  # Nobody holds the roots any more, says KVM
     stopped = list(play(Scenario(scenario.machine, ({'do': 'set_cr0', 'vcpu': 0, 'value': 0x8000_0011},))))[-1]
-    assert stopped.broken.startswith('KvmBug: root put twice: root 0x') and 'nobody held it' in stopped.broken and 'level 4 table 0x' in stopped.state
+    assert (stopped.broken.startswith('KvmBug: root put twice: root 0x') and 'nobody held it' in stopped.broken
+            and 'level 4 table 0x' in stopped.state)
 
 
 @pytest.mark.claim('nbs/mmu/30_play.ipynb', '9aa68322', 'A table where no memory is gives a fault that says "not present", at each level of each host; a page there is a device')
 def test_a_table_where_no_memory_is_gives_a_fault_that_says_not_present_at_each_level_of_each_host_a_page_there_is_a_device():
     for host, level, (kind, code) in product(HOST_KINDS, ENTRY_OF, (('read', 0), ('write', 2))):
-        story = {**STORY, 'host': host, 'stores': [{'gpa': ENTRY_OF[level], 'value': HOLE | 0x67}], 'events': [{'do': kind, 'vcpu': 0, 'at': 0x40_0123}]}
+        story = {**STORY, 'host': host, 'stores': [{'gpa': ENTRY_OF[level], 'value': HOLE | 0x67}],
+                 'events': [{'do': kind, 'vcpu': 0, 'at': 0x40_0123}]}
         answer = next(play(make_scenario(story))).answer
         if level == 1: assert (answer.what, answer.gpa) == ('mmio', HOLE | 0x123)
-        else: assert (answer.fault.what, answer.fault.addr, answer.fault.error_code) == ('#PF', 0x40_0123, code), (host, level)
+        else:
+            assert (answer.fault.what, answer.fault.addr,
+                    answer.fault.error_code) == ('#PF', 0x40_0123, code), (host, level)
 
 
 @pytest.mark.claim('nbs/mmu/30_play.ipynb', '15d691f2', 'A root where no memory is kills a guest whose tables are shadowed; where hardware walks them itself, the first access faults')
 def test_a_root_where_no_memory_is_kills_a_guest_whose_tables_are_shadowed_where_hardware_walks_them_itself_the_first_access_faults():
     for name, host in HOST_KINDS.items():
         answer = next(play(make_scenario({**STORY, 'host': name, 'cr3': HOLE, 'events': STORY['events'][:1]}))).answer
-        assert answer.what == ('fault' if host().has_tdp else 'dead') and (answer.fault is None or answer.fault.error_code == 2)
+        assert (answer.what == ('fault' if host().has_tdp else 'dead')
+                and (answer.fault is None or answer.fault.error_code == 2))
 
 
 @pytest.mark.claim('nbs/mmu/30_play.ipynb', '257fc80f', 'An entry with an address beyond the guest\'s MAXPHYADDR gives a fault that says "reserved" on every host, and a CR3 like that is refused by #GP')

@@ -151,7 +151,8 @@ def test_userspace_that_writes_back_what_it_read_costs_a_pae_guest_its_roots_and
 
 @pytest.mark.claim('nbs/mmu/22_register_writes.ipynb', 'e583b4d7', 'all roots go when a role bit is written, and CR4.PCIDE=1 without TDP; two exceptions aside no other bit drops a root')
 def test_all_roots_go_when_a_role_bit_is_written_and_cr4_pcide_1_without_tdp_two_exceptions_aside_no_other_bit_drops_a_root():
-    role_bits = {f"CR0.{bit.name}" for bit in Cr0 if bit & CR0_ROLE_BITS} | {f"CR4.{bit.name}" for bit in Cr4 if bit & CR4_ROLE_BITS}
+    role_bits = ({f"CR0.{bit.name}" for bit in Cr0 if bit & CR0_ROLE_BITS}
+                 | {f"CR4.{bit.name}" for bit in Cr4 if bit & CR4_ROLE_BITS})
     role_bits |= {f"EFER.{bit.name}" for bit in Efer if bit & EFER_ROLE_BITS}
     for mode in MODES:
         for tdp in (False, True):
@@ -160,7 +161,8 @@ def test_all_roots_go_when_a_role_bit_is_written_and_cr4_pcide_1_without_tdp_two
             written = {cost.bit for cost in done} & role_bits
             if tdp: assert dear == written - {'CR0.WP'}                                # the first exception: WP with TDP
             else: assert dear == written | ({cost.bit for cost in done} & {'CR4.PCIDE'})
-            assert not {cost.bit for cost in done if cost.dropped not in ('', 'all roots')}   # the second needs edited PDPTEs: below
+            # the second needs edited PDPTEs: below
+            assert not {cost.bit for cost in done if cost.dropped not in ('', 'all roots')}
 
 
 @pytest.mark.claim('nbs/mmu/22_register_writes.ipynb', 'efb79df5', 'a bit that moves the role always drops the roots, except WP with TDP; the reverse does not hold')
@@ -183,7 +185,8 @@ def test_a_bit_of_the_pdptr_sets_costs_the_current_root_of_a_pae_guest_whose_pdp
                 vcpu = machine('PAE')
                 if edited: vcpu.vm.memory.words(8)[5][3] = 0
                 dear = {'cr0': CR0_ROLE_BITS, 'cr4': CR4_ROLE_BITS}[register] & bit
-                if not dear and write(vcpu, getattr(vcpu, register) ^ bit) is None and not vcpu.mmu.root.valid: seen.setdefault(edited, set()).add(bit.name)
+                if not dear and write(vcpu, getattr(vcpu, register) ^ bit) is None and not vcpu.mmu.root.valid:
+                    seen.setdefault(edited, set()).add(bit.name)
     assert seen == {True: {'CD', 'PGE'}}
 
 
@@ -214,4 +217,5 @@ def test_smm_drops_all_roots_on_the_way_in_and_out_whatever_the_host():
             assert to_shadow_page(vcpu.vm, vcpu.mmu.root.hpa).role.smm == entering
     vcpu = machine()
     enter_smm(vcpu)
-    assert [did.what for did in vcpu.log].count('unload') == 2 and vcpu.mmu.cpu_role.base.level == 0 and vcpu.mmu.cpu_role.base.smm
+    assert ([did.what for did in vcpu.log].count('unload') == 2 and vcpu.mmu.cpu_role.base.level == 0
+            and vcpu.mmu.cpu_role.base.smm)

@@ -61,7 +61,8 @@ def test_of_the_previous_roots_exactly_those_behind_the_guest_s_tables_go():
         for letter in 'ABCD': switch_to(vcpu, pointer(letter))
         for i, prev in enumerate(vcpu.mmu.prev_roots): to_shadow_page(vcpu.vm, prev.hpa).unsync_children = behind >> i & 1
         sync_prev_roots(vcpu)
-        assert [prev.valid for prev in vcpu.mmu.prev_roots] == [not behind >> i & 1 for i in range(3)] and vcpu.mmu.root.valid
+        assert ([prev.valid for prev in vcpu.mmu.prev_roots] == [not behind >> i & 1 for i in range(3)]
+                and vcpu.mmu.root.valid)
 
 
 @pytest.mark.claim('nbs/mmu/16_reload.ipynb', 'e76d266b', 'whether a per-vCPU root is in sync cannot be asked of the root')
@@ -108,7 +109,8 @@ def test_after_unload_no_root_is_left_in_either_mmu_no_slot_of_pae_root_is_used_
             assert not any(root.valid for root in (mmu.root, *mmu.prev_roots)) and mmu.pae_words == [0] * 4
         assert all(sp.root_count == 0 for sp in vcpu.vm.pages.values())
         destroy_mmus(vcpu)
-        assert not any(page for mmu in (vcpu.root_mmu, vcpu.guest_mmu) for page in (mmu.pae_root, mmu.pml4_root, mmu.pml5_root))
+        assert not any(page for mmu in (vcpu.root_mmu, vcpu.guest_mmu)
+                       for page in (mmu.pae_root, mmu.pml4_root, mmu.pml5_root))
 
 
 @pytest.mark.claim('nbs/mmu/16_reload.ipynb', '3eb9d1a3', 'a reset gives the MMU the roles of its registers, and a change of CPUID makes even equal roles new')
@@ -128,8 +130,10 @@ def test_a_reset_gives_the_mmu_the_roles_of_its_registers_and_a_change_of_cpuid_
 
 @pytest.mark.claim('nbs/mmu/16_reload.ipynb', '038c98cd', 'whatever is pending, it is served in one order and nothing is left over')
 def test_whatever_is_pending_it_is_served_in_one_order_and_nothing_is_left_over():
-    served = {'MMU_FREE_OBSOLETE_ROOTS': ['free_obsolete_roots'], 'MMU_SYNC': ['sync_roots'], 'LOAD_MMU_PGD': ['load_mmu_pgd'], 'TLB_FLUSH': ['flush_all'],
-              'TLB_FLUSH_CURRENT': ['flush_current'], 'TLB_FLUSH_GUEST': ['sync_roots', 'sync_prev_roots', 'free_roots', 'flush_guest']}
+    served = {'MMU_FREE_OBSOLETE_ROOTS': ['free_obsolete_roots'], 'MMU_SYNC': ['sync_roots'],
+              'LOAD_MMU_PGD': ['load_mmu_pgd'], 'TLB_FLUSH': ['flush_all'],
+              'TLB_FLUSH_CURRENT': ['flush_current'],
+              'TLB_FLUSH_GUEST': ['sync_roots', 'sync_prev_roots', 'free_roots', 'flush_guest']}
     for n in range(len(REQUESTS) + 1):
         for pending in combinations(REQUESTS, n):
             vcpu, = machine()
@@ -163,7 +167,8 @@ def test_after_a_zap_and_one_entry_each_no_vcpu_holds_a_root_of_the_old_generati
         assert not old & set(one.vm.pages)
         for vcpu in (one, two):
             for mmu in (vcpu.root_mmu, vcpu.guest_mmu):
-                assert not any(is_obsolete_root(one.vm, root) for root in (mmu.root, *mmu.prev_roots) if not per_vcpu_pages(mmu))
+                assert not any(is_obsolete_root(one.vm, root) for root in (mmu.root, *mmu.prev_roots)
+                               if not per_vcpu_pages(mmu))
 
 
 @pytest.mark.claim('nbs/mmu/16_reload.ipynb', '181b286e', 'whatever else is pending, the hardware never gets a root that is obsolete')

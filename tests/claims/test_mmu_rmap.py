@@ -93,7 +93,8 @@ def test_a_change_needs_a_flush_exactly_if_a_processor_s_copy_may_allow_what_the
         (_, old_mmu, _, old_a, old_d), (_, _, new_w, new_a, new_d) = old, new
         freedoms = {'write': old_mmu, 'use': old_a, 'write unmarked': old_d}
         left = {'write': new_w, 'use': new_a, 'write unmarked': new_d}
-        assert spte_update(vm, sp, 0, entry(new)) == any(freedoms[name] > left[name] for name in freedoms) and sp.sptes[0] == entry(new)
+        assert (spte_update(vm, sp, 0, entry(new)) == any(freedoms[name] > left[name] for name in freedoms)
+                and sp.sptes[0] == entry(new))
     assert len(states) == 16
 
 
@@ -107,7 +108,8 @@ def test_the_list_of_a_frame_is_what_a_search_of_all_tables_finds_after_each_of_
             if is_present(sp.sptes.get(index, 0)): drop_spte(vm, sp, index)
             else: map_page(vm, sp, index, gfn)
             for frame in (0x40, 0x41):
-                found = [sptep_of(sp, i) for sp in tables for i, spte in sp.sptes.items() if spte_pfn(spte) == host_frame(vm, frame)[0]]
+                found = [sptep_of(sp, i) for sp in tables for i, spte in sp.sptes.items()
+                         if spte_pfn(spte) == host_frame(vm, frame)[0]]
                 assert sorted(rmap_entries(vm, frame, 1)) == sorted(found)
 
 
@@ -118,7 +120,8 @@ def test_zapping_a_frame_s_list_takes_out_its_entries_of_that_size_and_touches_n
     map_page(vm, sp, 7, 0x41)
     map_page(vm, large, 0, 0)
     assert zap_rmap(vm, 0x40, 1) and not zap_rmap(vm, 0x40, 1)
-    assert not rmap_entries(vm, 0x40, 1) and rmap_entries(vm, 0x41, 1) == [sptep_of(sp, 7)] and rmap_entries(vm, 0x40, 2) == [sptep_of(large, 0)]
+    assert (not rmap_entries(vm, 0x40, 1) and rmap_entries(vm, 0x41, 1) == [sptep_of(sp, 7)]
+            and rmap_entries(vm, 0x40, 2) == [sptep_of(large, 0)])
 
 
 @pytest.mark.claim('nbs/mmu/09_rmap.ipynb', 'abfa2235', 'a list holds 1001 entries, and the next one empties it and asks for a flush')
@@ -162,7 +165,8 @@ def test_the_accounts_say_at_every_moment_how_many_tables_there_are_for_every_or
             if sp in there: there.remove(sp), unaccount_shadowed(vm, sp)
             else: there.append(sp), account_shadowed(vm, sp)
             upper = sum(sp.role.level > 1 for sp in there)
-            assert vm.indirect == len(there) and vm.tracked == ({0x40: upper} if upper else {}) and is_tracked(vm, 0x40) == bool(upper)
+            assert (vm.indirect == len(there) and vm.tracked == ({0x40: upper} if upper else {})
+                    and is_tracked(vm, 0x40) == bool(upper))
             assert vm.no_large == ({(level, 0x40 >> 9 * (level - 1)): len(there) for level in (2, 3)} if there else {})
 
 

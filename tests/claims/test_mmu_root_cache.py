@@ -50,7 +50,8 @@ def setup_cells():
         "A history of a PAE guest under that policy."
         vcpu = vcpu_for(pae, memory)
         vcpu.vm.policy = NeverFrees('never', 'keep whatever root there is')
-        return run_switches(vcpu, [(f"CR3 = {p}", lambda vcpu, p=p: switch_to(vcpu, pointer(p))) for p in pointers], LETTERS)
+        return run_switches(vcpu, [(f"CR3 = {p}", lambda vcpu, p=p: switch_to(vcpu, pointer(p))) for p in pointers],
+                            LETTERS)
 
 
 @pytest.mark.claim('nbs/mmu/15_root_cache.ipynb', '491ad8f4', 'each field of the role alone makes a cached root useless, the zapped bit among them')
@@ -96,7 +97,8 @@ def test_the_nine_loads_a_b_c_d_a_c_e_b_a_hit_three_times_and_e_costs_b():
     for letter in 'ABCDACEBA':
         hit = switch_to(vcpu, pointer(letter))
         seen.append(('hit ' if hit else 'miss ') + ''.join(name[0] for name in cached_roots(vcpu, LETTERS)))
-    assert seen == ['miss A---', 'miss BA--', 'miss CBA-', 'miss DCBA', 'hit ADCB', 'hit CADB', 'miss ECAD', 'miss BECA', 'hit ABEC']
+    assert seen == ['miss A---', 'miss BA--', 'miss CBA-', 'miss DCBA', 'hit ADCB', 'hit CADB', 'miss ECAD', 'miss BECA',
+                    'hit ABEC']
 
 
 @pytest.mark.claim('nbs/mmu/15_root_cache.ipynb', 'c7ffecc2', 'with shadow pages as roots the cache is the list of the last four pointers used')
@@ -142,7 +144,8 @@ def test_the_root_of_the_five_cases_is_rebuilt_at_every_load_other_shadow_roots_
         vcpu = vcpu_for(case)
         alloc_roots(vcpu)
         hits = [switch_to(vcpu, pointer(letter)) for letter in 'ABABA']
-        assert hits == ([False] * 5 if case.case else [True] * 5 if case.root_role.direct else [False, False, True, True, True])
+        assert hits == ([False] * 5 if case.case else [True] * 5 if case.root_role.direct
+                        else [False, False, True, True, True])
         if case.case: assert not any(prev.valid for prev in vcpu.mmu.prev_roots)
 
 
@@ -180,7 +183,8 @@ def test_no_two_places_hold_the_same_root_each_holds_one_reference_and_a_cached_
             switch_to(vcpu, pointer(letter))
             mmu = vcpu.mmu
             roots = [root for root in (mmu.root, *mmu.prev_roots) if root.valid]
-            assert mmu.root.pgd == pointer(letter) and len({root.pgd for root in roots}) == len({root.hpa for root in roots}) == len(roots)
+            assert (mmu.root.pgd == pointer(letter)
+                    and len({root.pgd for root in roots}) == len({root.hpa for root in roots}) == len(roots))
             for root in roots:
                 sp = to_shadow_page(vcpu.vm, root.hpa)
                 assert built.setdefault(root.hpa, sp.role) == sp.role

@@ -54,7 +54,8 @@ def setup_cells():
 def test_npt_has_the_host_s_depth_whatever_the_guest_and_ept_has_five_levels_only_if_hardware_has_them_and_the_guest_s_addresses_need_them():
     for levels, width in itertools.product((3, 4, 5), range(32, 53)):
         assert tdp_level(svm_host(levels, maxphyaddr=width)) == levels
-        for ept in (4, 5): assert tdp_level(vmx_host(levels, ept, maxphyaddr=width)) == (5 if ept == 5 and width > 48 else 4)
+        for ept in (4, 5):
+            assert tdp_level(vmx_host(levels, ept, maxphyaddr=width)) == (5 if ept == 5 and width > 48 else 4)
 
 
 @pytest.mark.claim('nbs/mmu/02_root_role.ipynb', '6c9a2edb', 'of everything a guest can do to its registers, nothing reaches a TDP root role')
@@ -120,20 +121,23 @@ def test_the_list_of_mmus_is_the_table_written_by_hand_row_by_row():
         hosts, tdps, mmu, modes, asked, built, direct, storage = (cell.strip() for cell in line.split('|'))
         written |= {(host, tdp, mmu, mode, int(level), int(built), int(direct), storage)
                     for host in hosts.split() for tdp in tdps.split() for mode, level in zip(modes.split(), asked.split())}
-    assert written == {(machine(m.host), depth(m.host), m.mmu, m.mode, m.cpu_role.base.level, m.root_role.level, m.root_role.direct, m.storage)
+    assert written == {(machine(m.host), depth(m.host), m.mmu, m.mode, m.cpu_role.base.level, m.root_role.level,
+                        m.root_role.direct, m.storage)
                        for m in all_mmus()}
 
 
 @pytest.mark.claim('nbs/mmu/02_root_role.ipynb', 'c866d5a3', 'an MMU that owns a root has at least three levels; the one that only walks has none')
 def test_an_mmu_that_owns_a_root_has_at_least_three_levels_the_one_that_only_walks_has_none():
-    assert all((m.root_role.level == 0) == (m.mmu == 'nested_mmu') and (m.root_role.level >= 3 or m.root_role == PageRole()) for m in all_mmus())
+    assert all((m.root_role.level == 0) == (m.mmu == 'nested_mmu') and (m.root_role.level >= 3 or m.root_role == PageRole())
+               for m in all_mmus())
 
 
 @pytest.mark.claim('nbs/mmu/02_root_role.ipynb', 'be662fe1', 'a root with 4-byte entries behind it is never direct, never a page of the hash, and passthrough is never direct either')
 def test_a_root_with_4_byte_entries_behind_it_is_never_direct_never_a_page_of_the_hash_and_passthrough_is_never_direct_either():
     for m in all_mmus():
         if m.root_role.has_4_byte_gpte: assert not m.root_role.direct and has_per_vcpu_root(m)
-        if m.root_role.passthrough: assert (m.root_role.level, m.root_role.direct, m.cpu_role.base.level, m.storage) == (5, 0, 4, 'shadow page')
+        if m.root_role.passthrough:
+            assert (m.root_role.level, m.root_role.direct, m.cpu_role.base.level, m.storage) == (5, 0, 4, 'shadow page')
 
 
 @pytest.mark.claim('nbs/mmu/02_root_role.ipynb', 'f36819bd', 'switching the TDP MMU off turns TDP roots into shadow pages, and switching accessed and dirty bits off moves one bit; neither makes a per-vCPU root')
@@ -141,7 +145,8 @@ def test_switching_the_tdp_mmu_off_turns_tdp_roots_into_shadow_pages_and_switchi
     for m in all_mmus():
         if m.mmu != 'root_mmu' or not m.host.has_tdp: continue
         old, dirtyless = replace(m.host, tdp_mmu=False), tdp_root_role(replace(m.host, ad=False), m.cpu_role)
-        assert root_storage(m.cpu_role, m.root_role, old.uses_tdp_mmu) == {'TDP root': 'shadow page'}.get(m.storage, m.storage)
+        assert root_storage(m.cpu_role, m.root_role,
+                            old.uses_tdp_mmu) == {'TDP root': 'shadow page'}.get(m.storage, m.storage)
         assert dirtyless.word ^ m.root_role.word == 1 << 16
 
 
@@ -149,7 +154,8 @@ def test_switching_the_tdp_mmu_off_turns_tdp_roots_into_shadow_pages_and_switchi
 def test_a_per_vcpu_root_is_one_of_five_cases_and_in_the_fifth_the_root_s_level_looks_like_any_other_s():
     cases = {}
     for m in all_mmus():
-        if has_per_vcpu_root(m): cases.setdefault(m.case, set()).add((m.host.bits, m.host.tdp, m.mmu, m.cpu_role.base.level, m.root_role.level))
+        if has_per_vcpu_root(m):
+            cases.setdefault(m.case, set()).add((m.host.bits, m.host.tdp, m.mmu, m.cpu_role.base.level, m.root_role.level))
     assert cases[1] == {(bits, 'off', 'root_mmu', 0, 3) for bits in (32, 64)}
     assert cases[2] == {(bits, 'off', 'root_mmu', asked, 3) for bits in (32, 64) for asked in (2, 3)}
     assert cases[3] == {(32, 'npt', 'root_mmu', asked, 3) for asked in (0, 2, 3)}
@@ -161,14 +167,18 @@ def test_a_per_vcpu_root_is_one_of_five_cases_and_in_the_fifth_the_root_s_level_
 def test_the_root_word_alone_does_not_tell_a_pae_l1_from_a_64_bit_one_on_four_levels_or_on_five_the_cpu_role_does():
     pairs = {(machine(one.host), one.mode, one.storage, other.mode, other.storage, one.root_role.word)
              for one, other in itertools.permutations(all_mmus(), 2)
-             if (one.host, one.mmu, one.root_role) == (other.host, other.mmu, other.root_role) and one.storage < other.storage}
-    assert pairs == {('64-4', 'PAE', 'pml4_root', '4-level', 'shadow page', 0x2_1704), ('64-5', 'PAE', 'pml5_root', '5-level', 'shadow page', 0x2_1705)}
+             if (one.host, one.mmu, one.root_role) == (other.host, other.mmu, other.root_role)
+             and one.storage < other.storage}
+    assert pairs == {('64-4', 'PAE', 'pml4_root', '4-level', 'shadow page', 0x2_1704),
+                     ('64-5', 'PAE', 'pml5_root', '5-level', 'shadow page', 0x2_1705)}
     assert all(one.cpu_role != other.cpu_role for one, other in itertools.combinations(all_mmus(), 2)
-               if (one.host, one.mmu, one.root_role) == (other.host, other.mmu, other.root_role) and one.storage != other.storage)
+               if (one.host, one.mmu, one.root_role) == (other.host, other.mmu, other.root_role)
+               and one.storage != other.storage)
 
 
 @pytest.mark.claim('nbs/mmu/02_root_role.ipynb', 'f1875b35', 'below the root, the tables of a PAE guest and of a 4- or 5-level guest have one role')
 def test_below_the_root_the_tables_of_a_pae_guest_and_of_a_4_or_5_level_guest_have_one_role():
-    below = {mode: {replace(shadow_root_role(calc_cpu_role(*MODES[mode])), level=level).word for level in (1, 2)} for mode in MODES}
+    below = {mode: {replace(shadow_root_role(calc_cpu_role(*MODES[mode])), level=level).word for level in (1, 2)}
+             for mode in MODES}
     assert below['PAE'] == below['4-level'] == below['5-level'] == {0x3701, 0x3702}
     assert not below['2-level'] & below['PAE'] and not below['nonpaging'] & below['PAE']

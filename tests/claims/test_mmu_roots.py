@@ -45,7 +45,8 @@ def test_two_vcpus_with_the_same_pointer_and_registers_start_at_the_same_table_a
 @pytest.mark.claim('nbs/mmu/14_roots.ipynb', '11777c19', 'on a TDP host all vCPUs share one root whatever their guests do, and no hash lists it')
 def test_on_a_tdp_host_all_vcpus_share_one_root_whatever_their_guests_do_and_no_hash_lists_it():
     vm = Vm(vmx_host(), small_memory())
-    vcpus = [new_vcpu(vm, cr3=0x1000 * i, **dict(zip(('cr0', 'cr4', 'efer'), registers))) for i, registers in enumerate(MODES.values())]
+    vcpus = [new_vcpu(vm, cr3=0x1000 * i, **dict(zip(('cr0', 'cr4', 'efer'), registers)))
+             for i, registers in enumerate(MODES.values())]
     assert len({alloc_tdp_root(vcpu) for vcpu in vcpus}) == 1
     assert vm.buckets == {} and [sp.root_count for sp in vm.pages.values()] == [len(MODES)]
 
@@ -70,7 +71,8 @@ def test_slots_beside_the_tdp_mmu_have_their_lists_exactly_after_a_guest_s_table
         vcpu = vcpu_for(case)
         before = has_rmaps(vcpu.vm)
         assert before == (not case.host.uses_tdp_mmu) and alloc_roots(vcpu)
-        assert has_rmaps(vcpu.vm) == (before or not case.root_role.direct) and first_shadow_root(vcpu.vm) == bool(case.root_role.direct)
+        assert (has_rmaps(vcpu.vm) == (before or not case.root_role.direct)
+                and first_shadow_root(vcpu.vm) == bool(case.root_role.direct))
         assert has_rmaps(vcpu.vm) and not first_shadow_root(vcpu.vm)
     lost = vcpu_for(next(case for case in all_mmus() if case.name == 'shadow NPT, 4-level L1'), pgd=1 << 40)
     assert not alloc_roots(lost) and not lost.vm.shadow_root_allocated
@@ -116,7 +118,8 @@ def test_the_pages_above_pae_root_are_made_once_in_case_5_alone_and_half_a_set_i
         if case.mmu == 'nested_mmu': continue
         vcpu = vcpu_for(case)
         alloc_special_roots(vcpu)
-        assert bool(vcpu.mmu.pml4_root) == (case.case == 5) and bool(vcpu.mmu.pml5_root) == (case.case == 5 and case.root_role.level == 5)
+        assert (bool(vcpu.mmu.pml4_root) == (case.case == 5)
+                and bool(vcpu.mmu.pml5_root) == (case.case == 5 and case.root_role.level == 5))
         before = (vcpu.mmu.pae_root, vcpu.mmu.pml4_root, vcpu.mmu.pml5_root)
         alloc_special_roots(vcpu)
         assert (vcpu.mmu.pae_root, vcpu.mmu.pml4_root, vcpu.mmu.pml5_root) == before
@@ -130,12 +133,15 @@ def test_a_slot_of_pae_root_is_used_exactly_when_the_guest_s_pdpte_is_present_an
     for mask in range(16):
         memory = small_memory()
         for i in range(4): memory.words(8)[5][i] = 0x1_0000 + (i << 12) | (mask >> i & 1)
-        for name, levels in (('shadow, PAE guest', 4), ('shadow NPT, PAE L1', 3), ('shadow NPT, PAE L1', 4), ('shadow NPT, PAE L1', 5)):
-            case = next(case for case in all_mmus() if (case.name, case.host.levels, case.host.vendor) == (name, levels, 'svm'))
+        for name, levels in (('shadow, PAE guest', 4), ('shadow NPT, PAE L1', 3), ('shadow NPT, PAE L1', 4),
+                             ('shadow NPT, PAE L1', 5)):
+            case = next(case for case in all_mmus()
+                        if (case.name, case.host.levels, case.host.vendor) == (name, levels, 'svm'))
             vcpu = vcpu_for(case, memory)
             assert alloc_roots(vcpu)
             assert [bool(word) for word in vcpu.mmu.pae_words] == [bool(mask >> i & 1) for i in range(4)]
-            assert [to_shadow_page(vcpu.vm, word).gfn for word in vcpu.mmu.pae_words if word] == [0x10 + i for i in range(4) if mask >> i & 1]
+            assert ([to_shadow_page(vcpu.vm, word).gfn for word in vcpu.mmu.pae_words if word]
+                    == [0x10 + i for i in range(4) if mask >> i & 1])
     for case in all_mmus():
         if case.mode != '2-level' or case.case not in (2, 4, 5): continue
         vcpu = vcpu_for(case)
@@ -184,7 +190,8 @@ def test_building_a_root_and_freeing_it_leaves_every_count_at_0_and_every_slot_e
                 alloc_roots(vcpu)
                 shared = case.mode == 'PAE' and case.case and not case.root_role.direct and pdpte == 0x1_0001
                 assert max(sp.root_count for sp in vcpu.vm.pages.values()) == (2 if shared else 1)
-                assert sum(sp.root_count for sp in vcpu.vm.pages.values()) == (sum(word > 0 for word in vcpu.mmu.pae_words) or 1)
+                assert (sum(sp.root_count for sp in vcpu.vm.pages.values())
+                        == (sum(word > 0 for word in vcpu.mmu.pae_words) or 1))
                 free_roots(vcpu, vcpu.mmu, ROOT_CURRENT)
                 assert not vcpu.mmu.root.valid and vcpu.mmu.pae_words == [0] * 4
                 assert all(sp.root_count == 0 for sp in vcpu.vm.pages.values())

@@ -128,7 +128,8 @@ def test_in_every_mode_each_of_kvm_s_tables_shadows_the_guest_s_of_its_level_and
 def test_the_guest_s_own_fault_is_told_to_the_guest_with_the_code_its_tables_give_kvm_builds_nothing():
     vcpu, = example_vcpus()
     tables = len(vcpu.vm.pages)
-    assert page_fault(vcpu, 0x50_0000, W) == ('RETRY', 'RETRY') and (vcpu.injected.what, vcpu.injected.addr, vcpu.injected.error_code) == ('#PF', 0x50_0000, W)
+    assert (page_fault(vcpu, 0x50_0000, W) == ('RETRY', 'RETRY')
+            and (vcpu.injected.what, vcpu.injected.addr, vcpu.injected.error_code) == ('#PF', 0x50_0000, W))
     assert len(vcpu.vm.pages) == tables
 
 
@@ -169,7 +170,8 @@ def test_a_fault_forgets_the_stores_into_every_table_on_its_way_those_that_stand
 def test_a_fault_on_the_host_s_behalf_to_have_the_page_ready_tells_the_guest_of_no_fault_of_its_own():
     for prefetch in (False, True):
         vcpu, = example_vcpus()
-        assert shadow_page_fault(vcpu, Fault(0x50_0000, U, prefetch=prefetch)) == 'RETRY' and (vcpu.injected is None) == prefetch
+        assert (shadow_page_fault(vcpu, Fault(0x50_0000, U, prefetch=prefetch)) == 'RETRY'
+                and (vcpu.injected is None) == prefetch)
 
 
 @pytest.mark.claim('nbs/mmu/21_shadow_fault.ipynb', 'ac2952c1', 'the table below a read-only entry is one without the right to write')
@@ -245,7 +247,7 @@ def test_a_table_taken_over_from_another_root_comes_with_everything_below_it_up_
     try_to_unsync(vm, 0x5, True, False)
     write_entry(vm.memory, 0x5000, 8, 0x10_1007)                  # Unseen, and no flush follows
     stale = last_entry(vcpu, 0x40_0000)[0]
-    write_entry(vm.memory, 0x9000, 8, 0x2007)                     # Another top table, in frame 9, that leads to the same tables
+    write_entry(vm.memory, 0x9000, 8, 0x2007)  # Another top table, in frame 9, that leads to the same tables
     other = new_vcpu(vm, cr0=vcpu.cr0, cr3=0x9000, cr4=vcpu.cr4, efer=vcpu.efer)
     enter_guest(other)
     page_fault(other, 0x40_1000, U)                               # Not even the page that changed
@@ -278,7 +280,8 @@ def test_below_a_guest_s_large_page_the_table_is_direct_has_the_large_entry_s_ri
             page_fault(vcpu, 0x40_0000 + (page << 12), W * write)
             sp, index, spte = last_entry(vcpu, 0x40_0000 + (page << 12))
             may_write = bool(entry & 2 and (entry & 0x40 or write))
-            assert (sp.role.direct, sp.role.level, index, sp.gfn) == (1, 1, page, 0x200) and bool(sp.role.access & 2) == may_write == is_writable(spte)
+            assert ((sp.role.direct, sp.role.level, index, sp.gfn) == (1, 1, page, 0x200)
+                    and bool(sp.role.access & 2) == may_write == is_writable(spte))
             assert spte_pfn(spte) == host_frame(vcpu.vm, 0x200 + page)[0]
         vcpu = large_page(entry, host_level=2)
         page_fault(vcpu, 0x40_3000, W * write)
@@ -370,7 +373,8 @@ def test_however_the_accesses_follow_each_other_each_goes_through_after_at_most_
             spte = last_entry(vcpu, 0x40_0000)[2]
             page_fault(vcpu, 0x40_0000, code | P * is_present(spte))
             spte = last_entry(vcpu, 0x40_0000)[2]
-            assert vcpu.injected is None and is_present(spte) and (not code & W or is_writable(spte)) and (not code & U or spte & 4)
+            assert (vcpu.injected is None and is_present(spte) and (not code & W or is_writable(spte))
+                    and (not code & U or spte & 4))
         page_fault(vcpu, 0x40_0000, P | U | W)
         assert vcpu.injected.what == '#PF' and not last_entry(vcpu, 0x40_0000)[2] & 6 == 6
 
@@ -437,12 +441,14 @@ def test_a_guest_without_paging_gets_pages_of_2_mib_at_most_under_npt_its_pages_
         vcpu = new_vcpu(Vm(host, ram((0, 1 << 31)), prefetch=False), cr0=cr0, cr4=cr4, efer=efer)
         vcpu.vm.host_levels[0] = 3
         enter_guest(vcpu)
-        assert page_fault(vcpu, 0x4000_0000, U) == ('RETRY', 'FIXED') and last_entry(vcpu, 0x4000_0000)[0].role.level == level
+        assert (page_fault(vcpu, 0x4000_0000, U) == ('RETRY', 'FIXED')
+                and last_entry(vcpu, 0x4000_0000)[0].role.level == level)
 
 
 @pytest.mark.claim('nbs/mmu/21_shadow_fault.ipynb', 'e1406cd5', 'of a 4 MiB page only the half the address is in counts: KVM maps no more of it at once')
 def test_of_a_4_mib_page_only_the_half_the_address_is_in_counts_kvm_maps_no_more_of_it_at_once():
-    for directory, gva, level in ((0x650, 0x40_3000, 2), (0x650, 0x60_3000, 1), (0x650, 0x65_0000, 1), (0x450, 0x40_3000, 1), (0x450, 0x60_3000, 2)):
+    for directory, gva, level in ((0x650, 0x40_3000, 2), (0x650, 0x60_3000, 1), (0x650, 0x65_0000, 1),
+                                  (0x450, 0x40_3000, 1), (0x450, 0x60_3000, 2)):
         memory, (cr0, cr4, efer) = ram((0, 1 << 24)), map(int, MODES['2-level'])
         write_entry(memory, (directory << 12) + 4, 4, 0x40_00e7)   # 4 MiB at 0x40_0000, onto itself
         vm = Vm(svm_host(4, npt=False), memory, prefetch=False)
@@ -490,9 +496,11 @@ def test_a_note_of_mmio_is_emulated_without_a_walk_of_the_guest_s_tables_and_ask
     assert vcpu.mmio[:3] == (0x40_0000, 0xfee00, 2 | 4)
     for forgotten in (False, True):
         if forgotten: vcpu.mmio = None
-        assert page_fault(vcpu, 0x40_0000, RSVD | P | U) == ('EMULATE', '') and len(walks) == 1 and vcpu.mmio[:2] == (0x40_0000, 0xfee00)
+        assert (page_fault(vcpu, 0x40_0000, RSVD | P | U) == ('EMULATE', '') and len(walks) == 1
+                and vcpu.mmio[:2] == (0x40_0000, 0xfee00))
     vcpu.mmio, vcpu.vm.generation = None, vcpu.vm.generation + 1
-    assert page_fault(vcpu, 0x40_0000, RSVD | P | U) == ('EMULATE', 'EMULATE') and len(walks) == 2 and not walks[1]['pferr'] & RSVD
+    assert (page_fault(vcpu, 0x40_0000, RSVD | P | U) == ('EMULATE', 'EMULATE') and len(walks) == 2
+            and not walks[1]['pferr'] & RSVD)
     write_entry(vcpu.vm.memory, 0x5000, 8, 0xfee0_0065)
     page_fault(vcpu, 0x40_0000, U)
     assert vcpu.mmio[:3] == (0x40_0000, 0xfee00, 4)              # The rights of the guest's entry

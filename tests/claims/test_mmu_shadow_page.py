@@ -77,7 +77,8 @@ def test_a_pae_guest_and_a_4_level_guest_with_equal_control_bits_share_their_low
 def test_flag_bits_do_not_matter_and_a_page_that_was_allocated_for_other_ends_has_no_shadow_page():
     vm, vcpu = machine()
     sp, pae_root = get(vm, 0x123, root(vcpu)), vm.alloc_page()
-    assert to_shadow_page(vm, sp.spt | 0x27) is sp and to_shadow_page(vm, pae_root) is None and to_shadow_page(vm, INVALID_PAGE) is None
+    assert (to_shadow_page(vm, sp.spt | 0x27) is sp and to_shadow_page(vm, pae_root) is None
+            and to_shadow_page(vm, INVALID_PAGE) is None)
 
 
 @pytest.mark.claim('nbs/mmu/06_shadow_page.ipynb', 'e0304f1d', 'why_missed names a field for every candidate exactly if the lookup misses')
@@ -98,7 +99,8 @@ def test_a_child_differs_from_its_parent_in_level_access_direct_passthrough_and_
         if parent.level < 2: continue
         for index, direct, access in itertools.product((0, 1, 2, 511), (False, True), range(8)):
             child = child_role(parent, index, direct, access)
-            assert {change.field for change in diff_roles(parent, child)} <= {'level', 'access', 'direct', 'passthrough', 'quadrant'}
+            assert ({change.field for change in diff_roles(parent, child)}
+                    <= {'level', 'access', 'direct', 'passthrough', 'quadrant'})
             assert (child.level, child.access, child.direct, child.passthrough) == (parent.level - 1, access, direct, 0)
             assert child.quadrant == (index % 2 if parent.has_4_byte_gpte else 0)
 
@@ -106,11 +108,14 @@ def test_a_child_differs_from_its_parent_in_level_access_direct_passthrough_and_
 @pytest.mark.claim('nbs/mmu/06_shadow_page.ipynb', '49712fcf', 'every table below any root has a role that page_role accepts, with a quadrant only where entries have 4 bytes')
 def test_every_table_below_any_root_has_a_role_that_page_role_accepts_with_a_quadrant_only_where_entries_have_4_bytes():
     for m in all_mmus():
-        tables = {replace(m.root_role, level=2, quadrant=q) for q in range(4)} if m.root_role.has_4_byte_gpte else {m.root_role} if m.root_role.level else set()
+        tables = ({replace(m.root_role, level=2, quadrant=q) for q in range(4)} if m.root_role.has_4_byte_gpte
+                  else {m.root_role} if m.root_role.level else set())
         while tables:
             for role in tables:
-                assert page_role(role.word) == role and (role.has_4_byte_gpte or not role.quadrant) and (role.level == 2 or role.quadrant < 2)
-            tables = {child_role(role, index, direct, 7) for role in tables if role.level > 1 for index in (0, 1) for direct in (False, True)}
+                assert (page_role(role.word) == role and (role.has_4_byte_gpte or not role.quadrant)
+                        and (role.level == 2 or role.quadrant < 2))
+            tables = {child_role(role, index, direct, 7) for role in tables if role.level > 1 for index in (0, 1)
+                      for direct in (False, True)}
 
 
 @pytest.mark.claim('nbs/mmu/06_shadow_page.ipynb', '50888681', "a direct table's key names what it maps: for every level, no two slots of two direct tables with different frames map the same page")
@@ -118,7 +123,8 @@ def test_a_direct_table_s_key_names_what_it_maps_for_every_level_no_two_slots_of
     for level in (1, 2, 3):
         span = 1 << 9 * level                   # Frames a whole table of that level maps
         firsts = [[gfn + (index << 9 * (level - 1)) for index in range(512)] for gfn in range(0, 8 * span, span)]
-        assert len({first for table in firsts for first in table}) == 8 * 512 and all(table[-1] + (span >> 9) == table[0] + span for table in firsts)
+        assert (len({first for table in firsts for first in table}) == 8 * 512
+                and all(table[-1] + (span >> 9) == table[0] + span for table in firsts))
 
 
 @pytest.mark.claim('nbs/mmu/06_shadow_page.ipynb', '5f3f503f', "the table below a passthrough root has the root's frame and is another table, by its level and by that bit")
@@ -135,7 +141,8 @@ def test_the_two_cuts_are_of_the_same_address_the_guest_s_indices_and_kvm_s_say_
     for gva in [*range(0, 1 << 32, 0x3f_f000), 0xffff_ffff]:
         path = quadrant_path(gva)
         assert path.pde << 22 | path.pte << 12 == gva & ~0xfff
-        assert path.directory << 30 | path.pd_slot << 21 | path.pt_slot << 12 == gva & ~0xfff and path.half == path.pd_slot % 2
+        assert (path.directory << 30 | path.pd_slot << 21 | path.pt_slot << 12 == gva & ~0xfff
+                and path.half == path.pd_slot % 2)
 
 
 @pytest.mark.claim('nbs/mmu/06_shadow_page.ipynb', '42af88fb', 'the four directories together shadow each guest PDE twice, in one quadrant, and no slot is left over')
@@ -145,7 +152,8 @@ def test_the_four_directories_together_shadow_each_guest_pde_twice_in_one_quadra
         slots = shadow_slots(2, pde)
         assert len(slots) == 2 and len({quadrant for quadrant, _ in slots}) == 1
         for place in slots: seen.setdefault(place, []).append(pde)
-    assert set(seen) == {(quadrant, slot) for quadrant in range(4) for slot in range(512)} and all(len(pdes) == 1 for pdes in seen.values())
+    assert (set(seen) == {(quadrant, slot) for quadrant in range(4) for slot in range(512)}
+            and all(len(pdes) == 1 for pdes in seen.values()))
 
 
 @pytest.mark.claim('nbs/mmu/06_shadow_page.ipynb', '0db53481', 'the two last tables together shadow each guest PTE once')
@@ -158,7 +166,8 @@ def test_the_two_last_tables_together_shadow_each_guest_pte_once():
 def test_the_slot_an_address_uses_is_among_those_that_shadow_the_entry_it_uses_at_both_levels_for_every_2_mib_of_the_address_space():
     for gva in range(0, 1 << 32, 2 * MiB):
         path = quadrant_path(gva + 0x5000)
-        assert (path.directory, path.pd_slot) in shadow_slots(2, path.pde) and (path.half, path.pt_slot) in shadow_slots(1, path.pte)
+        assert ((path.directory, path.pd_slot) in shadow_slots(2, path.pde)
+                and (path.half, path.pt_slot) in shadow_slots(1, path.pte))
 
 
 @pytest.mark.claim('nbs/mmu/06_shadow_page.ipynb', '7884f60d', 'a full 2-level guest of 1 + 1024 tables takes 4 + 2048 shadow tables')
@@ -168,7 +177,8 @@ def test_a_full_2_level_guest_of_1_1024_tables_takes_4_2048_shadow_tables():
         directory = get(vm, 0x10, root(vcpu, quadrant))
         for slot in range(512):
             get(vm, 0x100 + 256 * quadrant + slot // 2, child_role(directory.role, slot, False, 7))
-    assert len(vm.pages) == 4 + 2048 and all(len(vm.buckets[gfn]) == 2 for gfn in range(0x100, 0x500)) and len(vm.buckets[0x10]) == 4
+    assert (len(vm.pages) == 4 + 2048 and all(len(vm.buckets[gfn]) == 2 for gfn in range(0x100, 0x500))
+            and len(vm.buckets[0x10]) == 4)
 
 
 @pytest.mark.claim('nbs/mmu/06_shadow_page.ipynb', '114dd3c2', 'a request is one bit a vCPU: whoever asks and however often, each vCPU is asked once')

@@ -42,10 +42,12 @@ def test_both_direct_engines_end_with_the_same_leaves_but_for_those_the_older_on
         for engine in ENGINES[:2]:
             machine, *_ = play_side(engine, STORY, below, large)
             vm = machine.vm
-            leaves.append({(sp.role.level, sp.gfn + (index << 9 * (sp.role.level - 1))) for sp in vm.pages.values() if not sp.role.invalid for index, spte in sp.sptes.items()
+            leaves.append({(sp.role.level, sp.gfn + (index << 9 * (sp.role.level - 1))) for sp in vm.pages.values()
+                           if not sp.role.invalid for index, spte in sp.sptes.items()
                            if is_present(spte) and is_last(spte, sp.role.level)})
         needed, more = leaves
-        assert needed <= more and {(level, gfn >> 3) for level, gfn in more if level == 1} == {(level, gfn >> 3) for level, gfn in needed if level == 1}
+        assert (needed <= more and {(level, gfn >> 3) for level, gfn in more if level == 1}
+                == {(level, gfn >> 3) for level, gfn in needed if level == 1})
 
 
 @pytest.mark.claim('nbs/mmu/32_side_by_side.ipynb', '54ce450a', 'With tables for one address space there, another costs the direct engines nothing and the shadow MMU as many tables as the guest has')
@@ -53,11 +55,14 @@ def test_with_tables_for_one_address_space_there_another_costs_the_direct_engine
     for below in HOSTS:
         for engine in ENGINES:
             machine = side_machine(engine, below)
-            def touch(): return sum((counted(machine, _guest(do, **more))[1] for do, more in (('read', dict(at=SMALL)), ('read', dict(at=LARGE)))), Cost())
+            def touch():
+                return sum((counted(machine, _guest(do, **more))[1]
+                            for do, more in (('read', dict(at=SMALL)), ('read', dict(at=LARGE)))), Cost())
             touch()
             machine.happen(_guest('set_cr3', value=SECOND))
             second = touch()
-            assert second.tables == (4 if engine == 'shadow MMU' else 0)    # Its large page is split by a table that both spaces share
+            # Its large page is split by a table that both spaces share
+            assert second.tables == (4 if engine == 'shadow MMU' else 0)
 
 
 @pytest.mark.claim('nbs/mmu/32_side_by_side.ipynb', '3eb1bf08', 'In random stories with edits, swapping and merging all engines answer alike and leave the same memory, on every kind of host')

@@ -25,7 +25,8 @@ def setup_cells():
 @pytest.mark.claim('nbs/mmu/04_spte.ipynb', '8f3196f8', 'within a format no two bits of an entry that maps something overlap, whatever the hardware offers')
 def test_within_a_format_no_two_bits_of_an_entry_that_maps_something_overlap_whatever_the_hardware_offers():
     for masks in (NPT, *(ept_masks(has_ad=ad, execonly=execonly) for ad, execonly in product((True, False), repeat=2))):
-        fields = [SPTE_PRESENT, SPTE_WRITABLE, SPTE_LARGE, SPTE_ADDRESS, SPTE_AD_MASK, masks.user, masks.x | masks.nx, masks.accessed, masks.dirty, masks.host_writable, masks.mmu_writable]
+        fields = [SPTE_PRESENT, SPTE_WRITABLE, SPTE_LARGE, SPTE_ADDRESS, SPTE_AD_MASK, masks.user, masks.x | masks.nx,
+                  masks.accessed, masks.dirty, masks.host_writable, masks.mmu_writable]
         if masks.acc_track: fields.append(5 << SPTE_SAVED_SHIFT)
         assert sum(fields) == sum(1 << bit for bit in range(64) if any(field >> bit & 1 for field in fields))
 
@@ -54,16 +55,19 @@ def test_of_the_eight_combinations_of_the_three_bits_four_are_states_wherever_th
 @pytest.mark.claim('nbs/mmu/04_spte.ipynb', '0024a870', 'tracking and restoring changes no right but W, for every combination of rights, and tracking twice is tracking once')
 def test_tracking_and_restoring_changes_no_right_but_w_for_every_combination_of_rights_and_tracking_twice_is_tracking_once():
     for rights, writable in product((1, 4, 5), (False, True)):
-        spte = SPTE_PRESENT | SPTE_AD_DISABLED | EPT_NO_AD.host_writable | EPT_NO_AD.mmu_writable | 0x1234 << 12 | rights | SPTE_WRITABLE * writable
+        spte = (SPTE_PRESENT | SPTE_AD_DISABLED | EPT_NO_AD.host_writable | EPT_NO_AD.mmu_writable | 0x1234 << 12 | rights
+                | SPTE_WRITABLE * writable)
         tracked = mark_access_track(EPT_NO_AD, spte)
         assert is_access_track(EPT_NO_AD, tracked) and not is_accessed(EPT_NO_AD, tracked) and is_present(tracked)
-        assert mark_access_track(EPT_NO_AD, tracked) == tracked and restore_access_track(EPT_NO_AD, tracked) == spte & ~SPTE_WRITABLE
+        assert (mark_access_track(EPT_NO_AD, tracked) == tracked and restore_access_track(EPT_NO_AD, tracked) == spte
+                & ~SPTE_WRITABLE)
 
 
 @pytest.mark.claim('nbs/mmu/04_spte.ipynb', 'ead43b98', 'accessed and dirty are read as the table says, for all states of the bits')
 def test_accessed_and_dirty_are_read_as_the_table_says_for_all_states_of_the_bits():
-    for masks, kind, a, d, rights in product((EPT, EPT_NO_AD), (0, SPTE_AD_DISABLED, SPTE_AD_WRPROT_ONLY), (0, EPT_ACCESSED), (0, EPT_DIRTY), range(8)):
-        if masks is EPT_NO_AD and kind != SPTE_AD_DISABLED: continue    # Without the bits every table is of the disabled kind
+    for masks, kind, a, d, rights in product((EPT, EPT_NO_AD), (0, SPTE_AD_DISABLED, SPTE_AD_WRPROT_ONLY),
+                                             (0, EPT_ACCESSED), (0, EPT_DIRTY), range(8)):
+        if masks is EPT_NO_AD and kind != SPTE_AD_DISABLED: continue  # Without the bits every table is of the disabled kind
         spte = SPTE_PRESENT | kind | a | d | rights
         assert is_accessed(masks, spte) == bool(rights if kind == SPTE_AD_DISABLED else a)
         assert is_dirty(masks, spte) == bool(rights & 2 if kind == SPTE_AD_DISABLED else d)
@@ -73,5 +77,6 @@ def test_accessed_and_dirty_are_read_as_the_table_says_for_all_states_of_the_bit
 def test_an_entry_that_nobody_else_can_change_is_one_with_nothing_left_to_set_a_and_d_where_the_processor_sets_them_w_where_a_fast_fault_does():
     for masks, kind, a, d, w, mmu in product((NPT, EPT), (0, SPTE_AD_WRPROT_ONLY), (0, 1), (0, 1), (0, 1), (0, 1)):
         if w and not mmu: continue
-        spte = SPTE_PRESENT | kind | masks.accessed * a | masks.dirty * d | SPTE_WRITABLE * w | masks.mmu_writable * mmu | masks.host_writable | masks.user
+        spte = (SPTE_PRESENT | kind | masks.accessed * a | masks.dirty * d | SPTE_WRITABLE * w | masks.mmu_writable * mmu
+                | masks.host_writable | masks.user)
         assert has_volatile_bits(masks, spte) == (not a or bool(w and not d) or bool(mmu and not w))

@@ -28,7 +28,8 @@ def setup_cells():
         return example_table(gpte)
 
     def store(mode, at, size):
-        "A store to four shadowed entries that KVM sees: the slots whose guest entry changed, those still filled, and whether it counts as misaligned."
+        """A store to four shadowed entries that KVM sees: the slots whose guest entry changed, those still filled, and
+    whether it counts as misaligned."""
         vcpu, sp = example_table(0x40_067, 0x41_067, 0x42_067, 0x43_067, mode=mode)
         before = {index: read_gpte(vcpu.vm, sp, index) for index in sp.sptes}
         write_gpa(vcpu.vm.memory, 0x1_1000 + at, b'\xa5' * size)
@@ -41,7 +42,8 @@ def setup_cells():
 def test_the_table_counts_its_frame_is_under_no_large_page_and_the_frame_it_maps_is_writable_unless_that_holds_a_table_in_sync():
     vcpu, sp = example_table(0x40_067, 0x11_067)
     assert vcpu.vm.n_used == vcpu.vm.indirect == 1 and vcpu.vm.no_large[2, 0] == 1
-    assert is_writable(sp.sptes[3]) and is_writable(sp.sptes[4]) and sp.unsync      # Slot 4 maps the table itself: KVM let go of it
+    # Slot 4 maps the table itself: KVM let go of it
+    assert is_writable(sp.sptes[3]) and is_writable(sp.sptes[4]) and sp.unsync
 
 
 @pytest.mark.claim('nbs/mmu/13_sync.ipynb', '82058c31', 'a leaf that would be writable is noted in the dirty log, any other is not')
@@ -71,7 +73,8 @@ def test_a_4_byte_entry_s_slots_are_those_the_chapter_on_quadrants_gives_over_ev
     two = vars(PageRole(level=1, has_4_byte_gpte=1, access=7))
     for level, entry, quadrant in product((1, 2), range(1024), range(4)):
         sp = ShadowPage(0x11, PageRole(**{**two, 'level': level, 'quadrant': quadrant}), 0)
-        assert written_entries(sp, 0x11_000 + 4 * entry) == tuple(slot for q, slot in shadow_slots(level, entry) if q == quadrant)
+        assert (written_entries(sp, 0x11_000 + 4 * entry)
+                == tuple(slot for q, slot in shadow_slots(level, entry) if q == quadrant))
 
 
 @pytest.mark.claim('nbs/mmu/13_sync.ipynb', '313a8cc9', "A store is misaligned when it crosses an entry or is too small to write one, but for a byte at an entry's start")
@@ -130,7 +133,8 @@ def test_three_stores_into_a_directory_give_up_its_shadow_and_all_that_is_stale_
 def test_a_sync_of_an_unchanged_entry_takes_its_a_and_d_once_and_owes_a_flush_for_that():
     vcpu, sp = shadowed()
     before = sp.sptes[3]
-    assert [sync_page(vcpu, sp) for _ in range(3)] == [1, 0, 0] and before & ~sp.sptes[3] == vcpu.vm.masks.accessed | vcpu.vm.masks.dirty
+    assert ([sync_page(vcpu, sp) for _ in range(3)] == [1, 0, 0] and before & ~sp.sptes[3] == vcpu.vm.masks.accessed
+            | vcpu.vm.masks.dirty)
 
 
 @pytest.mark.claim('nbs/mmu/13_sync.ipynb', 'ec984493', "After a sync every entry grants what the guest's grants now, or is gone")
@@ -152,7 +156,8 @@ def test_a_sync_keeps_exactly_the_entries_whose_guest_entry_is_present_used_and_
         vcpu, sp = shadowed()
         write_entry(vcpu.vm.memory, 0x11_018, 8, gpte)
         sync_page(vcpu, sp)
-        assert (3 in sp.sptes) == bool(present and a and frame == 0x40) == (rmap_entries(vcpu.vm, 0x40, 1) == [sptep_of(sp, 3)])
+        assert ((3 in sp.sptes) == bool(present and a and frame == 0x40)
+                == (rmap_entries(vcpu.vm, 0x40, 1) == [sptep_of(sp, 3)]))
         if 3 in sp.sptes:
             assert is_writable(sp.sptes[3]) == bool(w and d) and bool(sp.sptes[3] & vcpu.vm.masks.user) == bool(u)
             assert page_gfn(sp, 3) == 0x40 and page_access(sp, 3) == 1 | (2 if w and d else 0) | (4 if u else 0)
@@ -231,7 +236,8 @@ def test_a_sync_that_takes_a_right_or_a_frame_away_owes_a_flush_once_there_is_no
 
 @pytest.mark.claim('nbs/mmu/13_sync.ipynb', '77e8477e', 'before tables are brought up to date no processor may write them any more, and what the sync took away is forgotten after it')
 def test_before_tables_are_brought_up_to_date_no_processor_may_write_them_any_more_and_what_the_sync_took_away_is_forgotten_after_it():
-    for nothing_new, wanted in ((True, ['flush_remote', 'kvm_mmu_sync_page']), (False, ['flush_remote', 'kvm_mmu_sync_page', 'flush_remote'])):
+    for nothing_new, wanted in ((True, ['flush_remote', 'kvm_mmu_sync_page']),
+                                (False, ['flush_remote', 'kvm_mmu_sync_page', 'flush_remote'])):
         vcpu, sp = shadowed()
         vm, did = vcpu.vm, []
         parent = get_shadow_page(vcpu, 0x12, replace(sp.role, level=2))
@@ -239,7 +245,8 @@ def test_before_tables_are_brought_up_to_date_no_processor_may_write_them_any_mo
         sp.parents.append(sptep_of(parent, 0))
         for at, entry in ((0x11_020, 0x11_067), (0x11_018, 0x40_065)): write_entry(vm.memory, at, 8, entry)
         if nothing_new: sync_page(vcpu, sp)
-        sp.sptes[4] = build_leaf(vm, sp, 4, 7, 0x11, host_frame(vm, 0x11)[0], False, True, True)[0] & ~(vm.masks.accessed | vm.masks.dirty)
+        sp.sptes[4] = (build_leaf(vm, sp, 4, 7, 0x11, host_frame(vm, 0x11)[0], False, True, True)[0]
+                       & ~(vm.masks.accessed | vm.masks.dirty))
         rmap_add(vm, sp, 4, 0x11, 7)                          # The table maps its own frame, writable: it has gone stale
         vm.watch = lambda event: did.append(event.what)
         sync_children(vcpu, parent)

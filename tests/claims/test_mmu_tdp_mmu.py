@@ -32,7 +32,9 @@ def setup_cells():
 
     def fault(vm, root, gfn, level=1, writable=True):
         "A fault on a frame, to be mapped by a page of a level."
-        return tdp_map(vm, root, gfn, None, level, lambda sp, old: make_spte(vm.masks, sp.role, 7, host_frame(gfn & -pages_of(level)), old, host_writable=writable))
+        return tdp_map(vm, root, gfn, None, level,
+                       lambda sp, old: make_spte(vm.masks, sp.role, 7, host_frame(gfn & -pages_of(level)), old,
+                                                 host_writable=writable))
 
     def leaves(vm, root):
         "{(level, first frame): first host frame}, from the dictionaries alone."
@@ -40,7 +42,8 @@ def setup_cells():
         for sp in todo:
             for index, spte in sp.sptes.items():
                 if not is_present(spte): continue
-                if is_last(spte, sp.role.level): found[sp.role.level, sp.gfn + index * pages_of(sp.role.level)] = spte_pfn(spte)
+                if is_last(spte, sp.role.level):
+                    found[sp.role.level, sp.gfn + index * pages_of(sp.role.level)] = spte_pfn(spte)
                 else: todo.append(vm.pages[spte & SPTE_ADDRESS])
         return found
 
@@ -52,7 +55,8 @@ def setup_cells():
                 index = gfn >> 9 * (sp.role.level - 1) & 511
                 if sp.role.level == level: break
                 if index not in sp.sptes:
-                    child = ShadowPage(gfn & -pages_of(sp.role.level), replace(sp.role, level=sp.role.level - 1), vm.alloc_page(), tdp=True, hashed=False)
+                    child = ShadowPage(gfn & -pages_of(sp.role.level), replace(sp.role, level=sp.role.level - 1),
+                                       vm.alloc_page(), tdp=True, hashed=False)
                     child.ptep, vm.pages[child.spt] = sp.spt + 8 * index, child
                     sp.sptes[index] = make_nonleaf_spte(vm.masks, child.spt)
                 sp = vm.pages[sp.sptes[index] & SPTE_ADDRESS]
@@ -64,7 +68,8 @@ def setup_cells():
             gfn, spte = sp.gfn + index * pages_of(sp.role.level), sp.sptes.get(index, 0)
             if gfn + pages_of(sp.role.level) <= start or gfn >= end: continue
             yield sp.role.level, gfn, spte
-            if sp.role.level > lowest and child_of(vm, spte, sp.role.level): yield from entries_over(vm, vm.pages[spte & SPTE_ADDRESS], start, end, lowest)
+            if sp.role.level > lowest and child_of(vm, spte, sp.role.level):
+                yield from entries_over(vm, vm.pages[spte & SPTE_ADDRESS], start, end, lowest)
 
 
 @pytest.mark.claim('nbs/mmu/07_tdp_mmu.ipynb', '72478960', 'guests of every paging mode, all vCPUs of them, share one root')
@@ -99,7 +104,8 @@ def test_the_walk_meets_each_entry_over_the_range_once_a_table_s_entry_before_th
     plant(vm, root, (0, 1), (0x205, 1), (0x400, 2), (1 << 18, 1), (3 << 18, 3))
     edges = (0, 1, 0x1ff, 0x200, 0x206, 0x3ff, 1 << 18, (1 << 18) + 1, 3 << 18, 1 << 27)
     for (start, end), lowest in itertools.product(itertools.combinations(edges, 2), (1, 2, 3)):
-        assert [(it.level, it.gfn, it.old_spte) for it in tdp_iterate(vm, root, start, end, lowest)] == list(entries_over(vm, root, start, end, lowest))
+        assert ([(it.level, it.gfn, it.old_spte) for it in tdp_iterate(vm, root, start, end, lowest)]
+                == list(entries_over(vm, root, start, end, lowest)))
 
 
 @pytest.mark.claim('nbs/mmu/07_tdp_mmu.ipynb', '94680676', 'a walk whose table is taken away while it yields goes on with the frames behind it')
@@ -123,7 +129,8 @@ def test_a_page_is_never_replaced_by_another_in_one_step_and_by_way_of_nothing_i
     plant(vm, root, (5, 1))
     sp, index, spte, _ = tdp_leaf(vm, root, 5)
     moved = spte + (0x1000 << PAGE_SHIFT)
-    with expect_fail(KvmBug, contains="57: frame 0x5 goes from host frame 0x40005 to 0x41005 in one step"): handle_changed_spte(vm, sp, index, spte, moved)
+    with expect_fail(KvmBug, contains="57: frame 0x5 goes from host frame 0x40005 to 0x41005 in one step"):
+        handle_changed_spte(vm, sp, index, spte, moved)
     tdp_set_spte(vm, sp, index, 0)
     tdp_set_spte(vm, sp, index, moved)
     assert leaves(vm, root) == {(1, 5): 0x4_1005}
@@ -172,7 +179,8 @@ def test_when_an_entry_is_emptied_it_is_filled_again_only_after_every_processor_
     vm, root = machine()
     fault(vm, root, 5)
     seen = []
-    vm.watch = lambda did: seen.append((did.what, tdp_leaf(vm, root, 5)[2], fault(vm, root, 5))) if did.what == 'flush_remote' else None
+    vm.watch = (lambda did: seen.append((did.what, tdp_leaf(vm, root, 5)[2], fault(vm, root, 5)))
+                if did.what == 'flush_remote' else None)
     tdp_zap_spte_atomic(vm, *tdp_leaf(vm, root, 5)[:3])
     assert seen == [('flush_remote', REMOVED_SPTE, 'RETRY')] and fault(vm, root, 5) == 'FIXED'
 
@@ -207,5 +215,7 @@ def test_the_events_of_a_history_that_splits_no_large_page_are_enough_to_rebuild
     def record(did):
         if did.what == 'kvm_tdp_mmu_spte_changed': seen[did['level'], did['gfn']] = did['new_spte']
     vm.watch = record
-    for gfn, level in ((5, 1), (5, 2), (0x205, 1), (0x400, 2), (0x400, 1), (1 << 18, 3), (0x600, 1)): fault(vm, root, gfn, level)
-    assert {key: spte for key, spte in seen.items() if is_present(spte)} == {(it.level, it.gfn): it.old_spte for it in tdp_iterate(vm, root, 0, MAX_GFN) if is_present(it.old_spte)}
+    for gfn, level in ((5, 1), (5, 2), (0x205, 1), (0x400, 2), (0x400, 1), (1 << 18, 3), (0x600, 1)):
+        fault(vm, root, gfn, level)
+    assert ({key: spte for key, spte in seen.items() if is_present(spte)}
+            == {(it.level, it.gfn): it.old_spte for it in tdp_iterate(vm, root, 0, MAX_GFN) if is_present(it.old_spte)})

@@ -31,7 +31,9 @@ def setup_cells():
 
     def fault(vm, root, gfn, level=1, writable=True):
         "A fault on a frame, to be mapped by a page of a level."
-        return tdp_map(vm, root, gfn, None, level, lambda sp, old: make_spte(vm.masks, sp.role, 7, host_frame(gfn & -pages_of(level)), old, host_writable=writable))
+        return tdp_map(vm, root, gfn, None, level,
+                       lambda sp, old: make_spte(vm.masks, sp.role, 7, host_frame(gfn & -pages_of(level)), old,
+                                                 host_writable=writable))
 
     def leaves(vm, root):
         "{(level, first frame): first host frame}, from the dictionaries alone."
@@ -39,12 +41,14 @@ def setup_cells():
         for sp in todo:
             for index, spte in sp.sptes.items():
                 if not is_present(spte): continue
-                if is_last(spte, sp.role.level): found[sp.role.level, sp.gfn + index * pages_of(sp.role.level)] = spte_pfn(spte)
+                if is_last(spte, sp.role.level):
+                    found[sp.role.level, sp.gfn + index * pages_of(sp.role.level)] = spte_pfn(spte)
                 else: todo.append(vm.pages[spte & SPTE_ADDRESS])
         return found
 
     def raced(other, at, again=None):
-        "The result of a fault on frame 0x205 that others meet before its exchange number `at` and perhaps `again`; and the tree."
+        """The result of a fault on frame 0x205 that others meet before its exchange number `at` and perhaps `again`; and
+    the tree."""
         vm, root = machine()
         count = itertools.count()
         def interleave(name):
@@ -72,7 +76,9 @@ def test_a_split_changes_the_sizes_and_neither_a_frame_s_host_page_nor_its_right
     fault(vm, root, 0, 3)
     fault(vm, root, 1 << 18, 2, writable=False)
     probes = [0, 1, 0x1ff, 0x200, 0x205, (1 << 18) - 1, 1 << 18, (1 << 18) + 0x1ff]
-    def view(): return [(spte_pfn(spte) + (gfn & pages_of(level) - 1), is_writable(spte)) for gfn in probes for _, _, spte, level in [tdp_leaf(vm, root, gfn)]]
+    def view():
+        return [(spte_pfn(spte) + (gfn & pages_of(level) - 1), is_writable(spte)) for gfn in probes
+                for _, _, spte, level in [tdp_leaf(vm, root, gfn)]]
     before = view()
     for target in (2, 1):
         tdp_split_huge_pages(vm, 0x200, (1 << 18) + 1, target)
@@ -116,7 +122,8 @@ def test_after_a_zap_of_a_range_no_leaf_touches_it_a_large_page_that_only_overla
         for gfn, level in ((5, 1), (0x205, 1), (0x400, 2)): fault(vm, root, gfn, level)
         before, tables = leaves(vm, root), set(vm.pages)
         gone = {key for key in before if key[1] < end and start < key[1] + pages_of(key[0])}
-        assert tdp_zap_leafs(vm, start, end) == bool(gone) and set(leaves(vm, root)) == set(before) - gone and set(vm.pages) == tables
+        assert (tdp_zap_leafs(vm, start, end) == bool(gone) and set(leaves(vm, root)) == set(before) - gone
+                and set(vm.pages) == tables)
 
 
 @pytest.mark.claim('nbs/mmu/08_tdp_ranges.ipynb', 'b364ae0b', 'a whole root is emptied in steps that remove no more than one entry of 1 GiB has below it')
@@ -124,7 +131,8 @@ def test_a_whole_root_is_emptied_in_steps_that_remove_no_more_than_one_entry_of_
     vm, root = machine()
     for gfn in (0, 0x205, 1 << 18, 5 << 27): fault(vm, root, gfn)
     cut = []
-    vm.watch = lambda did: cut.append((did['level'], did['gfn'])) if did.what == 'kvm_tdp_mmu_spte_changed' and not did['new_spte'] else None
+    vm.watch = (lambda did: cut.append((did['level'], did['gfn'])) if did.what == 'kvm_tdp_mmu_spte_changed'
+                and not did['new_spte'] else None)
     tdp_zap_root(vm, root)
     assert cut == [(3, 0), (3, 1 << 18), (3, 5 << 27), (4, 0), (4, 5 << 27)] and set(vm.pages) == {root.spt}
 
@@ -179,7 +187,8 @@ def test_whatever_a_rival_does_before_whichever_exchanges_the_fault_either_maps_
 @pytest.mark.claim('nbs/mmu/08_tdp_ranges.ipynb', 'e1ee291a', 'a fault retries if and only if the entry of its next exchange is no longer the one it saw')
 def test_a_fault_retries_if_and_only_if_the_entry_of_its_next_exchange_is_no_longer_the_one_it_saw():
     for other, at in itertools.product(RIVALS, range(4)):
-        harmless = other == 'does nothing' or other == 'maps a neighbour' and at == 3 or other == 'takes all tables away' and at == 0
+        harmless = (other == 'does nothing' or other == 'maps a neighbour' and at == 3 or other == 'takes all tables away'
+                    and at == 0)
         assert (raced(other, at)[0] == 'FIXED') == harmless
 
 
@@ -201,7 +210,8 @@ def test_where_hardware_has_a_d_bit_the_log_is_cleared_by_it_and_writes_stay_fre
         tdp_clear_dirty_pt_masked(vm, 0, 0b1010_0110, False)
         for gfn in range(8):
             spte = tdp_leaf(vm, root, gfn)[2]
-            assert is_dirty(vm.masks, spte) == (gfn not in (1, 2, 5, 7)) and is_writable(spte) == (host.ad or is_dirty(vm.masks, spte))
+            assert (is_dirty(vm.masks, spte) == (gfn not in (1, 2, 5, 7))
+                    and is_writable(spte) == (host.ad or is_dirty(vm.masks, spte)))
 
 
 @pytest.mark.claim('nbs/mmu/08_tdp_ranges.ipynb', '46caf695', 'aging answers once; the translation stays, and only a test leaves the answer standing')
@@ -210,7 +220,8 @@ def test_aging_answers_once_the_translation_stays_and_only_a_test_leaves_the_ans
         vm, root = machine(host)
         for gfn, level in ((5, 1), (0x400, 2)): fault(vm, root, gfn, level)
         before = leaves(vm, root)
-        assert [tdp_test_age(vm, 0, 6), tdp_test_age(vm, 0, 6), tdp_age_gfn_range(vm, 0, 6), tdp_test_age(vm, 0, 6), tdp_age_gfn_range(vm, 0, 6)] == [True, True, True, False, False]
+        assert [tdp_test_age(vm, 0, 6), tdp_test_age(vm, 0, 6), tdp_age_gfn_range(vm, 0, 6), tdp_test_age(vm, 0, 6),
+                tdp_age_gfn_range(vm, 0, 6)] == [True, True, True, False, False]
         assert tdp_age_gfn_range(vm, 0x5ff, 0x600) and leaves(vm, root) == before
 
 

@@ -42,7 +42,8 @@ def setup_cells():
     def use(vcpu, gva=0x40_0000, kind=0):
         "Access until it gets through."
         enter_guest(vcpu)
-        while not isinstance(found := processor_access(vcpu, gva, kind), Reached): page_fault(vcpu, found.addr, found.error_code)
+        while not isinstance(found := processor_access(vcpu, gva, kind), Reached):
+            page_fault(vcpu, found.addr, found.error_code)
         return found
 
     def reaches(vcpu, gva=0x40_0000, kind=0):
@@ -60,7 +61,8 @@ def setup_cells():
         page_fault(vcpu, 0x40_1000, 0)
         return vcpu.vm.flushes > flushes
 
-    CHANGES = {'an entry goes': (entry_goes, 0x40_0000, 0), 'the right to write goes': (write_goes, 0x40_0000, WRITE), 'an entry comes': (entry_comes, 0x40_1000, 0)}
+    CHANGES = {'an entry goes': (entry_goes, 0x40_0000, 0), 'the right to write goes': (write_goes, 0x40_0000, WRITE),
+               'an entry comes': (entry_comes, 0x40_1000, 0)}
 
     def change(name):
         "(the function asks for a flush, the processor still does it before the flush, and after)."
@@ -99,7 +101,8 @@ def test_the_answer_from_memory_is_the_answer_of_the_walk_byte_for_byte_and_read
         vcpu, = guest(host)
         walked = use(vcpu, 0x40_0123)
         for sp in vcpu.vm.pages.values(): sp.sptes.clear()
-        assert processor_access(vcpu, 0x40_0123, 0) == walked and processor_access(vcpu, 0x40_0fff, 0).hpa == walked.hpa + 0xfff - 0x123
+        assert (processor_access(vcpu, 0x40_0123, 0) == walked and processor_access(vcpu, 0x40_0fff, 0).hpa == walked.hpa
+                + 0xfff - 0x123)
 
 
 @pytest.mark.claim('nbs/mmu/25_tlb.ipynb', 'fe08012a', 'only looking leaves nothing behind')
@@ -142,7 +145,8 @@ def test_under_npt_the_supervisor_s_write_to_a_read_only_page_remembered_with_wp
 
 @pytest.mark.claim('nbs/mmu/25_tlb.ipynb', '9983b8a2', 'what rights depend on besides the entry is kept with them: SMEP and SMAP while the guest pages, AC, NX, and with nested paging WP')
 def test_what_rights_depend_on_besides_the_entry_is_kept_with_them_smep_and_smap_while_the_guest_pages_ac_nx_and_with_nested_paging_wp():
-    BITS = {'cr0': {'WP': 1 << 16, 'CD': 1 << 30}, 'cr4': {'SMEP': 1 << 20, 'SMAP': 1 << 21, 'PGE': 1 << 7}, 'efer': {'NX': 1 << 11, 'SCE': 1}, 'rflags': {'AC': 1 << 18, 'IF': 1 << 9}}
+    BITS = {'cr0': {'WP': 1 << 16, 'CD': 1 << 30}, 'cr4': {'SMEP': 1 << 20, 'SMAP': 1 << 21, 'PGE': 1 << 7},
+            'efer': {'NX': 1 << 11, 'SCE': 1}, 'rflags': {'AC': 1 << 18, 'IF': 1 << 9}}
     for host, pages in product((svm_host(4, npt=False), svm_host(4)), (True, False)):
         counts = set()
         for register, bits in BITS.items():
@@ -179,7 +183,8 @@ def test_with_the_flush_the_last_line_reaches_kvm_without_it_the_frame_that_is_n
 @pytest.mark.claim('nbs/mmu/25_tlb.ipynb', '063f8029', "the picture's second column is the processor's memory: empty until the guest reads, and again after the flush is served")
 def test_the_picture_s_second_column_is_the_processor_s_memory_empty_until_the_guest_reads_and_again_after_the_flush_is_served():
     assert [event.states[1] for event in show_stale_frame().events] == ['no', 'no', 'yes', 'yes', 'yes', 'no']
-    assert [(event.step, event.states[3]) for event in show_stale_frame().events] == [(1, 'KVM'), (2, 'the frame'), (3, 'the frame'), (4, 'the frame'), (5, 'the frame'), (6, 'KVM')]
+    assert ([(event.step, event.states[3]) for event in show_stale_frame().events]
+            == [(1, 'KVM'), (2, 'the frame'), (3, 'the frame'), (4, 'the frame'), (5, 'the frame'), (6, 'KVM')])
 
 
 @pytest.mark.claim('nbs/mmu/25_tlb.ipynb', 'a37353a7', 'What a remote flush asks for, every vCPU serves before it runs again')
@@ -257,7 +262,9 @@ def test_a_flush_names_what_it_forgets_a_page_a_root_or_everything_and_a_tlb_tha
 def test_invvpid_by_l1_forgets_what_l2_used_and_no_more_with_an_ept_of_l1_s_and_without_one():
     for nested_pgd in (None, 0x9_0000 | 0x1e):
         vcpu, = guest(vmx_host(4, 4))
-        for page in range(0x10): map_page(vcpu.vm.memory, 0x9_0000, FORMATS['ept4'], page << 12, page << 12, [0x91, 0x92, 0x93] if page == 0 else [], 6, 6)
+        for page in range(0x10):
+            map_page(vcpu.vm.memory, 0x9_0000, FORMATS['ept4'], page << 12, page << 12,
+                     [0x91, 0x92, 0x93] if page == 0 else [], 6, 6)
         map_page(vcpu.vm.memory, 0x9_0000, FORMATS['ept4'], 0x10_0000, 0x10_0000, [], 6, 6)
         use(vcpu)
         of_l1 = set(vcpu.tlb.entries)
@@ -283,7 +290,8 @@ def test_a_flush_of_one_address_leaves_every_other():
 @pytest.mark.claim('nbs/mmu/25_tlb.ipynb', 'ecd5e291', 'one address of a large page forgets all of it, whichever of its small pages were used')
 def test_one_address_of_a_large_page_forgets_all_of_it_whichever_of_its_small_pages_were_used():
     for level, pages in ((2, 512), (3, 1 << 18)):
-        tlb = Tlb({(0x1000, 0, 5 * pages + n): (level, {}) for n in (0, 1, pages - 1)} | {(0x1000, 0, 6 * pages): (level, {})})
+        tlb = Tlb({(0x1000, 0, 5 * pages + n): (level, {}) for n in (0, 1, pages - 1)}
+                  | {(0x1000, 0, 6 * pages): (level, {})})
         tlb.forget((5 * pages + 7) << 12)
         assert list(tlb.entries) == [(0x1000, 0, 6 * pages)]
 
@@ -292,7 +300,8 @@ def test_one_address_of_a_large_page_forgets_all_of_it_whichever_of_its_small_pa
 def test_past_the_limit_the_oldest_goes_and_only_that():
     tlb = Tlb(limit=3)
     for page in (1, 2, 3, 2, 4): tlb.remember((0x1000, 0, page), 1)
-    assert [key[2] for key in tlb.entries] == [2, 3, 4] and {key for keys in tlb.where.values() for key in keys} == set(tlb.entries)
+    assert ([key[2] for key in tlb.entries] == [2, 3, 4] and {key for keys in tlb.where.values() for key in keys}
+            == set(tlb.entries))
 
 
 @pytest.mark.claim('nbs/mmu/25_tlb.ipynb', '10cd2069', 'all six requests at once are served in this order; of the flushes TLB_FLUSH swallows TLB_FLUSH_CURRENT')

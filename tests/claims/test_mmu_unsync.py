@@ -27,7 +27,8 @@ def setup_cells():
         "A table of KVM's for a guest table in this frame."
         return add_shadow_page(vm, ShadowPage(gfn, PageRole(level=level, access=7, **fields), vm.alloc_page()))
 
-    FAMILY = [(0, 0, 1), (0, 7, 2), (1, 3, 3), (2, 3, 4), (3, 1, 5), (3, 2, 6), (4, 2, 6), (4, 5, 7)]     # Table 6 hangs under two level-2 tables
+    # Table 6 hangs under two level-2 tables
+    FAMILY = [(0, 0, 1), (0, 7, 2), (1, 3, 3), (2, 3, 4), (3, 1, 5), (3, 2, 6), (4, 2, 6), (4, 5, 7)]
 
     def go_stale(vm, sp):
         "What `try_to_unsync` does to one table."
@@ -36,7 +37,8 @@ def setup_cells():
 
     def children(vm, sp):
         "{slot: table below}, from the entries alone."
-        return {index: vm.pages[spte & SPTE_ADDRESS] for index, spte in sp.sptes.items() if sp.role.level > 1 and is_present(spte)}
+        return {index: vm.pages[spte & SPTE_ADDRESS] for index, spte in sp.sptes.items() if sp.role.level > 1
+                and is_present(spte)}
 
     def stale_below(vm, sp):
         "The stale tables a search from here finds."
@@ -88,12 +90,14 @@ def test_marking_a_stale_table_again_marks_only_the_way_that_is_new():
     sps[5].parents.append(sptep_of(sps[4], 9))
     before = {n: set(sp.unsync_slots) for n, sp in sps.items()}
     mark_parents_unsync(vm, sps[5])
-    assert {n: sp.unsync_slots - before[n] for n, sp in sps.items() if sp.unsync_slots != before[n]} == {4: {9}, 2: {3}, 0: {7}}
+    assert ({n: sp.unsync_slots - before[n] for n, sp in sps.items() if sp.unsync_slots != before[n]}
+            == {4: {9}, 2: {3}, 0: {7}})
 
 
 @pytest.mark.claim('nbs/mmu/10_unsync.ipynb', 'b13327d2', 'the four rules decide every case: tracked or not, tables in sync or not, who asks; and who is refused changes nothing')
 def test_the_four_rules_decide_every_case_tracked_or_not_tables_in_sync_or_not_who_asks_and_who_is_refused_changes_nothing():
-    for tracked, stale, can_unsync, prefetch in product((False, True), [(), (0,), (1,), (0, 0), (0, 1), (1, 0), (1, 1)], (False, True), (False, True)):
+    for tracked, stale, can_unsync, prefetch in product((False, True), [(), (0,), (1,), (0, 0), (0, 1), (1, 0), (1, 1)],
+                                                        (False, True), (False, True)):
         vm = machine()
         sps = [table(vm, 0x15, quadrant=n, has_4_byte_gpte=1) for n in range(len(stale))]
         for sp, is_stale in zip(sps, stale): sp.unsync = bool(is_stale)
@@ -114,8 +118,9 @@ def test_from_every_table_the_walk_finds_the_stale_tables_that_a_search_finds_ea
                 assert len(found) == len({child.spt for child, _ in found})
                 assert {child.spt for child, _ in found} == (stale_below(vm, sp) if sp.role.level > 1 else set())
                 for child, path in found:
-                    assert path[0][0] is sp and all(above.sptes[index] & SPTE_ADDRESS == below.spt
-                                                    for (above, index), below in zip(path, [*(table for table, _ in path[1:]), child]))
+                    below = [*(table for table, _ in path[1:]), child]
+                    assert path[0][0] is sp and all(above.sptes[index] & SPTE_ADDRESS == table.spt
+                                                    for (above, index), table in zip(path, below))
 
 
 @pytest.mark.claim('nbs/mmu/10_unsync.ipynb', 'dbc4a7b7', 'syncing round by round ends for every set of stale tables, finds each of them once, and leaves no mark')
@@ -130,7 +135,8 @@ def test_syncing_round_by_round_ends_for_every_set_of_stale_tables_finds_each_of
                     synced.append(child.gfn - 0x10)
                     unlink_unsync(vm, child)
                     clear_parents(path)
-            assert sorted(synced) == list(stale) and not any(sp.unsync or sp.unsync_children or sp.unsync_slots for sp in sps.values())
+            assert sorted(synced) == list(stale) and not any(sp.unsync or sp.unsync_children or sp.unsync_slots
+                                                             for sp in sps.values())
 
 
 @pytest.mark.claim('nbs/mmu/10_unsync.ipynb', '93aa8bba', 'a walk takes at most sixteen tables, those on the way included: 40 stale ones are 16, 16 and 8 from their directory, and 14, 14 and 12 from two levels above')

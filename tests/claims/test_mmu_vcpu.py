@@ -30,14 +30,17 @@ def setup_cells():
     from kvm_mmu_lit.mmu.tlb import Tlb
     from kvm_mmu_lit.mmu.zap import zap_all_fast
 
-    HOSTS = {'shadow': svm_host(4, npt=False), 'NPT': svm_host(4), 'NPT, old MMU': svm_host(4, tdp_mmu=False), 'EPT': vmx_host(4, 4), 'shadow on Intel': vmx_host(4, 0)}
+    HOSTS = {'shadow': svm_host(4, npt=False), 'NPT': svm_host(4), 'NPT, old MMU': svm_host(4, tdp_mmu=False),
+             'EPT': vmx_host(4, 4), 'shadow on Intel': vmx_host(4, 0)}
 
     def with_l2(host=HOSTS['NPT']):
         "L2 runs. L1's nested tables start in frame 0x200 and know frames 1 to 15 and 0x100."
         vcpu, = example_vcpus(host)
         vm, ept = vcpu.vm, host.vendor == 'vmx'
         free, (cr0, cr4, efer) = list(range(0x201, 0x220)), map(int, MODES['4-level'])
-        for gfn in (*range(1, 16), 0x100): map_page(vm.memory, 0x20_0000, FORMATS['ept4' if ept else '4level'], gfn << 12, gfn << 12, free, 0x37 if ept else 0x7, 0x7)
+        for gfn in (*range(1, 16), 0x100):
+            map_page(vm.memory, 0x20_0000, FORMATS['ept4' if ept else '4level'], gfn << 12, gfn << 12, free,
+                     0x37 if ept else 0x7, 0x7)
         assert enter_l2(vcpu, L2State(cr0, 0x1000, cr4, efer, eptp_of(0x20_0000) if ept else 0x20_0000))
         return vcpu
 
@@ -66,11 +69,13 @@ def test_where_no_table_is_free_for_a_root_or_for_a_page_kvm_run_fails_and_with_
 def test_the_picture_tells_the_loop_as_it_was_each_entry_each_exit_with_its_code_and_the_end():
     drawn = draw_loop(example_vcpus()[0], 0x40_0010, WRITE, value=7).events
     assert [(event.step, event.lane, event.label) for event in drawn] == [
-        (1, 'guest', 'is about to write 0x40_0010'), (2, 'KVM', 'enters the guest'), (3, 'processor', 'exits: 0x40_0010, code 0x2'),
+        (1, 'guest', 'is about to write 0x40_0010'), (2, 'KVM', 'enters the guest'),
+        (3, 'processor', 'exits: 0x40_0010, code 0x2'),
         (4, 'KVM', 'mends: FIXED'), (5, 'KVM', 'enters the guest'), (6, 'guest', 'done: 1 exit')]
     assert [event.states for event in drawn] == [('-', '1')] * 3 + [('-', '4')] * 3
     refused = draw_loop(example_vcpus()[0], 0x50_0000, FETCH).events
-    assert refused[0].label == 'is about to fetch 0x50_0000' and refused[3].label == 'tells of a #PF: 0x50_0000, code 0x10' and refused[-1].label == 'fault: 1 exit'
+    assert (refused[0].label == 'is about to fetch 0x50_0000' and refused[3].label == 'tells of a #PF: 0x50_0000, code 0x10'
+            and refused[-1].label == 'fault: 1 exit')
 
 
 @pytest.mark.claim('nbs/mmu/27_vcpu.ipynb', 'cd72ff8e', 'the first access costs one exit with shadow paging and five in two dimensions, on any host, and the second none')
@@ -92,14 +97,15 @@ def test_what_was_written_is_read_again_by_every_kind_of_host_and_the_frame_is_t
 
 @pytest.mark.claim('nbs/mmu/27_vcpu.ipynb', '349641b2', "sizes and places of a store are the guest's: the bytes asked for change and no other, done by the processor or by KVM")
 def test_sizes_and_places_of_a_store_are_the_guest_s_the_bytes_asked_for_change_and_no_other_done_by_the_processor_or_by_kvm():
-    for gva, gpa, emulated in ((0x40_0000, 0x10_0000, False), (0x2000, 0x2000, True)):       # Frame 2 holds a table of level 3
+    for gva, gpa, emulated in ((0x40_0000, 0x10_0000, False), (0x2000, 0x2000, True)):  # Frame 2 holds a table of level 3
         for size, at in product((1, 2, 4, 8), (0x800, 0x8f8)):
             vcpu, = example_vcpus()
-            access(vcpu, gva, 0)                                                            # A root is there, and frame 2 shadowed
+            access(vcpu, gva, 0)  # A root is there, and frame 2 shadowed
             before = read_gpa(vcpu.vm.memory, gpa, 4096)
             done = access(vcpu, gva + at, WRITE, (1 << 8 * size) - 1, size)
             wanted = before[:at] + b'\xff' * size + before[at + size:]
-            assert done.what == 'done' and read_gpa(vcpu.vm.memory, gpa, 4096) == wanted and (done.gpa, done.value) == (gpa + at, (1 << 8 * size) - 1)
+            assert (done.what == 'done' and read_gpa(vcpu.vm.memory, gpa, 4096) == wanted
+                    and (done.gpa, done.value) == (gpa + at, (1 << 8 * size) - 1))
             assert done.emulated == emulated
 
 
@@ -115,7 +121,8 @@ def test_a_read_changes_nothing_even_if_it_brings_a_value_and_a_read_at_the_end_
 @pytest.mark.claim('nbs/mmu/27_vcpu.ipynb', 'd14a7a8a', 'an outcome says nothing of what did not happen')
 def test_an_outcome_says_nothing_of_what_did_not_happen():
     fault = access(example_vcpus()[0], 0x50_0000, 0)
-    assert fault == Outcome('fault', fault=fault.fault, exits=1) and (fault.gpa, fault.value, fault.emulated) == (0, 0, False)
+    assert (fault == Outcome('fault', fault=fault.fault, exits=1)
+            and (fault.gpa, fault.value, fault.emulated) == (0, 0, False))
     assert Outcome('dead') == Outcome('dead', 0, 0, None, 0, False)
 
 
@@ -140,12 +147,14 @@ def test_a_fault_of_the_guest_s_is_a_value_with_the_code_its_own_tables_give_who
     for host in (svm_host(4, npt=False), svm_host(4), vmx_host(4, 4)):
         vcpu, = example_vcpus(host)
         told = access(vcpu, 0x50_0000, WRITE | USER)
-        assert told.what == 'fault' and (told.fault.what, told.fault.addr, told.fault.error_code) == ('#PF', 0x50_0000, WRITE | USER)
+        assert (told.what == 'fault' and (told.fault.what, told.fault.addr, told.fault.error_code)
+                == ('#PF', 0x50_0000, WRITE | USER))
 
 
 @pytest.mark.claim('nbs/mmu/27_vcpu.ipynb', '1adf8fac', 'KVM and the processor tell the guest the same: for every right of a page and every access the same fault or none')
 def test_kvm_and_the_processor_tell_the_guest_the_same_for_every_right_of_a_page_and_every_access_the_same_fault_or_none():
-    for bits, kind in product((0x0, 0x1, 0x3, 0x5, 0x7, 1 << 63 | 0x7, 1 << 51 | 0x7), (0, WRITE, USER, USER | WRITE, FETCH, USER | FETCH)):
+    for bits, kind in product((0x0, 0x1, 0x3, 0x5, 0x7, 1 << 63 | 0x7, 1 << 51 | 0x7),
+                              (0, WRITE, USER, USER | WRITE, FETCH, USER | FETCH)):
         told = []
         for host in HOSTS.values():
             vcpu, = example_vcpus(host)
@@ -179,7 +188,8 @@ def test_l2_hears_of_its_own_entries_and_runs_on_l1_hears_of_its_nested_entries_
     for host in ('NPT', 'EPT'):
         vcpu = with_l2(HOSTS[host])
         own = access(vcpu, 0x50_0000, USER)
-        assert own.what == 'fault' and (own.fault.to, own.fault.what, own.fault.addr) == ('guest', '#PF', 0x50_0000) and vcpu.guest_mode
+        assert (own.what == 'fault' and (own.fault.to, own.fault.what, own.fault.addr) == ('guest', '#PF', 0x50_0000)
+                and vcpu.guest_mode)
         out = access(vcpu, 0x40_1010, USER)
         assert out.what == 'exit to L1' and (out.fault.to, out.fault.addr) == ('L1', 0x10_1010) and not vcpu.guest_mode
         assert out == Outcome('exit to L1', fault=out.fault, exits=out.exits)
@@ -201,7 +211,7 @@ def test_what_kvm_s_own_tables_lack_nobody_is_told_a_frame_that_goes_away_under_
 def test_a_store_that_kvm_makes_for_the_guest_dirties_its_page_also_when_it_stores_what_was_there():
     for value in (None, 7):
         vcpu, = example_vcpus()
-        before = access(vcpu, 0x2010, 0).value                      # Frame 2 holds a table of level 3: KVM keeps it write-protected
+        before = access(vcpu, 0x2010, 0).value  # Frame 2 holds a table of level 3: KVM keeps it write-protected
         start_dirty_log(vcpu.vm, 0)
         stored = access(vcpu, 0x2010, WRITE, value)
         assert stored.emulated and stored.value == (before if value is None else value) and 2 in get_dirty_log(vcpu.vm, 0)
@@ -234,12 +244,14 @@ def test_the_second_access_to_a_device_needs_no_walk_not_even_its_entry_s_end_is
 def test_what_is_remembered_of_a_device_gives_nobody_more_rights_than_the_guest_s_tables_and_ends_with_a_new_slot_or_another_address_space():
     vcpu = with_device()
     write_entry(vcpu.vm.memory, 0x5010, 8, HOLE | 0x63)                 # Not for user code
-    assert access(vcpu, 0x40_2000, 0).what == 'mmio' and access(vcpu, 0x40_2000, USER).what == 'fault' and access(vcpu, 0x40_2000, 0).what == 'mmio'
+    assert (access(vcpu, 0x40_2000, 0).what == 'mmio' and access(vcpu, 0x40_2000, USER).what == 'fault'
+            and access(vcpu, 0x40_2000, 0).what == 'mmio')
     add_slot(vcpu.vm, HOLE, 0x1000)
     assert (access(vcpu, 0x40_2000, WRITE, 5).what, access(vcpu, 0x40_2000, 0).value) == ('done', 5)
     vcpu = with_device()
     assert access(vcpu, 0x40_2000, 0).gpa == HOLE
-    for gpa, gpte in ((0xa000, 0xb067), (0xb000, 0xc067), (0xc010, 0xd067), (0xd010, HOLE + 0x1000 | 0x67)): write_entry(vcpu.vm.memory, gpa, 8, gpte)
+    for gpa, gpte in ((0xa000, 0xb067), (0xb000, 0xc067), (0xc010, 0xd067), (0xd010, HOLE + 0x1000 | 0x67)):
+        write_entry(vcpu.vm.memory, gpa, 8, gpte)
     set_cr3(vcpu, 0xa000)
     assert access(vcpu, 0x40_2000, 0).gpa == HOLE + 0x1000
     set_cr3(vcpu, 0x1000)
@@ -306,7 +318,8 @@ def test_a_root_in_a_hole_of_the_guest_s_memory_kills_it_an_access_that_never_en
     vcpu.cr3, vcpu.mmu.root.hpa = 1 << 40, (1 << 64) - 1
     assert access(vcpu, 0, 0).what == 'dead'
     vcpu, = example_vcpus(svm_host(4))
-    vcpu.vm.interleave = lambda name: vcpu.vm.__dict__.__setitem__('mmu_seq', vcpu.vm.mmu_seq + 1) if name == 'faulted in' else None
+    vcpu.vm.interleave = (lambda name: vcpu.vm.__dict__.__setitem__('mmu_seq', vcpu.vm.mmu_seq + 1) if name == 'faulted in'
+                          else None)
     try: access(vcpu, 0x40_0000, 0)
     except KvmBug as bug: assert bug.kind.startswith('53')
     else: assert False, 'it ended'

@@ -32,7 +32,8 @@ def setup_cells():
         for sp in living:
             for index, spte in sp.sptes.items():
                 below = vm.pages.get(spte & SPTE_ADDRESS)
-                if not is_last(spte, sp.role.level): links[below.spt if below in living else 'nowhere', sptep_of(sp, index)] += 1
+                if not is_last(spte, sp.role.level):
+                    links[below.spt if below in living else 'nowhere', sptep_of(sp, index)] += 1
                 else: leaves.setdefault(sp.translation[index] >> 12, set()).add(sptep_of(sp, index))
             if not sp.hashed: continue
             covered[sp.gfn] += 1
@@ -42,9 +43,12 @@ def setup_cells():
             'a table in use leads nowhere': any(target == 'nowhere' for target, _ in links),
             'lists and leaves differ': any(set(rmap_entries(vm, gfn, 1)) != leaves.get(gfn, set()) for gfn in range(0x80)),
             'wrong frames are watched': vm.tracked != +tracked or vm.indirect != sum(covered.values()),
-            'wrong frames are kept from large pages': {gfn >> 9 for gfn in covered} != {number for level, number in vm.no_large if level == 2},
-            'the hash lists what is gone': any(sp.spt in gone or sp.role.invalid for bucket in vm.buckets.values() for sp in bucket),
-            'a stale table has no mark above it': any(entry_at(vm, sptep)[1] not in entry_at(vm, sptep)[0].unsync_slots for sp in living if sp.unsync for sptep in sp.parents),
+            'wrong frames are kept from large pages':
+                {gfn >> 9 for gfn in covered} != {number for level, number in vm.no_large if level == 2},
+            'the hash lists what is gone': any(sp.spt in gone or sp.role.invalid for bucket in vm.buckets.values()
+                                               for sp in bucket),
+            'a stale table has no mark above it': any(entry_at(vm, sptep)[1] not in entry_at(vm, sptep)[0].unsync_slots
+                                                      for sp in living if sp.unsync for sptep in sp.parents),
             'the count is wrong': vm.n_used != len(living)}
         return [what for what, is_so in facts.items() if is_so]
 
@@ -57,7 +61,8 @@ def setup_cells():
         "A VM with n tables that know nothing of each other; some are held."
         vm = Vm(svm_host(4, npt=False), ram((0, 1 << 20)))
         for i in range(n):
-            sp = add_shadow_page(vm, ShadowPage(0x10 + i, PageRole(level=1, access=7), vm.alloc_page(), root_count=int(i in held)))
+            sp = add_shadow_page(vm, ShadowPage(0x10 + i, PageRole(level=1, access=7), vm.alloc_page(),
+                                                root_count=int(i in held)))
             account_shadowed(vm, sp)
         vm.n_used = n
         return vm
@@ -79,7 +84,9 @@ def test_only_for_l2_and_only_on_a_host_with_tdp_does_a_table_go_with_the_last_e
     for tdp, l2, held, alone in product((False, True), repeat=4):
         host = svm_host(4, npt=tdp, tdp_mmu=False) if tdp else svm_host(4, npt=False)
         vm = Vm(host, ram((0, 1 << 20)))
-        upper, other, lower = (add_shadow_page(vm, ShadowPage(gfn, PageRole(level=level, access=7, guest_mode=int(l2)), vm.alloc_page())) for gfn, level in ((0x10, 2), (0x11, 2), (0x12, 1)))
+        upper, other, lower = (add_shadow_page(vm, ShadowPage(gfn, PageRole(level=level, access=7, guest_mode=int(l2)),
+                                                              vm.alloc_page()))
+                               for gfn, level in ((0x10, 2), (0x11, 2), (0x12, 1)))
         for sp in (upper, other, lower): account_shadowed(vm, sp)
         for sp in (upper,) if alone else (upper, other):
             sp.sptes[3] = make_nonleaf_spte(vm.masks, lower.spt)
@@ -116,7 +123,8 @@ def test_the_flush_is_asked_for_while_all_pages_still_exist_once_for_all_of_them
     for n in (1, 2, 3): prepare_zap(vm, sps[n], zapped)
     assert len(vm.pages) == 5 and vm.n_used == 2 and at_flush == []
     commit_zap(vm, zapped)
-    assert at_flush == [5] and len(vm.pages) == 2 and zapped == [] and all('TLB_FLUSH' in vcpu.requests for vcpu in vm.vcpus)
+    assert (at_flush == [5] and len(vm.pages) == 2 and zapped == []
+            and all('TLB_FLUSH' in vcpu.requests for vcpu in vm.vcpus))
     commit_zap(vm, zapped)
     assert at_flush == [5]
 
@@ -141,7 +149,8 @@ def test_after_zap_all_fast_no_table_of_before_is_found_and_a_second_one_that_re
         for generation in (1, 0):
             zap_all_fast(vm)
             assert vm.gen == generation and not vm.buckets and all(is_obsolete_sp(vm, sp) for sp in sps.values())
-            assert set(vm.pages) == {sps[n].spt for n in held} and vm.n_used == len(held) and not vm.tracked and not vm.rmaps.get(1)
+            assert (set(vm.pages) == {sps[n].spt for n in held} and vm.n_used == len(held) and not vm.tracked
+                    and not vm.rmaps.get(1))
         assert len(keys) == 5 and all('MMU_FREE_OBSOLETE_ROOTS' in vcpu.requests for vcpu in vm.vcpus)
 
 
@@ -195,4 +204,5 @@ def test_unprotecting_takes_exactly_the_tables_of_that_frame_and_the_frame_is_tr
         account_shadowed(vm, twin)
         vm.n_used += 1
         assert unprotect_gfn(vm, 0x10 + n) and not unprotect_gfn(vm, 0x10 + n)
-        assert {sp.gfn - 0x10 for sp in vm.pages.values()} == set(range(5)) - {n} and 0x10 + n not in vm.tracked and wrong(vm) == []
+        assert ({sp.gfn - 0x10 for sp in vm.pages.values()} == set(range(5)) - {n} and 0x10 + n not in vm.tracked
+                and wrong(vm) == [])

@@ -46,7 +46,8 @@ def setup_cells():
 
     def counts(pointers):
         "(pointers, local states, questions asked, answers the search would have needed) for 6.1."
-        answers, locals_ = answered(World('counted', svm_host(4, npt=False), ('4-level',), ('PAE',), pointers=pointers), design('6.1'))
+        answers, locals_ = answered(World('counted', svm_host(4, npt=False), ('4-level',), ('PAE',), pointers=pointers),
+                                    design('6.1'))
         asked = [int((table.cells[..., 0] != UNKNOWN).sum()) for table in (answers.entered, answers.acted, answers.moved)]
         return pointers, locals_.count, *asked, int((locals_.after.cells >= STOPPED).sum())
 
@@ -64,7 +65,8 @@ def test_a_table_keeps_what_was_written_when_it_grows_and_what_was_not_is_unknow
     table.cells[0, 1] = 7
     table.reach(3, 2)
     table.reach(2, 100)
-    assert table.cells.shape == (4, 128) and table.cells[0, 1] == 7 and (table.cells == UNKNOWN).sum() == table.cells.size - 1
+    assert (table.cells.shape == (4, 128) and table.cells[0, 1] == 7 and (table.cells == UNKNOWN).sum() == table.cells.size
+            - 1)
 
 
 @pytest.mark.claim('nbs/review/07_answers.ipynb', 'dcfc78c4', 'the guest enters with an empty cache and has a root for A after it')
@@ -99,7 +101,8 @@ def test_contexts_with_one_sign_do_the_same_to_every_cache_that_was_asked_about(
 def test_the_answers_put_together_are_what_the_machine_does_every_event_on_every_local_state_under_every_design():
     for policy in DESIGNS:
         answers, locals_ = answered(tiny, policy)
-        for memory, number in ((memory, number) for memory in range(len(answers.memories)) for number in range(0, locals_.count, 3)):
+        for memory, number in ((memory, number) for memory in range(len(answers.memories))
+                               for number in range(0, locals_.count, 3)):
             context, root, guest = locals_.rows[:, number].tolist()
             for event, what in enumerate(answers.own):
                 vm = answers.machine(memory, context, (root, guest))
@@ -109,9 +112,12 @@ def test_the_answers_put_together_are_what_the_machine_does_every_event_on_every
                     assert says == IMPOSSIBLE
                     continue
                 bits = int(locals_.broken.cells[event, memory, number])
-                assert {one.name for one in broken} == {name for i, name in enumerate(answers.names.values) if bits >> i & 1}
+                assert {one.name for one in broken} == {name for i, name in enumerate(answers.names.values)
+                                                        if bits >> i & 1}
                 if any(one.stops for one in broken): assert says == STOPPED
-                else: assert [part.values[n] for part, n in zip((answers.contexts, answers.caches, answers.caches), locals_.rows[:, says].tolist())] == list(freeze(vm, tiny)[1][0])
+                else:
+                    parts = zip((answers.contexts, answers.caches, answers.caches), locals_.rows[:, says].tolist())
+                    assert [part.values[n] for part, n in parts] == list(freeze(vm, tiny)[1][0])
 
 
 @pytest.mark.claim('nbs/review/07_answers.ipynb', '1482d7ca', 'the more pointers, the more edges one question answers')

@@ -46,7 +46,8 @@ def test_with_the_patch_alone_a_64_bit_l1_that_runs_a_pae_l2_twice_crashes_the_h
     found = explore(SMALL, design('patch 2'))
     crash = next(one for one in found.found if one.name == 'null dereference')
     assert crash.events == ('vmrun PAE X', 'vmexit', 'vmrun PAE X')
-    assert min(len(one.events) for one in found.found if one.name not in ('per-vCPU root cached', 'pae_root filled without a root')) == 3
+    assert min(len(one.events) for one in found.found
+               if one.name not in ('per-vCPU root cached', 'pae_root filled without a root')) == 3
 
 
 @pytest.mark.claim('nbs/review/12_debate.ipynb', '55e86d89', 'in case 5 the root is never pae_root itself')
@@ -72,7 +73,8 @@ def test_under_6_1_every_switch_sees_the_roles_the_registers_ask_for_at_that_mom
 @pytest.mark.claim('nbs/review/12_debate.ipynb', '22a8f082', "the reviewer's test and the patch's break at the same event of the same histories wherever nested paging is off")
 def test_the_reviewer_s_test_and_the_patch_s_break_at_the_same_event_of_the_same_histories_wherever_nested_paging_is_off():
     for world in (SMALL, World('nonpaging L2', svm_host(4, npt=False), ('4-level',), ('nonpaging',), pointers=1)):
-        first = {name: [(one.name, one.events) for one in explore(world, design(name)).found] for name in ('patch 2', 'reviewer')}
+        first = {name: [(one.name, one.events) for one in explore(world, design(name)).found]
+                 for name in ('patch 2', 'reviewer')}
         assert first['patch 2'] == first['reviewer']
 
 

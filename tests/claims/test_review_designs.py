@@ -97,12 +97,14 @@ def test_the_first_excursion_into_a_pae_guest_costs_l1_s_root_even_under_6_1_the
 
 @pytest.mark.claim('nbs/review/02_designs.ipynb', 'd522494e', 'with 64 bits inside 64 bits all designs find both roots again')
 def test_with_64_bits_inside_64_bits_all_designs_find_both_roots_again():
-    for one in DESIGNS: assert [step.note for step in told('64 bits in 64 bits', one.name)] == ['miss', 'hit', 'hit', 'hit'], one.name
+    for one in DESIGNS:
+        assert [step.note for step in told('64 bits in 64 bits', one.name)] == ['miss', 'hit', 'hit', 'hit'], one.name
 
 
 @pytest.mark.claim('nbs/review/02_designs.ipynb', '603dd7f3', 'a PAE guest that changes pointers finds no root, whatever the design')
 def test_a_pae_guest_that_changes_pointers_finds_no_root_whatever_the_design():
-    for one in DESIGNS: assert not any(step.note.startswith('hit') for step in told('a PAE guest alone', one.name)), one.name
+    for one in DESIGNS:
+        assert not any(step.note.startswith('hit') for step in told('a PAE guest alone', one.name)), one.name
 
 
 @pytest.mark.claim('nbs/review/02_designs.ipynb', 'e6d13df2', "under both forms of the patch and the reviewer's test an L2 of fewer levels, entered twice, makes the kernel read through NULL")
@@ -114,7 +116,8 @@ def test_under_both_forms_of_the_patch_and_the_reviewer_s_test_an_l2_of_fewer_le
 
 @pytest.mark.claim('nbs/review/02_designs.ipynb', 'a2a9400f', 'if L1 and a 32-bit L2 use the same pointer, one excursion is enough')
 def test_if_l1_and_a_32_bit_l2_use_the_same_pointer_one_excursion_is_enough():
-    for name in ('patch 2', 'patch 3', 'reviewer'): assert broke('one pointer for both', name) == 'NullDereference' and len(told('one pointer for both', name)) == 2
+    for name in ('patch 2', 'patch 3', 'reviewer'):
+        assert broke('one pointer for both', name) == 'NullDereference' and len(told('one pointer for both', name)) == 2
     for name in ('before', '6.1', 'role bit'): assert not broke('one pointer for both', name)
 
 
@@ -122,7 +125,8 @@ def test_if_l1_and_a_32_bit_l2_use_the_same_pointer_one_excursion_is_enough():
 def test_in_case_5_only_the_reviewer_s_test_breaks():
     assert [one.name for one in DESIGNS if broke('case 5, twice the same', one.name)] == ['reviewer']
     assert [one.name for one in DESIGNS if broke('case 5, there and back', one.name)] == ['reviewer']
-    assert broke('case 5, twice the same', 'reviewer') == 'NullDereference' and len(told('case 5, twice the same', 'reviewer')) == 3
+    assert (broke('case 5, twice the same', 'reviewer') == 'NullDereference'
+            and len(told('case 5, twice the same', 'reviewer')) == 3)
 
 
 @pytest.mark.claim('nbs/review/02_designs.ipynb', '1e7439c2', "with two nested pointers the reviewer's test fills pae_root twice before anything is looked up")

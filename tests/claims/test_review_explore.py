@@ -22,7 +22,8 @@ def setup_cells():
     tiny = World('tiny', svm_host(4, npt=False), ('4-level',), ('PAE',), pointers=1)
 
     def brute_force(world, policy, steps):
-        "Every kind of violation, with the length of the shortest history to it: by playing all histories of so many events."
+        """Every kind of violation, with the length of the shortest history to it: by playing all histories of so many
+    events."""
         found, level = {}, [start(world, policy)]
         for n in range(1, steps + 1):
             fresh = []
@@ -65,7 +66,8 @@ def test_each_counterexample_breaks_at_its_last_event_and_not_before():
     for policy in DESIGNS:
         for example in explore(tiny, policy).found:
             names = [[one.name for one in broken] for _, _, broken in replay(tiny, policy, example.events)]
-            assert len(names) == len(example.events) and example.name in names[-1] and not any(example.name in early for early in names[:-1])
+            assert (len(names) == len(example.events) and example.name in names[-1]
+                    and not any(example.name in early for early in names[:-1]))
 
 
 @pytest.mark.claim('nbs/review/06_explore.ipynb', '607fdb6a', 'a search that stops early says up to where it went, and one that ends says that it saw everything')
@@ -109,12 +111,14 @@ def test_the_same_search_twice_gives_the_same_answer_counterexamples_and_all():
 def test_every_freedom_added_to_the_world_adds_states_and_takes_none_away():
     base = size_of()[0]
     assert size_of(edits=False)[0] < base
-    for bounds in (dict(shared_pointer=True), dict(pointers=2), dict(l2=('PAE', '4-level')), dict(l1=('4-level', 'PAE'))): assert size_of(**bounds)[0] > base, bounds
+    for bounds in (dict(shared_pointer=True), dict(pointers=2), dict(l2=('PAE', '4-level')), dict(l1=('4-level', 'PAE'))):
+        assert size_of(**bounds)[0] > base, bounds
 
 
 @pytest.mark.claim('nbs/review/06_explore.ipynb', '2ee844bb', 'a history that cannot be is refused by the number of the event, and one that breaks ends there')
 def test_a_history_that_cannot_be_is_refused_by_the_number_of_the_event_and_one_that_breaks_ends_there():
-    with expect_fail(ValueError, contains="event 2 of 3: 'vmrun PAE X'"): replay(tiny, design('6.1'), ('vmrun PAE X', 'vmrun PAE X', 'vmexit'))
+    with expect_fail(ValueError, contains="event 2 of 3: 'vmrun PAE X'"):
+        replay(tiny, design('6.1'), ('vmrun PAE X', 'vmrun PAE X', 'vmexit'))
     with expect_fail(ValueError, contains="event 1 of 1: 'dance' is no event"): replay(tiny, design('6.1'), ('dance',))
     steps = replay(tiny, design('patch 2'), ('vmrun PAE X', 'vmexit', 'vmrun PAE X', 'vmexit', 'vmexit'))
     assert len(steps) == 3 and steps[-1][2][-1].name == 'null dereference'

@@ -26,11 +26,14 @@ def setup_cells():
         'case 2, PAE L1': World('case 2 PAE', svm_host(4, npt=False), ('PAE',), ('PAE', '2-level')),
         'case 3': World('case 3', svm_host(3), ('PAE', 'nonpaging'), ('PAE',)),
         'case 4': World('case 4', svm_host(3), ('PAE', '2-level'), ('PAE',), nested_paging=True),
-        'case 5, 4-level host': World('case 5', svm_host(4), ('PAE', '2-level', '4-level'), ('PAE',), nested_paging=True, pointers=1),
-        'case 5, 5-level host': World('case 5 of 5', svm_host(5), ('PAE', '2-level', '5-level'), ('PAE',), nested_paging=True, pointers=1)}
+        'case 5, 4-level host': World('case 5', svm_host(4), ('PAE', '2-level', '4-level'), ('PAE',), nested_paging=True,
+                                      pointers=1),
+        'case 5, 5-level host': World('case 5 of 5', svm_host(5), ('PAE', '2-level', '5-level'), ('PAE',),
+                                      nested_paging=True, pointers=1)}
 
     def outcome(world, policy):
-        found = [one for one in explore_fast(world, policy).found if one.name not in ('root cached twice', 'per-vCPU root cached', 'pae_root filled without a root')]
+        found = [one for one in explore_fast(world, policy).found
+                 if one.name not in ('root cached twice', 'per-vCPU root cached', 'pae_root filled without a root')]
         return f"{found[0].name}, {len(found[0].events)} events" if found else 'holds'
 
     OUTCOMES = {(name, one.name): outcome(world, one) for name, world in CASE_WORLDS.items() for one in DESIGNS}
@@ -59,7 +62,8 @@ def test_kvm_s_own_walk_of_a_case_5_root_starts_at_level_2_the_hardware_s_at_lev
 
 @pytest.mark.claim('nbs/review/11_five_cases.ipynb', 'bb0f16f0', "at rest one test misses one case: the reviewer's misses case 5")
 def test_at_rest_one_test_misses_one_case_the_reviewer_s_misses_case_5():
-    missed = {(case, name) for case in range(1, 6) for name in ('before', '6.1', 'patch 2', 'patch 3', 'reviewer', 'role bit')
+    missed = {(case, name) for case in range(1, 6)
+              for name in ('before', '6.1', 'patch 2', 'patch 3', 'reviewer', 'role bit')
               if not all(predicate(name).test(at_rest(m)) for m in all_mmus() if m.case == case)}
     assert missed == {(5, 'reviewer')}
 
@@ -82,7 +86,8 @@ def test_in_case_5_every_other_design_holds_in_all_histories_of_this_world():
 def test_every_test_that_looks_at_the_new_role_breaks_in_cases_1_and_2_under_a_64_bit_l1_and_nowhere_else_but_the_reviewer_s_in_case_5():
     broken = {key for key, said in OUTCOMES.items() if said != 'holds'}
     asks_new_role = ('patch 2', 'patch 3', 'reviewer', 'series')
-    assert broken == {(f'case {n}, 64-bit L1', name) for n in (1, 2) for name in asks_new_role} | {(f'case 5, {n}-level host', 'reviewer') for n in (4, 5)}
+    assert (broken == {(f'case {n}, 64-bit L1', name) for n in (1, 2) for name in asks_new_role}
+            | {(f'case 5, {n}-level host', 'reviewer') for n in (4, 5)})
 
 
 @pytest.mark.claim('nbs/review/11_five_cases.ipynb', '95d964e6', 'the designs that ask the loaded page, or the old context, break in no case')

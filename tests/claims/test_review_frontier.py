@@ -61,16 +61,19 @@ def test_of_many_arrivals_at_a_place_the_first_is_kept_places_seen_before_are_no
         seen.seen[0] = True
         for _ in range(5):
             arrivals = [random_.randrange(-5, 64) for _ in range(40)]
-            wanted = [i for i, place in enumerate(arrivals) if place >= 0 and place not in known and place not in arrivals[:i]]
+            wanted = [i for i, place in enumerate(arrivals) if place >= 0 and place not in known
+                      and place not in arrivals[:i]]
             assert seen.new(np.array(arrivals, np.int32)).tolist() == wanted
             known |= set(arrivals)
 
 
 @pytest.mark.claim('nbs/review/08_frontier.ipynb', '1187e565', 'both searches answer the same, to the last event, for every design')
 def test_both_searches_answer_the_same_to_the_last_event_for_every_design():
-    kinds = [one for one in small_worlds() if one.name in ('shadow paging, 4-level VMX host', 'NPT, 5-level host', 'EPT, 4-level host', 'two vCPUs, NPT')]
+    kinds = [one for one in small_worlds()
+             if one.name in ('shadow paging, 4-level VMX host', 'NPT, 5-level host', 'EPT, 4-level host', 'two vCPUs, NPT')]
     for world in kinds:
-        for policy in DESIGNS: assert explore(world, policy, depth=2) == explore_fast(world, policy, depth=2), (world.name, policy.name)
+        for policy in DESIGNS:
+            assert explore(world, policy, depth=2) == explore_fast(world, policy, depth=2), (world.name, policy.name)
 
 
 @pytest.mark.claim('nbs/review/08_frontier.ipynb', 'fa8dcfbe', 'both searches answer the same where they end')
@@ -83,7 +86,8 @@ def test_both_searches_answer_the_same_where_they_end():
 @pytest.mark.claim('nbs/review/08_frontier.ipynb', '1afe2d08', 'it does not matter how many states are expanded together')
 def test_it_does_not_matter_how_many_states_are_expanded_together():
     for policy in (design('6.1'), design('series')):
-        assert with_bound('PIECE', 7, replace(pair, edits=False), policy) == explore_fast(replace(pair, edits=False), policy)
+        assert with_bound('PIECE', 7, replace(pair, edits=False),
+                          policy) == explore_fast(replace(pair, edits=False), policy)
 
 
 @pytest.mark.claim('nbs/review/08_frontier.ipynb', 'cdc0b6c4', 'more vCPUs multiply the states and add no local ones')

@@ -23,7 +23,8 @@ def setup_cells():
     tiny = World('tiny', svm_host(4, npt=False), ('4-level',), ('PAE',), pointers=1)
 
     def dice(here, steps=300, seed=5, settle=False):
-        "Events of a random history of 6.1, each with the machine after it; `settle` lets all guests run before the next one."
+        """Events of a random history of 6.1, each with the machine after it; `settle` lets all guests run before the next
+    one."""
         random_, vm = random.Random(seed), start(here, design('6.1'))
         while steps:
             event = random_.choice(events_of(here))
@@ -41,9 +42,12 @@ def setup_cells():
 
 @pytest.mark.claim('nbs/review/04_histories.ipynb', 'e1a4c1a7', 'a world that cannot be is refused, and the error names the rule')
 def test_a_world_that_cannot_be_is_refused_and_the_error_names_the_rule():
-    for wrong, why in [(dict(host=svm_host(3), l1=('4-level',)), "no 64-bit guest"), (dict(host=svm_host(4, npt=False), l1=('5-level',)), "LA57"),
-                       (dict(host=svm_host(4, npt=False), l1=('PAE',), l2=('PAE',), nested_paging=True), "needs TDP"), (dict(host=svm_host(4), l1=()), "modes are"),
-                       (dict(host=svm_host(4), l1=('PAE',), pcid=True), "PCIDs"), (dict(host=svm_host(4), l1=('PAE',), pointers=5), "1..4"),
+    for wrong, why in [(dict(host=svm_host(3), l1=('4-level',)), "no 64-bit guest"),
+                       (dict(host=svm_host(4, npt=False), l1=('5-level',)), "LA57"),
+                       (dict(host=svm_host(4, npt=False), l1=('PAE',), l2=('PAE',), nested_paging=True), "needs TDP"),
+                       (dict(host=svm_host(4), l1=()), "modes are"),
+                       (dict(host=svm_host(4), l1=('PAE',), pcid=True), "PCIDs"),
+                       (dict(host=svm_host(4), l1=('PAE',), pointers=5), "1..4"),
                        (dict(host=svm_host(4), l1=('PAE',), vcpus=0), "1..4")]:
         with expect_fail(ValueError, contains=why): World('wrong', **wrong)
 
@@ -55,7 +59,8 @@ def test_different_pointers_lead_to_different_tables_and_an_edit_changes_one_pdp
     assert len({pdptes[0] for pdptes in frames}) == len(FRAMES)
     vm.versions[FRAMES['X']] ^= 1
     changed = [name for name, before in zip(FRAMES, frames) if vm.read_pdptes(pointer(name, tiny)) != before]
-    assert changed == ['X'] and sum(a != b for a, b in zip(vm.read_pdptes(pointer('X', tiny)), frames[list(FRAMES).index('X')])) == 1
+    assert (changed == ['X']
+            and sum(a != b for a, b in zip(vm.read_pdptes(pointer('X', tiny)), frames[list(FRAMES).index('X')])) == 1)
     vm.versions[FRAMES['X']] ^= 1
     assert [vm.read_pdptes(pointer(name, tiny)) for name in FRAMES] == frames
 
@@ -115,7 +120,8 @@ def test_from_every_mode_to_every_other_l1_ends_with_that_mode_s_registers_and_n
             for new in here.l1:
                 if old == new: continue
                 vm = start(here, design('6.1'))
-                for event in ([f'mode {old}'] if old != here.l1[0] else []) + [f'mode {new}']: assert happen(vm, here, before + event) == ()
+                for event in ([f'mode {old}'] if old != here.l1[0] else []) + [f'mode {new}']:
+                    assert happen(vm, here, before + event) == ()
                 vcpu, (cr0, cr4, efer) = vm.vcpus[0], MODES[new]
                 assert (vcpu.cr0 & ~Cr0.ET, vcpu.cr4, vcpu.efer) == (cr0 & ~Cr0.ET, cr4, efer)
 
@@ -165,4 +171,5 @@ def test_every_kind_of_root_is_loaded_in_some_world_and_each_of_the_five_cases_i
                 kinds.add(kind_of_root(vm, vcpu.mmu, vcpu.mmu.root))
                 met.add((here.host.bits, vcpu.mmu_is, vcpu.mmu.cpu_role, vcpu.mmu.root_role))
     assert kinds == {'shadow page', 'TDP root', 'pae_root', 'pml4_root', 'pml5_root'}
-    assert {one.case for one in all_mmus() if (one.host.bits, one.mmu, one.cpu_role, one.root_role) in met} >= {1, 2, 3, 4, 5}
+    assert ({one.case for one in all_mmus() if (one.host.bits, one.mmu, one.cpu_role, one.root_role) in met}
+            >= {1, 2, 3, 4, 5})

@@ -30,9 +30,12 @@ def setup_cells():
 
     ROLE_CHECKS = (role_fits_its_bits, wp_bits_exclude_wp, quadrants_are_of_4_byte_tables, passthrough_is_a_fifth_level)
 
-    CASE_CHECKS = (computed_role_is_valid, four_byte_roots_are_per_vcpu, owners_have_three_levels, tdp_root_ignores_the_guest, two_forms_agree, all_agree_at_rest)
+    CASE_CHECKS = (computed_role_is_valid, four_byte_roots_are_per_vcpu, owners_have_three_levels,
+                   tdp_root_ignores_the_guest, two_forms_agree, all_agree_at_rest)
     BY_NAME = {(m.name, m.host): m for m in all_mmus()}
-    TWO_LEVEL, TDP, DEEP = (BY_NAME[key] for key in (('shadow, 2-level guest', svm_host(npt=False)), ('TDP, PAE guest', svm_host()), ('shadow, 4-level guest', svm_host(npt=False))))
+    TWO_LEVEL, TDP, DEEP = (BY_NAME[key] for key in (('shadow, 2-level guest', svm_host(npt=False)),
+                                                     ('TDP, PAE guest', svm_host()),
+                                                     ('shadow, 4-level guest', svm_host(npt=False))))
 
     def built(case):
         vcpu = vcpu_for(case)
@@ -81,7 +84,8 @@ def test_every_role_any_registers_ask_for_and_every_root_role_of_every_mmu_is_so
 
 @pytest.mark.claim('nbs/review/03_invariants.ipynb', 'bfca2919', 'each of the four checks of a role fails for one role, and for that one alone')
 def test_each_of_the_four_checks_of_a_role_fails_for_one_role_and_for_that_one_alone():
-    bad = (PageRole(level=16), PageRole(cr0_wp=1, smep_andnot_wp=1), PageRole(level=2, quadrant=1), PageRole(level=4, passthrough=1))
+    bad = (PageRole(level=16), PageRole(cr0_wp=1, smep_andnot_wp=1), PageRole(level=2, quadrant=1),
+           PageRole(level=4, passthrough=1))
     assert [[bool(check(role)) for check in ROLE_CHECKS] for role in bad] == [[i == j for j in range(4)] for i in range(4)]
 
 
@@ -124,7 +128,8 @@ def test_kvm_builds_every_root_where_it_should_and_a_role_changed_under_a_root_i
 
 @pytest.mark.claim('nbs/review/03_invariants.ipynb', '055b8a7b', 'after one excursion under the patch a pae_root is cached and its slots are filled for nobody; under 6.1 all is well')
 def test_after_one_excursion_under_the_patch_a_pae_root_is_cached_and_its_slots_are_filled_for_nobody_under_6_1_all_is_well():
-    checks = (no_per_vcpu_root_is_cached, no_cached_root_is_gone, no_root_is_cached_twice, slots_belong_to_a_root, upper_pages_lead_down)
+    checks = (no_per_vcpu_root_is_cached, no_cached_root_is_gone, no_root_is_cached_twice, slots_belong_to_a_root,
+              upper_pages_lead_down)
     for name, broken in (('6.1', []), ('patch 2', [no_per_vcpu_root_is_cached, slots_belong_to_a_root])):
         vcpu = out_and_back(name)
         assert [check for check in checks if check(vcpu.vm, vcpu.root_mmu)] == broken
@@ -166,7 +171,8 @@ def test_a_root_for_another_pointer_of_another_role_of_another_kind_or_zapped_do
     def of_another_kind(vcpu): vcpu.mmu.cpu_role, vcpu.mmu.root_role = TWO_LEVEL.cpu_role, TWO_LEVEL.root_role
     def of_another_pointer(vcpu): vcpu.cr3 += 0x1000
     assert changed(lambda vcpu: None) == ''
-    for change, word in ((of_another_role, 'role'), (zapped, 'zapped'), (of_another_kind, 'needs a pae_root'), (of_another_pointer, 'pointer')):
+    for change, word in ((of_another_role, 'role'), (zapped, 'zapped'), (of_another_kind, 'needs a pae_root'),
+                         (of_another_pointer, 'pointer')):
         assert word in changed(change), changed(change)
 
 
@@ -180,7 +186,8 @@ def test_a_per_vcpu_root_whose_pdpte_registers_move_on_without_it_is_outdated():
 
 @pytest.mark.claim('nbs/review/03_invariants.ipynb', 'a67d1f82', 'with a current root and without, for every pointer and every filling of the cache, a switch keeps all five rules')
 def test_with_a_current_root_and_without_for_every_pointer_and_every_filling_of_the_cache_a_switch_keeps_all_five_rules():
-    checks = (hit_rotates, miss_drops_the_oldest, hit_keeps_the_older, miss_without_current_changes_nothing, miss_leaves_no_root)
+    checks = (hit_rotates, miss_drops_the_oldest, hit_keeps_the_older, miss_without_current_changes_nothing,
+              miss_leaves_no_root)
     for start, pgd, names in product(('A', 'AB', 'ABC', 'ABCD', 'ABCDE'), 'ABCDE', ('', 'no current')):
         what = switched(names, pgd, start)
         assert not [check for check in checks if check(*what)], (start, pgd, names)
@@ -193,7 +200,8 @@ def test_each_of_the_five_is_broken_by_one_careless_switch():
     assert miss_drops_the_oldest((a, b, c, d), (None, a, c, None), False)             # b is lost
     assert hit_keeps_the_older((a, b, c, d), (b, a, d, c), True)                      # c and d changed places
     assert miss_without_current_changes_nothing((None, b, c, d), (None, c, d, None), False)
-    assert miss_leaves_no_root((a, b, c, d), (a, b, c, d), False) and miss_leaves_no_root((a, b, c, d), (None, b, c, d), True)
+    assert (miss_leaves_no_root((a, b, c, d), (a, b, c, d), False)
+            and miss_leaves_no_root((a, b, c, d), (None, b, c, d), True))
 
 
 @pytest.mark.claim('nbs/review/03_invariants.ipynb', 'd270a1ad', 'a second init of every MMU that can exist is idle, and one under other registers is not')
@@ -253,7 +261,8 @@ def test_four_slots_that_share_a_table_put_it_four_times_and_once_too_few_is_not
     before = seen_of(vcpu)
     assert [count for role, count in before.pages.values()] == [4]
     free_roots(vcpu, vcpu.mmu, ROOT_CURRENT)
-    assert not slots_are_put_once_each(before, seen_of(vcpu)) and [count for role, count in seen_of(vcpu).pages.values()] == [0]
+    assert (not slots_are_put_once_each(before, seen_of(vcpu)) and [count for role, count in seen_of(vcpu).pages.values()]
+            == [0])
     next(iter(vcpu.vm.pages.values())).root_count = 1
     assert 'was put 3 times for 4 slots' in slots_are_put_once_each(before, seen_of(vcpu))
 
@@ -281,7 +290,8 @@ def test_over_all_orders_of_three_loads_of_four_pointers_with_two_pcids_a_flushi
 def test_a_load_that_keeps_the_tlb_keeps_such_roots_and_calling_it_a_flushing_one_would_break_the_rule():
     before, later = with_pcids([pointer('A') | 1, pointer('B') | 1 | CR3_NOFLUSH])
     assert any(entry and entry[0] & 0xfff == 1 for entry in later.entries[0][1:])
-    log = tuple(replace(one, facts=(('val', one['val'] & ~CR3_NOFLUSH),)) if one.what == 'set_cr3' else one for one in later.log)
+    log = tuple(replace(one, facts=(('val', one['val'] & ~CR3_NOFLUSH),)) if one.what == 'set_cr3' else one
+                for one in later.log)
     assert 'of PCID 1' in flushed_pcid_is_gone(before, replace(later, log=log))
 
 
@@ -303,4 +313,5 @@ def test_in_no_story_does_anything_break_under_6_1_and_the_role_bit_and_a_warnin
         grid = show_broken(story)
         bad = {name: [row for row, cells in zip(grid.rows, grid.cells) if cells[i]] for i, name in enumerate(grid.columns)}
         assert not bad['6.1'] and not bad['role bit']
-        if 'KVM stops' in bad['patch 2'] and story != 'one pointer for both': assert 'per-vCPU root cached' in bad['patch 2']
+        if 'KVM stops' in bad['patch 2'] and story != 'one pointer for both':
+            assert 'per-vCPU root cached' in bad['patch 2']

@@ -51,7 +51,8 @@ def setup_cells():
 
     def recorded_question(state):
         "`R` is root_mmu: Rh its root, Ra its pae_root (a kernel address, so low bits compare), Rc and Rr its roles."
-        loaded = 'none' if state['Rh'] == (1 << 64) - 1 else 'pae_root' if (state['Rh'] ^ state['Ra']) % (1 << 30) == 0 else 'shadow page'
+        loaded = ('none' if state['Rh'] == (1 << 64) - 1 else 'pae_root' if (state['Rh'] ^ state['Ra']) % (1 << 30) == 0
+                  else 'shadow page')
         return Question(loaded, (None, None), (cpu_role(state['Rc']), page_role(state['Rr'])))
 
     def kept(before, after): return before['Rh'] in [after[name] for name in ('Rh', 'R0h', 'R1h', 'R2h')]
@@ -67,11 +68,14 @@ def test_for_every_mmu_that_owns_a_root_the_root_kvm_builds_is_made_of_what_the_
 
 @pytest.mark.claim('nbs/review/01_predicates.ipynb', '73c58f7f', 'the table above is what every MMU says of itself')
 def test_the_table_above_is_what_every_mmu_says_of_itself():
-    found = {n: {(m.cpu_role.base.level, m.root_role.level, m.root_role.direct, m.storage, m.host.bits) for m in all_mmus() if m.case == n} for n in range(1, 6)}
-    assert {n: sorted({row[0] for row in rows}) for n, rows in found.items()} == {1: [0], 2: [2, 3], 3: [0, 2, 3], 4: [2, 3], 5: [2, 3]}
+    found = {n: {(m.cpu_role.base.level, m.root_role.level, m.root_role.direct, m.storage, m.host.bits) for m in all_mmus()
+                 if m.case == n} for n in range(1, 6)}
+    assert ({n: sorted({row[0] for row in rows}) for n, rows in found.items()}
+            == {1: [0], 2: [2, 3], 3: [0, 2, 3], 4: [2, 3], 5: [2, 3]})
     assert {n: sorted({row[1] for row in rows}) for n, rows in found.items()} == {1: [3], 2: [3], 3: [3], 4: [3], 5: [4, 5]}
     assert {n: {row[2] for row in rows} for n, rows in found.items()} == {1: {1}, 2: {0}, 3: {1}, 4: {0}, 5: {0}}
-    assert {n: {row[3] for row in rows} for n, rows in found.items()} == {**{n: {'pae_root'} for n in range(1, 5)}, 5: {'pml4_root', 'pml5_root'}}
+    assert ({n: {row[3] for row in rows} for n, rows in found.items()}
+            == {**{n: {'pae_root'} for n in range(1, 5)}, 5: {'pml4_root', 'pml5_root'}})
     assert {row[4] for row in found[3] | found[4]} == {32} and {row[4] for row in found[5]} == {64}
 
 
@@ -79,7 +83,8 @@ def test_the_table_above_is_what_every_mmu_says_of_itself():
 def test_every_mmu_that_owns_a_root_is_in_the_table_whatever_order_it_is_given_in():
     owners = tuple(m for m in all_mmus() if m.storage != 'none')
     assert static_table(owners) == static_table(owners[::-1])
-    assert len(static_table(owners).rows) == len({(m.name, m.host.bits, m.storage) for m in owners}) == len(set(static_table(owners).rows))
+    assert (len(static_table(owners).rows) == len({(m.name, m.host.bits, m.storage) for m in owners})
+            == len(set(static_table(owners).rows)))
 
 
 @pytest.mark.claim('nbs/review/01_predicates.ipynb', 'af879574', 'at rest 6.1, both forms of the patch and the role bit find exactly the per-vCPU roots')
@@ -99,16 +104,19 @@ def test_looking_only_at_the_root_s_level_overlooks_32_bit_hypervisors_on_a_64_b
 
 @pytest.mark.claim('nbs/review/01_predicates.ipynb', 'ca32cadc', "at rest the reviewer's test is wrong in case 5 and nowhere else")
 def test_at_rest_the_reviewer_s_test_is_wrong_in_case_5_and_nowhere_else():
-    wrong = {m.case for m in all_mmus() if m.storage != 'none' and predicate('reviewer').test(at_rest(m)) != has_per_vcpu_root(m)}
+    wrong = {m.case for m in all_mmus() if m.storage != 'none'
+             and predicate('reviewer').test(at_rest(m)) != has_per_vcpu_root(m)}
     assert wrong == {5}
     assert all(not predicate('reviewer').test(at_rest(m)) for m in all_mmus() if m.case == 5)
 
 
 @pytest.mark.claim('nbs/review/01_predicates.ipynb', '8867a3d3', 'at rest the test before 5499ea73e7db never lets a per-vCPU root stay, and drops shared roots of TDP guests below four levels')
 def test_at_rest_the_test_before_5499ea73e7db_never_lets_a_per_vcpu_root_stay_and_drops_shared_roots_of_tdp_guests_below_four_levels():
-    dropped = [m for m in all_mmus() if m.storage != 'none' and predicate('before').test(at_rest(m)) and not has_per_vcpu_root(m)]
+    dropped = [m for m in all_mmus() if m.storage != 'none' and predicate('before').test(at_rest(m))
+               and not has_per_vcpu_root(m)]
     assert all(predicate('before').test(at_rest(m)) for m in all_mmus() if m.case)
-    assert dropped and all(m.host.has_tdp and m.mmu == 'root_mmu' and m.cpu_role.base.level < 4 <= m.root_role.level for m in dropped)
+    assert dropped and all(m.host.has_tdp and m.mmu == 'root_mmu' and m.cpu_role.base.level < 4 <= m.root_role.level
+                           for m in dropped)
 
 
 @pytest.mark.claim('nbs/review/01_predicates.ipynb', 'eb66b8b1', 'whatever stays wrongly and whatever goes wrongly, the two complaints exclude each other')
@@ -116,7 +124,8 @@ def test_whatever_stays_wrongly_and_whatever_goes_wrongly_the_two_complaints_exc
     for m, one in product([m for m in all_mmus() if m.storage != 'none'], PREDICATES):
         complaint = mistaken(one, at_rest(m))
         assert bool(complaint) == (one.test(at_rest(m)) != has_per_vcpu_root(m))
-        assert complaint.startswith('a per-vCPU root stays' if has_per_vcpu_root(m) else 'a root that could be kept') or not complaint
+        assert (complaint.startswith('a per-vCPU root stays' if has_per_vcpu_root(m) else 'a root that could be kept')
+                or not complaint)
 
 
 @pytest.mark.claim('nbs/review/01_predicates.ipynb', 'de326c38', 'the two forms of the patch agree on every role any MMU can have')
@@ -139,8 +148,10 @@ def test_no_mmu_has_such_a_role_a_shadow_root_is_never_shallower_than_the_guest_
 
 @pytest.mark.claim('nbs/review/01_predicates.ipynb', 'be0ac3d3', 'the forms would part for a 64-bit L1 on a 32-bit NPT host, which is no guest at all')
 def test_the_forms_would_part_for_a_64_bit_l1_on_a_32_bit_npt_host_which_is_no_guest_at_all():
-    differ = [m for m in all_mmus(reachable=False) if using_local_root_page(at_rest(m)) != using_local_root_page_2(at_rest(m))]
-    assert {(m.name, m.host.bits) for m in differ if m.storage != 'none'} == {('shadow NPT, 4-level L1', 32), ('shadow NPT, 5-level L1', 32)}
+    differ = [m for m in all_mmus(reachable=False)
+              if using_local_root_page(at_rest(m)) != using_local_root_page_2(at_rest(m))]
+    assert ({(m.name, m.host.bits) for m in differ if m.storage != 'none'}
+            == {('shadow NPT, 4-level L1', 32), ('shadow NPT, 5-level L1', 32)})
     assert all(m.unreachable for m in differ)
 
 
@@ -149,7 +160,8 @@ def test_of_an_mmu_that_was_never_set_up_and_of_nested_mmu_always_the_patch_says
     blank = Question('none', (CpuRole(), PageRole()), (CpuRole(), PageRole()))
     assert {one.name: one.test(blank) for one in PREDICATES} == {
         'before': True, '6.1': False, 'patch 2': True, 'patch 3': True, 'reviewer': True, 'role bit': False}
-    assert all(using_local_root_page(Question('none', None, (CpuRole(), m.root_role))) for m in all_mmus() if m.mmu == 'nested_mmu')
+    assert all(using_local_root_page(Question('none', None, (CpuRole(), m.root_role))) for m in all_mmus()
+               if m.mmu == 'nested_mmu')
     assert not any(mistaken(one, blank) for one in PREDICATES)
 
 
@@ -162,7 +174,8 @@ def test_kinds_of_roots_meet_only_without_tdp_at_nested_transitions_of_root_mmu(
 
 @pytest.mark.claim('nbs/review/01_predicates.ipynb', '73615840', 'on a 32-bit host every root meets only its own kind, so there the tests by role are safe without TDP')
 def test_on_a_32_bit_host_every_root_meets_only_its_own_kind_so_there_the_tests_by_role_are_safe_without_tdp():
-    assert {(old.storage, new.storage) for old, new in all_pairings() if old.host.bits == 32 and not old.host.has_tdp} == {('pae_root', 'pae_root')}
+    assert ({(old.storage, new.storage) for old, new in all_pairings() if old.host.bits == 32 and not old.host.has_tdp}
+            == {('pae_root', 'pae_root')})
 
 
 @pytest.mark.claim('nbs/review/01_predicates.ipynb', 'ca88f45a', "coming from a per-vCPU root to a role with shared roots, both forms of the patch and the reviewer's test always let it stay")
@@ -206,8 +219,10 @@ def test_at_every_recorded_switch_the_kernel_keeps_the_root_exactly_when_its_own
 
 @pytest.mark.claim('nbs/review/01_predicates.ipynb', '9a066c63', 'the recording holds both kinds of pairs in which the patch answers otherwise, and the model has every pair of roles recorded')
 def test_the_recording_holds_both_kinds_of_pairs_in_which_the_patch_answers_otherwise_and_the_model_has_every_pair_of_roles_recorded():
-    parted = {(recorded_question(state).loaded, page_role(state['Rr']).level) for _, state, _ in SWITCHES
-              if recorded_question(state).loaded != 'none' and using_local_root_page(recorded_question(state)) != has_no_shadow_page(recorded_question(state))}
+    parted = {(asked.loaded, page_role(state['Rr']).level)
+              for asked, state in ((recorded_question(state), state) for _, state, _ in SWITCHES)
+              if asked.loaded != 'none' and using_local_root_page(asked) != has_no_shadow_page(asked)}
     assert parted == {('pae_root', 4), ('shadow page', 3)}
     known = {(old.storage, new.root_role.level) for old, new in all_pairings() if not old.host.has_tdp}
-    assert {(recorded_question(state).loaded, page_role(state['Rr']).level) for _, state, _ in SWITCHES} - {('none', 3), ('none', 4)} <= known
+    assert ({(recorded_question(state).loaded, page_role(state['Rr']).level) for _, state, _ in SWITCHES}
+            - {('none', 3), ('none', 4)} <= known)

@@ -30,12 +30,14 @@ def setup_cells():
             for event in ('vmrun', 'vmexit'):
                 try:
                     enter_guest(vcpu)
-                    if event == 'vmrun': svm_vmrun(vcpu, L2State(*(MODES['PAE'][0], pointer('X', SMALL), *MODES['PAE'][1:])))
+                    if event == 'vmrun':
+                        svm_vmrun(vcpu, L2State(*(MODES['PAE'][0], pointer('X', SMALL), *MODES['PAE'][1:])))
                     else: svm_vmexit(vcpu)
                 except KvmBug as bug: return f"{type(bug).__name__} in round {n + 1}"
         return len(counts)
 
-    both = TestPolicy('both', "6.1's test or the reviewer's", Predicate('both', lambda ask: predicate('6.1').test(ask) or predicate('reviewer').test(ask), 'both'))
+    both = TestPolicy('both', "6.1's test or the reviewer's",
+                      Predicate('both', lambda ask: predicate('6.1').test(ask) or predicate('reviewer').test(ask), 'both'))
 
 
 @pytest.mark.claim('nbs/review/14_recommendation.ipynb', '42bbf6c0', '6.1 builds one root a round, the test before it built two')
@@ -62,7 +64,9 @@ def test_adding_the_new_role_s_level_to_6_1_s_test_breaks_nothing_and_doubles_th
 @pytest.mark.claim('nbs/review/14_recommendation.ipynb', 'fad30343', "the recommended test gives 6.1's answer in every state of this world, by construction of the page and not of the role")
 def test_the_recommended_test_gives_6_1_s_answer_in_every_state_of_this_world_by_construction_of_the_page_and_not_of_the_role():
     policies = design('6.1'), design('role bit')
-    def held(vm): return [root.pgd if root.valid else None for mmu in (vm.vcpus[0].root_mmu, vm.vcpus[0].guest_mmu) for root in (mmu.root, *mmu.prev_roots)]
+    def held(vm):
+        return [root.pgd if root.valid else None for mmu in (vm.vcpus[0].root_mmu, vm.vcpus[0].guest_mmu)
+                for root in (mmu.root, *mmu.prev_roots)]
     pairs = [tuple(freeze(start(SMALL, policy), SMALL) for policy in policies)]
     for pair in pairs:      # Grows: both designs go through the same histories side by side
         for event in events_of(SMALL):

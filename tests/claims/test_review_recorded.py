@@ -30,7 +30,8 @@ def test_every_recorded_history_breaks_what_it_is_said_to_break_at_its_last_even
     for one in RECORDED:
         for where, example in one.found:
             steps = replay(where, design(one.design), example.events)
-            assert len(steps) == len(example.events) and example.why in {broken.why for broken in steps[-1][2] if broken.name == example.name}
+            assert (len(steps) == len(example.events)
+                    and example.why in {broken.why for broken in steps[-1][2] if broken.name == example.name})
 
 
 @pytest.mark.claim('nbs/review/10_recorded.ipynb', 'a50c534e', 'searched again, five worlds give what the record says, state for state')

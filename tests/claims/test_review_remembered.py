@@ -24,7 +24,8 @@ def setup_cells():
 
     def machine_of(setting):
         "A machine of this kind; nothing has happened to it."
-        machine = new_machine(HOSTS[setting.host], World(setting, random.Random(7)).memory, setting.mode, ROOTS['A'], setting.vcpus)
+        machine = new_machine(HOSTS[setting.host], World(setting, random.Random(7)).memory, setting.mode, ROOTS['A'],
+                              setting.vcpus)
         for vcpu in machine.vcpus: vcpu.cr4 |= Cr4.PCIDE
         return machine
 
@@ -40,12 +41,20 @@ def setup_cells():
         known, allowed = story.of(0)
         return f"frame {known[key]:#x}", ', '.join(f"frame {frame:#x}" for frame in allowed.get(key, ())) or '-'
 
-    PLACES = {'page, PCID 1': (0, 1, PAGES[0]), 'other page, PCID 1': (0, 1, PAGES[1]), 'page, PCID 2': (0, 2, PAGES[0]), 'other page, PCID 2': (0, 2, PAGES[1]), 'page, vCPU 1': (1, 1, PAGES[0])}
+    PLACES = {'page, PCID 1': (0, 1, PAGES[0]), 'other page, PCID 1': (0, 1, PAGES[1]), 'page, PCID 2': (0, 2, PAGES[0]),
+              'other page, PCID 2': (0, 2, PAGES[1]), 'page, vCPU 1': (1, 1, PAGES[0])}
     MINE = {name for name, place in PLACES.items() if place[0] == 0}
-    FLUSHES = {'MOV to CR3': dict(do='set_cr3', value=ROOTS['A'] | 1), 'MOV to CR3, bit 63': dict(do='set_cr3', value=1 << 63 | ROOTS['A'] | 1), 'INVLPG page': dict(do='invlpg', at=PAGES[0]),
-               '#PF at page, P=1': dict(do='read', at=PAGES[0], code=1), '#PF at page, P=0': dict(do='read', at=PAGES[0], code=0),
-               'INVPCID 0: page, PCID 2': dict(do='invpcid', kind=0, pcid=2, at=PAGES[0]), 'INVPCID 1: PCID 2': dict(do='invpcid', kind=1, pcid=2, at=0), 'INVPCID 2: all': dict(do='invpcid', kind=2, pcid=0, at=0),
-               'INVPCID 3: all but global': dict(do='invpcid', kind=3, pcid=0, at=0), 'CR4.PGE': dict(do='set_cr4', flips=Cr4.PGE), 'CR4.SMAP': dict(do='set_cr4', flips=Cr4.SMAP), 'another vCPU: INVLPG': dict(do='invlpg', vcpu=1, at=PAGES[0])}
+    FLUSHES = {'MOV to CR3': dict(do='set_cr3', value=ROOTS['A'] | 1),
+               'MOV to CR3, bit 63': dict(do='set_cr3', value=1 << 63 | ROOTS['A'] | 1),
+               'INVLPG page': dict(do='invlpg', at=PAGES[0]),
+               '#PF at page, P=1': dict(do='read', at=PAGES[0], code=1),
+               '#PF at page, P=0': dict(do='read', at=PAGES[0], code=0),
+               'INVPCID 0: page, PCID 2': dict(do='invpcid', kind=0, pcid=2, at=PAGES[0]),
+               'INVPCID 1: PCID 2': dict(do='invpcid', kind=1, pcid=2, at=0),
+               'INVPCID 2: all': dict(do='invpcid', kind=2, pcid=0, at=0),
+               'INVPCID 3: all but global': dict(do='invpcid', kind=3, pcid=0, at=0),
+               'CR4.PGE': dict(do='set_cr4', flips=Cr4.PGE), 'CR4.SMAP': dict(do='set_cr4', flips=Cr4.SMAP),
+               'another vCPU: INVLPG': dict(do='invlpg', vcpu=1, at=PAGES[0])}
 
     def left():
         "For each flush, what may be answered as before."
@@ -53,22 +62,28 @@ def setup_cells():
         for name, event in FLUSHES.items():
             story, event = Remembered(TWO, machine_of(TWO).vcpus), dict(event)
             for vcpu in story.vcpus: vcpu.cr3 = ROOTS['A'] | 1
-            for n, pcid, page in PLACES.values(): story.allowed[n].setdefault((ROOTS['A'] | pcid, *context(story.vcpus[n])[4:]), {})[page, 0] = {0x100}
+            for n, pcid, page in PLACES.values():
+                story.allowed[n].setdefault((ROOTS['A'] | pcid, *context(story.vcpus[n])[4:]), {})[page, 0] = {0x100}
             before = [context(vcpu) for vcpu in story.vcpus]
             story.vcpus[0].cr4 ^= int(event.pop('flips', 0))
-            answer = SimpleNamespace(fault=SimpleNamespace(to='guest', error_code=event.pop('code'))) if 'code' in event else None
+            answer = (SimpleNamespace(fault=SimpleNamespace(to='guest', error_code=event.pop('code'))) if 'code' in event
+                      else None)
             story.happened(dict(dict(vcpu=0), **event), answer, before)
-            found[name] = {place for place, (n, pcid, page) in PLACES.items() if story.allowed[n].get((ROOTS['A'] | pcid, *context(story.vcpus[n])[4:]), {}).get((page, 0))}
+            found[name] = {place for place, (n, pcid, page) in PLACES.items()
+                           if story.allowed[n].get((ROOTS['A'] | pcid, *context(story.vcpus[n])[4:]), {}).get((page, 0))}
         return found
 
     def draw_left():
         "The same as a picture."
-        return Grid(tuple(FLUSHES), tuple(PLACES), [[place in rest for place in PLACES] for rest in left().values()], "what may be answered as before, after a flush", kind='right')
+        return Grid(tuple(FLUSHES), tuple(PLACES), [[place in rest for place in PLACES] for rest in left().values()],
+                    "what may be answered as before, after a flush", kind='right')
 
 
 @pytest.mark.claim('nbs/review/17_remembered.ipynb', 'ab0327d3', 'of CR0 only PG forgets, of CR4 PSE, PAE, PGE and LA57 both ways, PCIDE when it goes and SMEP when it comes')
 def test_of_cr0_only_pg_forgets_of_cr4_pse_pae_pge_and_la57_both_ways_pcide_when_it_goes_and_smep_when_it_comes():
-    def flushing(do): return {(bit, on) for bit in range(32) for on in (False, True) if flushes(do, (1 << bit if not on else 0,) * 3, (1 << bit if on else 0,) * 3)}
+    def flushing(do):
+        return {(bit, on) for bit in range(32) for on in (False, True)
+                if flushes(do, (1 << bit if not on else 0,) * 3, (1 << bit if on else 0,) * 3)}
     assert flushing('set_cr0') == {(31, False), (31, True)}
     assert flushing('set_cr4') == {(bit, on) for bit in (4, 5, 7, 12) for on in (False, True)} | {(17, False), (20, True)}
     assert flushing('set_cr3') == flushing('invlpg') == set()
@@ -82,7 +97,8 @@ def test_an_old_answer_is_allowed_for_every_kind_of_access_that_had_it_under_the
     move(story, PAGES[0])
     story.learn(0)
     known, allowed = story.of(0)
-    assert {key for key in allowed if allowed[key]} == {key for key in SAMPLE if known[key] != old[key]} and all(allowed[key] == {old[key]} for key in allowed)
+    assert ({key for key in allowed if allowed[key]} == {key for key in SAMPLE if known[key] != old[key]}
+            and all(allowed[key] == {old[key]} for key in allowed))
     assert {key[0] for key in allowed} == {PAGES[0]} and not story.of(1)[1]
     story.vcpus[0].cr3 = ROOTS['B']
     assert not story.of(0)[1]
@@ -90,20 +106,25 @@ def test_an_old_answer_is_allowed_for_every_kind_of_access_that_had_it_under_the
 
 @pytest.mark.claim('nbs/review/17_remembered.ipynb', '1afd75a5', 'each flush strikes out what the architecture says it does, and nothing else')
 def test_each_flush_strikes_out_what_the_architecture_says_it_does_and_nothing_else():
-    gone = {'MOV to CR3': {'page, PCID 1', 'other page, PCID 1'}, 'MOV to CR3, bit 63': set(), 'INVLPG page': {'page, PCID 1'}, '#PF at page, P=1': {'page, PCID 1'}, '#PF at page, P=0': set(),
-            'INVPCID 0: page, PCID 2': {'page, PCID 2'}, 'INVPCID 1: PCID 2': {'page, PCID 2', 'other page, PCID 2'}, 'INVPCID 2: all': MINE, 'INVPCID 3: all but global': MINE, 'CR4.PGE': MINE, 'CR4.SMAP': set(), 'another vCPU: INVLPG': {'page, vCPU 1'}}
+    gone = {'MOV to CR3': {'page, PCID 1', 'other page, PCID 1'}, 'MOV to CR3, bit 63': set(),
+            'INVLPG page': {'page, PCID 1'}, '#PF at page, P=1': {'page, PCID 1'}, '#PF at page, P=0': set(),
+            'INVPCID 0: page, PCID 2': {'page, PCID 2'}, 'INVPCID 1: PCID 2': {'page, PCID 2', 'other page, PCID 2'},
+            'INVPCID 2: all': MINE, 'INVPCID 3: all but global': MINE, 'CR4.PGE': MINE, 'CR4.SMAP': set(),
+            'another vCPU: INVLPG': {'page, vCPU 1'}}
     assert left() == {name: {place for place in PLACES if place not in struck} for name, struck in gone.items()}
 
 
 @pytest.mark.claim('nbs/review/17_remembered.ipynb', '489b024e', "INVEPT strikes out what came through that EPT, or through any, INVVPID what L2 used, and none of them L1's own")
 def test_invept_strikes_out_what_came_through_that_ept_or_through_any_invvpid_what_l2_used_and_none_of_them_l1_s_own():
     setting = Setting('EPT', '4-level', '4-level', True, levels=4)
-    for event, struck in ((dict(do='invept', pgd=0x101e), {'N'}), (dict(do='invept'), {'N', 'M'}), (dict(do='invvpid'), {'N', 'M'}), (dict(do='invlpg', at=LARGE), set())):
+    for event, struck in ((dict(do='invept', pgd=0x101e), {'N'}), (dict(do='invept'), {'N', 'M'}),
+                          (dict(do='invvpid'), {'N', 'M'}), (dict(do='invlpg', at=LARGE), set())):
         story = Remembered(setting, machine_of(setting).vcpus)
         worlds = dict(L1=(ROOTS['A'], None, False), N=(ROOTS['X'], 0x101e, True), M=(ROOTS['X'], 0x201e, True))
         for world in worlds.values(): story.allowed[0][world] = {(PAGES[0], 0): {0x100}}
         story.happened(dict(event, vcpu=0), None, [context(one) for one in story.vcpus])
-        assert {name for name, world in worlds.items() if not story.allowed[0].get(world, {}).get((PAGES[0], 0))} == struck, event
+        assert ({name for name, world in worlds.items() if not story.allowed[0].get(world, {}).get((PAGES[0], 0))}
+                == struck), event
 
 
 @pytest.mark.claim('nbs/review/17_remembered.ipynb', '0c3e0548', 'on AMD going into L2 or out of it forgets the context gone to and no other; on Intel nothing is forgotten')
@@ -112,12 +133,14 @@ def test_on_amd_going_into_l2_or_out_of_it_forgets_the_context_gone_to_and_no_ot
         setting = Setting(host, '4-level', '4-level')
         story = Remembered(setting, machine_of(setting).vcpus)
         vcpu = story.vcpus[0]
-        worlds = dict(L1=(ROOTS['A'], vcpu.nested_pgd, False), L2=(ROOTS['X'], vcpu.nested_pgd, True), other=(ROOTS['Y'], vcpu.nested_pgd, True))
+        worlds = dict(L1=(ROOTS['A'], vcpu.nested_pgd, False), L2=(ROOTS['X'], vcpu.nested_pgd, True),
+                      other=(ROOTS['Y'], vcpu.nested_pgd, True))
         for world in worlds.values(): story.allowed[0][world] = {(PAGES[0], 0): {0x100}}
         before = [context(vcpu)]
         vcpu.cr3, vcpu.guest_mode = ROOTS['X'], True
         story.happened(dict(do='enter_l2', vcpu=0), True, before)
-        assert {name for name, world in worlds.items() if not story.allowed[0].get(world)} == ({'L2'} if host == 'shadow' else set())
+        assert ({name for name, world in worlds.items() if not story.allowed[0].get(world)}
+                == ({'L2'} if host == 'shadow' else set()))
 
 
 @pytest.mark.claim('nbs/review/17_remembered.ipynb', '87c3b544', "on Intel what L2 saw under other flags may be answered when it comes back, with KVM's tables shadows or not")

@@ -102,7 +102,8 @@ def test_a_machine_with_a_past_and_one_thawed_from_its_state_do_the_same_at_ever
             for vm in dice(world_, policy, 6, n):
                 for event in events_of(world_):
                     twin = thaw(freeze(vm, world_), world_, policy)
-                    assert outcome(deepcopy(vm), world_, event) == outcome(twin, world_, event), (world_.name, policy.name, event)
+                    assert outcome(deepcopy(vm), world_,
+                                   event) == outcome(twin, world_, event), (world_.name, policy.name, event)
 
 
 @pytest.mark.claim('nbs/review/05_states.ipynb', 'fab1bb5b', 'requests that a state leaves out change nothing that a state keeps')

@@ -44,13 +44,15 @@ def test_stories_of_one_setting_hold_accesses_edits_flushes_register_writes_l2_a
 @pytest.mark.claim('nbs/review/19_stories.ipynb', '59128de9', 'stories load CR3 with and without a flush, use all four types of INVPCID, INVEPT and INVVPID, switch the NX workaround, and add and delete slots while a vCPU is in the middle of an access')
 def test_stories_load_cr3_with_and_without_a_flush_use_all_four_types_of_invpcid_invept_and_invvpid_switch_the_nx_workaround_and_add_and_delete_slots_while_a_vcpu_is_in_the_middle_of_an_access():
     seen, inside = set(), set()
-    for setting in (Setting('shadow', '4-level', vcpus=2), Setting('EPT', '4-level', 'PAE', True, 1, 4), Setting('shadow, VMX', '4-level', 'PAE')):
+    for setting in (Setting('shadow', '4-level', vcpus=2), Setting('EPT', '4-level', 'PAE', True, 1, 4),
+                    Setting('shadow, VMX', '4-level', 'PAE')):
         story, rng = Story(setting, 1), random.Random(1)
         for _ in range(500):
             event = next_event(story, rng)
             story.do(event)
             seen.add((event['do'], event.get('kind', event['value'] >> 63 if event['do'] == 'set_cr3' else None)))
             if 'meanwhile' in event: inside.add(event['meanwhile']['event']['do'])
-    assert {('set_cr3', 0), ('set_cr3', 1), ('invept', None), ('invvpid', None), ('nx_huge_pages', None), ('age', None), ('get_dirty_log', None)} <= seen
+    assert {('set_cr3', 0), ('set_cr3', 1), ('invept', None), ('invvpid', None), ('nx_huge_pages', None), ('age', None),
+            ('get_dirty_log', None)} <= seen
     assert {kind for do, kind in seen if do == 'invpcid'} == {0, 1, 2, 3}
     assert {'add_slot', 'delete_slot', 'unmap', 'write', 'invlpg'} <= inside

@@ -28,7 +28,9 @@ def setup_cells():
     def healthy():
         "A 4-level guest on shadow paging that has used two pages."
         memory, free = ram((0, 1 << 22)), list(range(2, 9))
-        for gva in (0x40_0000, 0x1_8000): map_page(memory, 0x1000, FORMATS['4level'], gva, gva & 0xf_ffff | 0x10_0000 * (gva > 0x10_0000), free, 0x67, 0x27)
+        for gva in (0x40_0000, 0x1_8000):
+            map_page(memory, 0x1000, FORMATS['4level'], gva, gva & 0xf_ffff | 0x10_0000 * (gva > 0x10_0000), free, 0x67,
+                     0x27)
         machine = new_machine(svm_host(4, npt=False), memory)
         for at in (0x40_0000, 0x1_8000): machine.happen(dict(do='read', vcpu=0, at=at))
         return machine.vm
@@ -50,7 +52,9 @@ def setup_cells():
 def test_53_of_the_58_invariants_are_checked_after_every_event_the_other_five_where_a_test_names_them_and_every_test_named_here_exists():
     found = places()
     assert list(found) == list(range(1, 59)) and len(ELSEWHERE) == 5
-    assert {one.number for one in INVARIANTS} - {0} <= {number for check in (broken_roles, broken_roots, broken_entry, broken_references, Watch) for number in numbers_of(check)}
+    assert ({one.number for one in INVARIANTS}
+            - {0} <= {number for check in (broken_roles, broken_roots, broken_entry, broken_references, Watch)
+                      for number in numbers_of(check)})
     tests = Path(kvm_mmu_lit.__file__).resolve().parent.parent / 'tests'
     for test in [*(test for _, test in ELSEWHERE.values()), *MORE.values()]:
         file, name = test.split('::')

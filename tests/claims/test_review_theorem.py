@@ -28,7 +28,9 @@ def setup_cells():
         "A guest that has written one page, and a table that is let go of."
         story = Story(setting, 1)
         gpa = entry_of(story, page)
-        for event in (dict(do='write', vcpu=0, at=page), dict(do='write', vcpu=0, at=gpa, value=read_entry(story.vm.memory, gpa, 8) | 0x60, size=8)): story.do(event)
+        for event in (dict(do='write', vcpu=0, at=page),
+                      dict(do='write', vcpu=0, at=gpa, value=read_entry(story.vm.memory, gpa, 8) | 0x60, size=8)):
+            story.do(event)
         return story, page, gpa
 
     def other(story):
@@ -65,7 +67,9 @@ def test_an_old_answer_is_right_until_the_flush_and_wrong_after_it():
 def test_after_wrmsr_clears_efer_nx_a_shadow_still_answers_for_entries_whose_bit_63_has_become_reserved():
     story, page, gpa = used()
     vcpu, nx, new = story.machine.vcpus[0], int(Efer.NX), other(story)
-    for event in (dict(do='write', vcpu=0, at=gpa, value=1 << 63 | new << 12 | 0x67, size=8), dict(do='set_cr3', vcpu=0, value=vcpu.cr3), dict(do='read', vcpu=0, at=page)): story.do(event)
+    for event in (dict(do='write', vcpu=0, at=gpa, value=1 << 63 | new << 12 | 0x67, size=8),
+                  dict(do='set_cr3', vcpu=0, value=vcpu.cr3), dict(do='read', vcpu=0, at=page)):
+        story.do(event)
     story.machine.happen(dict(do='set_efer', vcpu=0, value=int(vcpu.efer) & ~nx))
     enter_guest(vcpu)
     assert vcpu.mmu.root_role.efer_nx and not vcpu.efer & nx
@@ -77,7 +81,8 @@ def test_after_a_fault_for_a_reserved_bit_the_stale_entry_of_that_address_still_
     story, page, gpa = used(setting=Setting('shadow', 'PAE'))
     vcpu, old = story.machine.vcpus[0], int(truth(story.machine.vcpus[0], PAGES[0], 0))
     read_only = old << 12 | 0x65
-    for event in (dict(do='write', vcpu=0, at=gpa, value=read_only, size=8), dict(do='invlpg', vcpu=0, at=page)): story.do(event)
+    for event in (dict(do='write', vcpu=0, at=gpa, value=read_only, size=8), dict(do='invlpg', vcpu=0, at=page)):
+        story.do(event)
     story.do(dict(do='write', vcpu=0, at=gpa, value=1 << 52 | read_only, size=8))
     fault = story.machine.happen(dict(do='write', vcpu=0, at=page, user=True)).fault
     assert fault.error_code & 9 == 9
@@ -147,8 +152,9 @@ def test_after_a_pdpte_of_l1_s_has_changed_while_l2_ran_the_shadow_of_its_old_di
     enter()
     frame, first = truth(vcpu, page, 0), read_entry(story.vm.memory, entry, 8)
     happen('read', at=next(other for other in PAGES if truth(vcpu, other, 0) != frame))              # Now there is a root
-    happen('store', gpa=story.world.ways['M', frame << 12][-1][0], value=(frame ^ 1) << 12 | 0x67)     # Another space of L1's, and another frame in it
-    happen('store', gpa=entry, value=read_entry(story.vm.memory, ROOTS['M'], 8))                     # L2 shall run in that one
+    # Another space of L1's, and another frame in it
+    happen('store', gpa=story.world.ways['M', frame << 12][-1][0], value=(frame ^ 1) << 12 | 0x67)
+    happen('store', gpa=entry, value=read_entry(story.vm.memory, ROOTS['M'], 8))  # L2 shall run in that one
     assert happen('read', at=page).gpa >> 12 == truth(vcpu, page, 0) == frame ^ 1
     happen('leave_l2')
     happen('store', gpa=entry, value=first)
@@ -159,7 +165,10 @@ def test_after_a_pdpte_of_l1_s_has_changed_while_l2_ran_the_shadow_of_its_old_di
 @pytest.mark.claim('nbs/review/18_theorem.ipynb', '6f07752a', 'for an L1 without NX the workaround for large pages sets a bit that KVM itself takes for reserved, and the guest gets its page')
 def test_for_an_l1_without_nx_the_workaround_for_large_pages_sets_a_bit_that_kvm_itself_takes_for_reserved_and_the_guest_gets_its_page():
     story = Story(Setting('NPT', '2-level', 'nonpaging', True), 1, everything=True)
-    for event in (dict(do='nx_huge_pages', on=True), dict(do='enter_l2', vcpu=0, cr0=0, cr3=0, cr4=0, efer=0, nested_pgd=ROOTS['N'])): story.do(event)
+    for event in (dict(do='nx_huge_pages', on=True),
+                  dict(do='enter_l2', vcpu=0, cr0=0, cr3=0, cr4=0, efer=0, nested_pgd=ROOTS['N'])):
+        story.do(event)
     assert story.do(dict(do='write', vcpu=0, at=PAGES[0])).what == 'done'
-    warned = [sp for sp in story.vm.pages.values() for spte in sp.sptes.values() if is_present(spte) and is_rsvd_spte(zero_check_of(story.vm, sp), spte, sp.role.level)]
+    warned = [sp for sp in story.vm.pages.values() for spte in sp.sptes.values() if is_present(spte)
+              and is_rsvd_spte(zero_check_of(story.vm, sp), spte, sp.role.level)]
     assert warned and all(sp.role.guest_mode and not sp.role.efer_nx and sp.role.level > 1 for sp in warned)

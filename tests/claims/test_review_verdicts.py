@@ -23,7 +23,8 @@ def setup_cells():
     tiny = World('tiny', svm_host(4, npt=False), ('4-level',), ('PAE',), pointers=1)
     four_words = ('vmrun PAE X', 'vmexit', 'vmrun PAE X')
 
-    KINDS = ('shadow paging, 4-level VMX host', 'NPT, 4-level host', 'NPT, 32-bit host', 'EPT, 4-level host', 'two vCPUs, shadow paging', 'two vCPUs, NPT')
+    KINDS = ('shadow paging, 4-level VMX host', 'NPT, 4-level host', 'NPT, 32-bit host', 'EPT, 4-level host',
+             'two vCPUs, shadow paging', 'two vCPUs, NPT')
     OVER = tuple(one for one in small_worlds() if one.name in KINDS)
     VERDICTS = [verdict(policy, OVER, explore_fast) for policy in DESIGNS]
 
@@ -41,7 +42,8 @@ def test_the_timeline_says_what_the_machine_holds_each_cell_is_the_root_the_mach
 @pytest.mark.claim('nbs/review/09_verdicts.ipynb', 'e807ffba', 'what 6.1 does and the role bit hold in every history, before does with a place wasted, and the four others break')
 def test_what_6_1_does_and_the_role_bit_hold_in_every_history_before_does_with_a_place_wasted_and_the_four_others_break():
     assert [one.design for one in VERDICTS if one.holds] == ['before', '6.1', 'role bit']
-    assert {name for one in VERDICTS if one.holds for name in (example.name for _, example in one.found)} <= {'root cached twice'}
+    assert ({name for one in VERDICTS if one.holds for name in (example.name for _, example in one.found)}
+            <= {'root cached twice'})
     assert all(one.complete for one in VERDICTS)
 
 
@@ -55,7 +57,8 @@ def test_every_counterexample_of_every_verdict_played_in_its_world_breaks_what_i
 
 @pytest.mark.claim('nbs/review/09_verdicts.ipynb', 'e20f95ce', "only the reviewer's test breaks in nested NPT: case 5 is the one it overlooks")
 def test_only_the_reviewer_s_test_breaks_in_nested_npt_case_5_is_the_one_it_overlooks():
-    broken = {one.design: [result.world.name for result in one.results if result.found and 'NPT' in result.world.name] for one in VERDICTS}
+    broken = {one.design: [result.world.name for result in one.results if result.found and 'NPT' in result.world.name]
+              for one in VERDICTS}
     assert broken.pop('reviewer') == ['NPT, 4-level host', 'two vCPUs, NPT']
     assert not any(broken.values())
 
@@ -71,7 +74,8 @@ def test_a_search_with_a_bound_says_so_in_its_verdict_and_can_take_a_design_that
 def test_what_is_written_is_read_again_for_worlds_of_the_review_smaller_ones_and_any_other():
     for world in (*worlds(), *small_worlds(), tiny):
         example = Counterexample('wrong root', 'because', ('zap',))
-        assert history_of(counterexample_json(world, design('series'), example)) == (world, design('series'), 'wrong root', ('zap',))
+        assert (history_of(counterexample_json(world, design('series'), example))
+                == (world, design('series'), 'wrong root', ('zap',)))
 
 
 @pytest.mark.claim('nbs/review/09_verdicts.ipynb', '3254046c', 'a file that is no history is refused, by name and place')

@@ -38,12 +38,14 @@ def setup_cells():
     def edit(world, rng):
         "One edit of space A, as a story makes it; PDPTEs stay."
         gpa, fmt, level = rng.choice([one for one in world.entries['A'] if not (one[1] is PAE and one[2] == 3)])
-        write_entry(world.memory, gpa, fmt.entry_size, edited(rng, read_entry(world.memory, gpa, fmt.entry_size), fmt, level))
+        write_entry(world.memory, gpa, fmt.entry_size,
+                    edited(rng, read_entry(world.memory, gpa, fmt.entry_size), fmt, level))
 
     def enter(vcpu, setting, world):
         "VMRUN into space X on nested tables N."
         cr0, cr4, efer = map(int, MODES[setting.nested])
-        Machine(vcpu.vm).happen(dict(do='enter_l2', vcpu=0, cr0=cr0, cr3=ROOTS['X'], cr4=cr4, efer=efer, nested_pgd=world.pgd('N')))
+        Machine(vcpu.vm).happen(dict(do='enter_l2', vcpu=0, cr0=cr0, cr3=ROOTS['X'], cr4=cr4, efer=efer,
+                                     nested_pgd=world.pgd('N')))
 
     def leaf_of(memory, table, fmt, addr):
         "Where the last entry on the way to an address lies."
@@ -57,21 +59,29 @@ def setup_cells():
 @pytest.mark.claim('nbs/review/16_worlds.ipynb', 'ec2d634a', 'every machine of the book is there once, and those left out are those a processor refuses')
 def test_every_machine_of_the_book_is_there_once_and_those_left_out_are_those_a_processor_refuses():
     found, wide = {replace(one, vcpus=1) for one in all_settings()}, {'4-level', '5-level'}
-    assert len(all_settings()) == 424 == 2 * len(found) == len(set(all_settings())) and {one.vcpus for one in all_settings()} == {1, 2}
-    def fits(host, *modes): return not (wide & set(modes) if '32 bits' in host else '5-level' in modes and host in ('EPT without A/D', 'NPT, shadow MMU'))
+    assert (len(all_settings()) == 424 == 2 * len(found) == len(set(all_settings()))
+            and {one.vcpus for one in all_settings()} == {1, 2})
+    def fits(host, *modes):
+        return not (wide & set(modes) if '32 bits' in host else '5-level' in modes
+                    and host in ('EPT without A/D', 'NPT, shadow MMU'))
     for host, mode in product(HOSTS, FORMAT_OF): assert (Setting(host, mode) in found) == fits(host, mode)
     for host, mode, l2 in product(HOSTS, PAGING, FORMAT_OF):
         is_svm = HOSTS[host].vendor == 'svm'
-        assert (Setting(host, mode, l2) in found) == (fits(host, mode, l2) and (is_svm or l2 != 'nonpaging' and (l2 not in wide or mode in wide)))       # VMX: paging, and a 64-bit L1 for a 64-bit L2
+        # VMX: paging, and a 64-bit L1 for a 64-bit L2
+        assert ((Setting(host, mode, l2) in found)
+                == (fits(host, mode, l2) and (is_svm or l2 != 'nonpaging' and (l2 not in wide or mode in wide))))
         if 'NPT' in host: assert (Setting(host, mode, l2, True) in found) == fits(host, mode, l2)
         for levels in (4, 5) * host.startswith('EPT'):
-            assert (Setting(host, mode, l2, True, levels=levels) in found) == (fits(host, mode, l2) and (l2 not in wide or mode in wide) and host != 'EPT without A/D' and (levels == 4 or '32' not in host))
+            assert ((Setting(host, mode, l2, True, levels=levels) in found)
+                    == (fits(host, mode, l2) and (l2 not in wide or mode in wide) and host != 'EPT without A/D'
+                        and (levels == 4 or '32' not in host)))
 
 
 @pytest.mark.claim('nbs/review/16_worlds.ipynb', 'a8abd515', 'an edit is an entry again, leads to what a world has, and takes, gives, moves, clears and cleans; each of these occurs')
 def test_an_edit_is_an_entry_again_leads_to_what_a_world_has_and_takes_gives_moves_clears_and_cleans_each_of_these_occurs():
     rng, kinds = random.Random(1), Counter()
-    for fmt, (level, gpte) in product((FORMATS[name] for name in ('2level', 'pae', '4level', '5level', 'ept4', 'ept5')), ((1, 0x10_2067), (2, 0x1_9067), (1, 0))):
+    for fmt, (level, gpte) in product((FORMATS[name] for name in ('2level', 'pae', '4level', '5level', 'ept4', 'ept5')),
+                                      ((1, 0x10_2067), (2, 0x1_9067), (1, 0))):
         if fmt.is_ept and gpte: gpte = gpte & ~0xff | 0x307
         for _ in range(300):
             new = edited(rng, gpte, fmt, level)
@@ -79,8 +89,10 @@ def test_an_edit_is_an_entry_again_leads_to_what_a_world_has_and_takes_gives_mov
             frame = (new & 0xf_ffff_ffff_f000) >> 12
             assert new == 0 or frame in {gpte >> 12, *DATA, *range(0x18, 0x20), (SECOND >> 12) + 2, ROM >> 12, HOLE >> 12}
             moved, bits = frame != gpte >> 12, (new ^ gpte) & ~0xf_ffff_ffff_f000
-            kinds['cleared' if gpte and not new else 'written' if not gpte else 'moved' if moved else 'cleaned' if bits & (0x300 if fmt.is_ept else 0x60) else 'flipped' if bits else 'the same'] += 1
-    assert set(kinds) >= {'cleared', 'written', 'moved', 'cleaned', 'flipped'} and min(kinds[kind] for kind in ('cleared', 'written', 'moved', 'cleaned', 'flipped')) > 100, kinds
+            kinds['cleared' if gpte and not new else 'written' if not gpte else 'moved' if moved else 'cleaned'
+                  if bits & (0x300 if fmt.is_ept else 0x60) else 'flipped' if bits else 'the same'] += 1
+    assert (set(kinds) >= {'cleared', 'written', 'moved', 'cleaned', 'flipped'}
+            and min(kinds[kind] for kind in ('cleared', 'written', 'moved', 'cleaned', 'flipped')) > 100), kinds
 
 
 @pytest.mark.claim('nbs/review/16_worlds.ipynb', '5c7adacb', 'the truth is the walk of Part I under the registers of the vCPU, whatever a guest makes of its entries, in every mode')
@@ -115,18 +127,23 @@ def test_nothing_that_kvm_builds_drops_or_marks_stale_changes_the_truth():
 
 @pytest.mark.claim('nbs/review/16_worlds.ipynb', '9be3f55f', 'a page that still waits for its A or D bit is marked so in a shadow and nowhere else, and not where the tables cannot be written')
 def test_a_page_that_still_waits_for_its_a_or_d_bit_is_marked_so_in_a_shadow_and_nowhere_else_and_not_where_the_tables_cannot_be_written():
-    for host, (marks, kind, waits) in product(HOSTS, ((0x60, WRITE, False), (0x20, WRITE, True), (0x20, 0, False), (0x40, 0, True), (0, 0, True))):
+    for host, (marks, kind, waits) in product(HOSTS, ((0x60, WRITE, False), (0x20, WRITE, True), (0x20, 0, False),
+                                                      (0x40, 0, True), (0, 0, True))):
         vcpu, world = tried(Setting(host, '4-level'))
-        for gpa, fmt, level in world.ways['A', PAGES[0]]: write_entry(world.memory, gpa, 8, read_entry(world.memory, gpa, 8) & ~0x60 | (marks if level == 1 else 0x20))
+        for gpa, fmt, level in world.ways['A', PAGES[0]]:
+            write_entry(world.memory, gpa, 8, read_entry(world.memory, gpa, 8) & ~0x60 | (marks if level == 1 else 0x20))
         assert isinstance(truth(vcpu, PAGES[0], kind), Unmarked) == (waits and not vcpu.host.has_tdp), (host, marks, kind)
 
 
 @pytest.mark.claim('nbs/review/16_worlds.ipynb', '867a8fbd', "an L2 with nested paging loses a page exactly with a frame its walk needs, be it a table's or the page's, and finds it again")
 def test_an_l2_with_nested_paging_loses_a_page_exactly_with_a_frame_its_walk_needs_be_it_a_table_s_or_the_page_s_and_finds_it_again():
-    for setting in (Setting('NPT', '4-level', '2-level', True), Setting('NPT', '2-level', 'PAE', True), Setting('NPT', 'PAE', '4-level', True), Setting('EPT', '4-level', '5-level', True, levels=4), Setting('EPT', '5-level', 'PAE', True, levels=5)):
+    for setting in (Setting('NPT', '4-level', '2-level', True), Setting('NPT', '2-level', 'PAE', True),
+                    Setting('NPT', 'PAE', '4-level', True), Setting('EPT', '4-level', '5-level', True, levels=4),
+                    Setting('EPT', '5-level', 'PAE', True, levels=5)):
         vcpu, world = tried(setting)
         enter(vcpu, setting, world)
-        frames = {gpa >> 12 for gpa, _, level in world.ways['X', PAGES[0]] if not (setting.nested == 'PAE' and level == 3)} | {truth(vcpu, PAGES[0], 0)}
+        frames = ({gpa >> 12 for gpa, _, level in world.ways['X', PAGES[0]] if not (setting.nested == 'PAE' and level == 3)}
+                  | {truth(vcpu, PAGES[0], 0)})
         fmt = FORMATS[FORMAT_OF[setting.mode]] if not setting.levels else FORMATS[f'ept{setting.levels}']
         for gfn in [*range(0x10, 0x78), *DATA]:
             said, leaf = truth(vcpu, PAGES[0], 0), leaf_of(world.memory, ROOTS['N'], fmt, gfn << 12)
@@ -155,4 +172,5 @@ def test_every_entry_a_world_names_is_needed_without_it_the_page_it_leads_to_is_
 def test_a_guest_can_store_into_each_of_its_entries_since_the_tables_are_mapped_in_themselves_but_only_the_supervisor():
     for mode in PAGING:
         vcpu, world = tried(Setting('shadow', mode))
-        for gpa, _, _ in world.entries['A']: assert (truth(vcpu, gpa, WRITE), truth(vcpu, gpa, USER | WRITE)) == (gpa >> 12, None)
+        for gpa, _, _ in world.entries['A']:
+            assert (truth(vcpu, gpa, WRITE), truth(vcpu, gpa, USER | WRITE)) == (gpa >> 12, None)

@@ -1,4 +1,6 @@
-"""`python -m tools.site`: the site that `_quarto.yml` describes, from the committed outputs. Skips everything when nothing changed."""
+"""`python -m tools.site`: the site that `_quarto.yml` describes, from the committed outputs.
+
+Skips everything when nothing changed."""
 import hashlib
 import json
 import os
@@ -19,8 +21,10 @@ HERE, WORK = Path(__file__).parent, ROOT / '.cache' / 'site'
 def fingerprint(config: dict) -> str:
     "Changes when a page, the package, or this builder does."
     digest = hashlib.sha256()
-    inputs = [ROOT / '_quarto.yml', ROOT / 'settings.ini', ROOT / 'constraints.txt', *(ROOT / 'nbs' / page for _, page, _ in pages.contents(config)),
-              *sorted((ROOT / 'kvm_mmu_lit').rglob('*.py')), *sorted(p for p in HERE.rglob('*') if p.is_file() and p.suffix != '.pyc')]
+    inputs = [ROOT / '_quarto.yml', ROOT / 'settings.ini', ROOT / 'constraints.txt',
+              *(ROOT / 'nbs' / page for _, page, _ in pages.contents(config)),
+              *sorted((ROOT / 'kvm_mmu_lit').rglob('*.py')),
+              *sorted(p for p in HERE.rglob('*') if p.is_file() and p.suffix != '.pyc')]
     for path in inputs: digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
     return digest.hexdigest()
 
@@ -35,7 +39,8 @@ def build(config: dict, out: Path) -> bool:
     alive = live.assemble(ROOT, sources / '_static' / 'live')
     (sources / 'site.json').write_text(json.dumps({'website': config['website'], 'live': alive}))
     shutil.copy(HERE / 'conf.py', sources / 'conf.py')
-    done = subprocess.run([sys.executable, '-m', 'sphinx', '-q', '-W', '--keep-going', '-j', str(os.cpu_count() or 1), '-b', 'html',
+    done = subprocess.run([sys.executable, '-m', 'sphinx', '-q', '-W', '--keep-going', '-j', str(os.cpu_count() or 1),
+                           '-b', 'html',
                            '-d', str(WORK / 'doctrees'), str(sources), str(made)])
     if done.returncode: sys.exit('the site has faults: see the lines above')
     shutil.rmtree(out, ignore_errors=True)

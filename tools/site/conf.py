@@ -16,8 +16,10 @@ html_js_files = [('live.mjs', {'type': 'module'})] if _site['live'] else []
 html_show_sourcelink = html_show_copyright = html_show_sphinx = html_copy_source = False
 html_use_index = False
 html_theme_options = {
-    'light_css_variables': {'color-brand-primary': '#1b4f8f', 'color-brand-content': '#1b4f8f', 'color-brand-visited': '#4a3f86'},
-    'dark_css_variables': {'color-brand-primary': '#8ab8f0', 'color-brand-content': '#8ab8f0', 'color-brand-visited': '#b3a6ec'},
+    'light_css_variables': {'color-brand-primary': '#1b4f8f', 'color-brand-content': '#1b4f8f',
+                            'color-brand-visited': '#4a3f86'},
+    'dark_css_variables': {'color-brand-primary': '#8ab8f0', 'color-brand-content': '#8ab8f0',
+                           'color-brand-visited': '#b3a6ec'},
 }
 pygments_style, pygments_dark_style = 'friendly', 'github-dark'
 nb_execution_mode = 'off'

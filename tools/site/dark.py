@@ -1,4 +1,6 @@
-"""Pictures at night: the inks of `draw` with their lightness turned over, as a style sheet. A picture's own colours stay what they are."""
+"""Pictures at night: the inks of `draw` with their lightness turned over, as a style sheet.
+
+A picture's own colours stay what they are."""
 import colorsys
 
 from kvm_mmu_lit.draw import ink
@@ -8,7 +10,8 @@ def shade(colour: str, lightness) -> str:
     "A colour with another lightness, and a little less of itself."
     red, green, blue = (int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5))
     hue, light, saturation = colorsys.rgb_to_hls(red, green, blue)
-    return '#' + ''.join(f'{round(part * 255):02x}' for part in colorsys.hls_to_rgb(hue, lightness(light), saturation * 0.85))
+    return '#' + ''.join(f'{round(part * 255):02x}'
+                         for part in colorsys.hls_to_rgb(hue, lightness(light), saturation * 0.85))
 
 
 def rules() -> str:
@@ -35,5 +38,6 @@ def sheet() -> str:
     "The rules under both of Furo's ways of being dark."
     def under(prefix): return '\n'.join(f'{prefix} .picture {rule}' for rule in rules().splitlines())
     automatic = under('body:not([data-theme="light"])')
-    return ('/* Made by tools/site/dark.py from the inks of kvm_mmu_lit.draw. */\n@media screen {\n' + under('body[data-theme="dark"]')
+    return ('/* Made by tools/site/dark.py from the inks of kvm_mmu_lit.draw. */\n@media screen {\n'
+            + under('body[data-theme="dark"]')
             + '\n}\n@media screen and (prefers-color-scheme: dark) {\n' + automatic + '\n}\n')

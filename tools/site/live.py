@@ -1,4 +1,6 @@
-"""What live figures need, from npm and PyPI by package name: Pyodide, Graphviz as WebAssembly, and our own wheel. All of it is served with the site."""
+"""What live figures need, from npm and PyPI by package name: Pyodide, Graphviz as WebAssembly, and our own wheel.
+
+All of it is served with the site."""
 import hashlib
 import json
 import shutil
@@ -45,15 +47,19 @@ def member(tarball: Path, name: str) -> bytes:
 
 
 def wheels(root: Path, cache: Path) -> list:
-    "Our wheel, built anew from a copy (a build leaves files behind that the next one would pack), and the graphviz package's."
+    """Our wheel, built anew from a copy (a build leaves files behind that the next one would pack), and the graphviz
+    package's."""
     out, pip = cache / 'wheels', [sys.executable, '-m', 'pip', '--disable-pip-version-check', '-q']
     shutil.rmtree(out, ignore_errors=True)
     with tempfile.TemporaryDirectory() as copy:
-        for name in ('settings.ini', 'setup.py', 'pyproject.toml', 'MANIFEST.in', 'README.md', 'LICENSE'): shutil.copy(root / name, copy)
+        for name in ('settings.ini', 'setup.py', 'pyproject.toml', 'MANIFEST.in', 'README.md', 'LICENSE'):
+            shutil.copy(root / name, copy)
         shutil.copytree(root / 'kvm_mmu_lit', Path(copy, 'kvm_mmu_lit'), ignore=shutil.ignore_patterns('__pycache__'))
         run([*pip, 'wheel', '--no-deps', '--no-build-isolation', '-w', str(out), copy])
     have = list(cache.glob('graphviz-*.whl'))
-    if not have: run([*pip, 'download', '--no-deps', '--only-binary=:all:', '-c', str(root / 'constraints.txt'), '-d', str(cache), 'graphviz'])
+    if not have:
+        run([*pip, 'download', '--no-deps', '--only-binary=:all:', '-c', str(root / 'constraints.txt'), '-d',
+             str(cache), 'graphviz'])
     for wheel in cache.glob('graphviz-*.whl'): shutil.copy(wheel, out)
     return sorted(out.glob('*.whl'))
 
@@ -79,7 +85,8 @@ def bridge_wheel(engine: bytes, out: Path) -> Path:
 def lock_entry(wheel: Path, depends: list) -> dict:
     "How Pyodide's lock file describes one wheel."
     name, version = wheel.name.split('-')[:2]
-    return dict(name=name, version=version, file_name=wheel.name, install_dir='site', sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
+    return dict(name=name, version=version, file_name=wheel.name, install_dir='site',
+                sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
                 package_type='package', imports=[name], depends=depends, unvendored_tests=False)
 
 
@@ -99,7 +106,8 @@ def assemble(root: Path, target: Path) -> bool:
     lock['packages'] = {}
     for wheel in found:
         name = wheel.name.split('-')[0].replace('_', '-').lower()
-        lock['packages'][name] = lock_entry(wheel, {'kvm-mmu-lit': ['graphviz', 'graphviz-wasm'], 'graphviz-wasm': ['graphviz']}.get(name, []))
+        lock['packages'][name] = lock_entry(wheel, {'kvm-mmu-lit': ['graphviz', 'graphviz-wasm'],
+                                                    'graphviz-wasm': ['graphviz']}.get(name, []))
         shutil.copy(wheel, home / wheel.name)
     (home / 'pyodide-lock.json').write_text(json.dumps(lock))
     return True

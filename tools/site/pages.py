@@ -34,7 +34,9 @@ def markdown(text: str) -> dict:
 
 
 def picture(output: dict) -> dict:
-    "An output with its drawing in the page itself, where the page's style reaches it; a live figure is one already. Links to chapters lead to pages."
+    """An output with its drawing in the page itself, where the page's style reaches it; a live figure is one already.
+
+    Links to chapters lead to pages."""
     data = output.get('data', {})
     drawing = ''.join(data.get('text/html') or data.get('image/svg+xml') or '')
     if '<svg' not in drawing:
@@ -46,7 +48,8 @@ def picture(output: dict) -> dict:
 
 def sentence(text: str) -> str:
     "A claim as its caption: code in backquotes, nothing else special."
-    return re.sub(r'`([^`]+)`', r'<code class="literal">\1</code>', html.escape(text[:1].upper() + text[1:], quote=False))
+    return re.sub(r'`([^`]+)`', r'<code class="literal">\1</code>',
+                  html.escape(text[:1].upper() + text[1:], quote=False))
 
 
 def cells_of(cell: dict):
@@ -62,7 +65,8 @@ def cells_of(cell: dict):
     if 'claim' in said: yield markdown(f'<p class="claim" id="claim-{cell["id"]}">{sentence(said["claim"])}</p>')
     tags = [tag for key, tag in (('claim', 'claim'), ('export', 'exported'), ('setup', 'setup')) if key in said]
     if said.get('echo') == 'false': tags.append('remove-input')
-    outputs = [{**picture(out), **({'execution_count': 1} if out['output_type'] == 'execute_result' else {})} for out in cell['outputs']]
+    outputs = [{**picture(out), **({'execution_count': 1} if out['output_type'] == 'execute_result' else {})}
+               for out in cell['outputs']]
     yield {**cell, 'source': code, 'outputs': outputs, 'execution_count': 1, 'metadata': {'tags': tags}}
 
 
@@ -76,7 +80,8 @@ def module_of(nb: dict) -> str:
 
 def title_and_question(nb: dict) -> tuple:
     "A chapter's first heading and the question under it."
-    text = next(''.join(c['source']) for c in nb['cells'] if c['cell_type'] == 'markdown' and ''.join(c['source']).startswith('# '))
+    text = next(''.join(c['source']) for c in nb['cells'] if c['cell_type'] == 'markdown'
+                and ''.join(c['source']).startswith('# '))
     question = re.search(r'^> (.+)$', text, re.M)
     return text.splitlines()[0][2:].strip(), question[1] if question else ''
 
@@ -92,7 +97,8 @@ def page(nb: dict) -> dict:
 
 
 def toctree(caption, lines: list) -> str:
-    return '```{toctree}\n:hidden:\n' + (f':caption: "{caption}"\n' if caption else '') + '\n' + '\n'.join(lines) + '\n```'
+    return ('```{toctree}\n:hidden:\n' + (f':caption: "{caption}"\n' if caption else '') + '\n' + '\n'.join(lines)
+            + '\n```')
 
 
 def overview(parts: dict, nbs: dict) -> str:
@@ -112,10 +118,13 @@ def write(config: dict, notebooks: Path, target: Path, reference) -> None:
     for part, name, _ in entries[1:]: parts.setdefault(part, []).append(name)
     chapters = {module_of(nb): name for name, nb in nbs.items() if module_of(nb)}
     kept = reference(chapters, target / 'reference')
-    trees = [toctree(part, [f'{text} </{name[:-6]}>' if text else f'/{name[:-6]}' for p, name, text in entries[1:] if p == part]) for part in parts]
+    trees = [toctree(part, [f'{text} </{name[:-6]}>' if text else f'/{name[:-6]}' for p, name, text in entries[1:]
+                            if p == part]) for part in parts]
     trees.append(toctree('Reference', [f'/reference/{name}' for name in kept]))
     for name, nb in nbs.items():
         made = page(nb)
-        if name == front: made['cells'] += [{**markdown(overview(parts, nbs)), 'id': 'overview'}, {**markdown('\n\n'.join(trees)), 'id': 'contents'}]
+        if name == front:
+            made['cells'] += [{**markdown(overview(parts, nbs)), 'id': 'overview'},
+                              {**markdown('\n\n'.join(trees)), 'id': 'contents'}]
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         (target / name).write_text(json.dumps(made))

@@ -24,9 +24,11 @@ def parameters(thing) -> str:
     "The parameters of a function or of a dataclass, with their comments; '' where none says more than its name."
     try: found = docments(thing, full=True)
     except (TypeError, ValueError): return ''
-    kept = {name: about for name, about in found.items() if name not in ('self', 'return') or name == 'return' and about.docment}
+    kept = {name: about for name, about in found.items() if name not in ('self', 'return') or name == 'return'
+            and about.docment}
     lines = [('*returns*' if name == 'return' else f'`{name}`', '' if about.anno in (EMPTY, None) else code(about.anno),
-              '' if about.default is EMPTY else code(repr(about.default)), (about.docment or '').replace('|', '\\|').replace('\n', ' '))
+              '' if about.default is EMPTY else code(repr(about.default)),
+              (about.docment or '').replace('|', '\\|').replace('\n', ' '))
              for name, about in kept.items()]
     if not any(line[1] or line[3] for line in lines): return ''
     header = ('name', 'type', 'default', 'what it is')
@@ -37,7 +39,8 @@ def parameters(thing) -> str:
 def members(kind) -> str:
     "An enum's members, from the enum itself."
     def shown(value): return f'{value:#x}' if type(value) is int and value > 9 else repr(value)
-    return rows(('member', 'value'), [(f'`{name}`', f'`{shown(member.value)}`') for name, member in kind.__members__.items()])
+    return rows(('member', 'value'),
+                [(f'`{name}`', f'`{shown(member.value)}`') for name, member in kind.__members__.items()])
 
 
 def signature(name: str, thing) -> str:
@@ -53,8 +56,10 @@ def symbol(name: str, thing) -> str:
     if doc.startswith(f'{name}('): doc = ''   # what dataclasses make up
     head = f'### {name}\n\n`{name if is_enum else signature(name, thing)}`'
     methods = [] if is_enum or not inspect.isclass(thing) else [
-        f'- `{signature(key, value).replace("(self, ", "(").replace("(self)", "()")}`: {inspect.getdoc(value).splitlines()[0]}'
-        for key, value in vars(thing).items() if not key.startswith('_') and inspect.isfunction(value) and inspect.getdoc(value)]
+        f'- `{signature(key, value).replace("(self, ", "(").replace("(self)", "()")}`: '
+        f'{" ".join(inspect.getdoc(value).partition(chr(10) * 2)[0].split())}'
+        for key, value in vars(thing).items() if not key.startswith('_') and inspect.isfunction(value)
+        and inspect.getdoc(value)]
     return '\n\n'.join(filter(None, (head, doc, members(thing) if is_enum else parameters(thing), '\n'.join(methods))))
 
 
@@ -62,10 +67,13 @@ def module_section(name: str, chapter: str) -> str:
     "One module: its docstring, its names, its constants."
     module = importlib.import_module(name)
     things = [(key, getattr(module, key)) for key in getattr(module, '__all__', [])]
-    own = [(key, thing) for key, thing in things if inspect.isfunction(thing) or inspect.isclass(thing) and thing.__module__ == name]
+    own = [(key, thing) for key, thing in things if inspect.isfunction(thing) or inspect.isclass(thing)
+           and thing.__module__ == name]
     constants = [f'`{key}`' for key, thing in things if (key, thing) not in own]
-    return '\n\n'.join([f'({name})=\n## {name}', inspect.getdoc(module) or '', f'Written and explained in [its chapter](/{chapter}).',
-                        *(['Constants and aliases: ' + ', '.join(constants) + '.'] if constants else []), *(symbol(key, thing) for key, thing in own)])
+    return '\n\n'.join([f'({name})=\n## {name}', inspect.getdoc(module) or '',
+                        f'Written and explained in [its chapter](/{chapter}).',
+                        *(['Constants and aliases: ' + ', '.join(constants) + '.'] if constants else []),
+                        *(symbol(key, thing) for key, thing in own)])
 
 
 def write(modules: dict, target: Path) -> list:
@@ -74,6 +82,7 @@ def write(modules: dict, target: Path) -> list:
     for module in modules: parts.setdefault(module.split('.')[1], []).append(module)
     target.mkdir(parents=True, exist_ok=True)
     for part, names in parts.items():
-        text = f'# {part}\n\nWhat `kvm_mmu_lit.{part}` exports.\n\n' + '\n\n'.join(module_section(name, modules[name]) for name in names) + '\n'
+        text = (f'# {part}\n\nWhat `kvm_mmu_lit.{part}` exports.\n\n'
+                + '\n\n'.join(module_section(name, modules[name]) for name in names) + '\n')
         (target / f'{part}.md').write_text(text)
     return list(parts)
