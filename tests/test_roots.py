@@ -90,7 +90,7 @@ class Machine(RuleBasedStateMachine):
     @rule(who=st.integers(0, 1), letter=st.sampled_from('ABCDE'), pcid=st.integers(0, 2), keep=st.booleans())
     def load_cr3(self, who, letter, pcid, keep):
         vcpu = self.vm.vcpus[who]
-        # KVM sees this write only when it emulates it, and then asks the wrong MMU: nbs/mmu/23_nested_switch.ipynb has the story
+        # KVM sees this write only when it emulates it, and then asks the wrong MMU: nbs/mmu/24_nested_switch.ipynb has the story
         if vcpu.is_nested: return
         pcide = bool(vcpu.cr4 & Cr4.PCIDE)
         value = pointer(letter) | (pcid | (CR3_NOFLUSH if keep else 0) if pcide else 0)

@@ -16,6 +16,7 @@ __all__ = ['SIZES', 'RECORD', 'GROWN', 'PRICES', 'bytecodes', 'frame_of_page', '
 
 # %% ../../nbs/evidence/33_machine_growth.ipynb #7ee16e34
 import argparse
+import gc
 import json
 import math
 import platform
@@ -40,16 +41,19 @@ from ..mmu.zap import zap_all_fast
 def bytecodes(
     act: Callable,
 ) -> int:
-    "How many bytecodes Python executes meanwhile."
+    "How many bytecodes Python executes meanwhile; the garbage collector waits, for others may have hooks in it."
     count = [0]
     def trace(frame, event, arg):
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         if event == 'opcode': count[0] += 1
         return trace
-    before = sys.gettrace()
+    before, collects = sys.gettrace(), gc.isenabled()
+    gc.disable()
     sys.settrace(trace)
     try: act()
-    finally: sys.settrace(before)
+    finally:
+        sys.settrace(before)
+        if collects: gc.enable()
     return count[0]
 
 # %% ../../nbs/evidence/33_machine_growth.ipynb #96bfba20

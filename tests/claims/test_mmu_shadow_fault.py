@@ -9,18 +9,16 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global F, KvmBug, P, PageRole, asked, draw_spte, example_vcpus, expect_fail, explore, get_shadow_page, host_frame, in_mode, init_mmu, is_executable, is_tracked, is_writable, large_page, predict, product, rmap_entries, self_mapping, shadowed_frame, try_to_unsync, without_wp
+    global F, KvmBug, P, asked, draw_spte, example_vcpus, expect_fail, explore, host_frame, in_mode, init_mmu, is_executable, is_tracked, is_writable, large_page, predict, product, rmap_entries, self_mapping, try_to_unsync
     from itertools import product
 
     from fastcore.test import expect_fail
     from kvm_mmu_lit.draw.exercise import predict
     from kvm_mmu_lit.draw.explore import explore
     from kvm_mmu_lit.mmu.contexts import KvmBug, init_mmu
-    from kvm_mmu_lit.mmu.cpu_role import PageRole
     from kvm_mmu_lit.mmu.page_fault import F, P, example_vcpus
     from kvm_mmu_lit.mmu.rmap import host_frame, is_tracked, rmap_entries
     from kvm_mmu_lit.mmu.spte import draw_spte, is_executable, is_writable
-    from kvm_mmu_lit.mmu.sync import get_shadow_page
     from kvm_mmu_lit.mmu.unsync import try_to_unsync
 
     def self_mapping(entry=0x0_00e7):
@@ -49,24 +47,6 @@ def setup_cells():
         vcpu, = example_vcpus(**vm)
         vcpu.vm.host_levels[0] = host_level
         write_entry(vcpu.vm.memory, 0x3010, 8, entry)
-        return vcpu
-
-    def without_wp(smep=False):
-        "The same guest with CR0.WP=0, its page at 0x40_0000 read-only for everybody."
-        vcpu, = example_vcpus()
-        write_entry(vcpu.vm.memory, 0x5000, 8, 0x10_0065)
-        vcpu.cr0 &= ~int(Cr0.WP)
-        if smep: vcpu.cr4 |= int(Cr4.SMEP)
-        vcpu.mmu.root.hpa = (1 << 64) - 1
-        init_mmu(vcpu)
-        enter_guest(vcpu)
-        return vcpu
-
-    def shadowed_frame():
-        "NPT: a vCPU, and a table that shadows frame 0x100 for an L2."
-        vcpu, = example_vcpus(svm_host(4))
-        get_shadow_page(vcpu, 0x100, PageRole(level=2, access=7, guest_mode=1))
-        assert is_tracked(vcpu.vm, 0x100)
         return vcpu
 
 
@@ -272,6 +252,15 @@ def test_where_not_one_table_can_be_freed_the_fault_ends_in_an_error_for_userspa
         assert [page_fault(vcpu, at, 0) for _ in range(2)] == [('ENOSPC', 'ENOSPC')] * 2
 
 
+@pytest.mark.claim('nbs/mmu/21_shadow_fault.ipynb', 'eca52ef9', 'a root whose own entry is gone while the fault is under way ends in an error for userspace')
+def test_a_root_whose_own_entry_is_gone_while_the_fault_is_under_way_ends_in_an_error_for_userspace():
+    vcpu = in_mode('PAE')
+    def lose(name):
+        if name == 'faulted in': vcpu.mmu.pae_words[0] = 0
+    vcpu.vm.interleave = lose
+    assert page_fault(vcpu, 0x40_0000, U) == ('EFAULT', 'EFAULT')
+
+
 @pytest.mark.claim('nbs/mmu/21_shadow_fault.ipynb', 'd61b1da5', "below a guest's large page the table is direct, has the large entry's rights, and every page of it leads to its frame; a large page of the host's needs none")
 def test_below_a_guest_s_large_page_the_table_is_direct_has_the_large_entry_s_rights_and_every_page_of_it_leads_to_its_frame_a_large_page_of_the_host_s_needs_none():
     for entry, write in ((0x20_00e7, False), (0x20_00a7, False), (0x20_00a7, True), (0x20_00e5, False)):
@@ -296,6 +285,31 @@ def test_kvm_s_page_is_as_large_as_the_smaller_of_the_guest_s_and_the_host_s():
         if guests == 1: write_entry(vcpu.vm.memory, 0x5000, 8, 0x20_0067)
         assert page_fault(vcpu, 0x40_0000, U) == ('RETRY', 'FIXED')
         assert last_entry(vcpu, 0x40_0000)[0].role.level == min(guests, hosts)
+
+
+@pytest.mark.claim('nbs/mmu/21_shadow_fault.ipynb', '924f50b6', 'a guest without paging gets pages of 2 MiB at most, under NPT its pages may have 1 GiB')
+def test_a_guest_without_paging_gets_pages_of_2_mib_at_most_under_npt_its_pages_may_have_1_gib():
+    for host, level in ((svm_host(4, npt=False), 2), (svm_host(4, tdp_mmu=False), 3), (svm_host(4), 3)):
+        cr0, cr4, efer = map(int, MODES['nonpaging'])
+        vcpu = new_vcpu(Vm(host, ram((0, 1 << 31)), prefetch=False), cr0=cr0, cr4=cr4, efer=efer)
+        vcpu.vm.host_levels[0] = 3
+        enter_guest(vcpu)
+        assert (page_fault(vcpu, 0x4000_0000, U) == ('RETRY', 'FIXED')
+                and last_entry(vcpu, 0x4000_0000)[0].role.level == level)
+
+
+@pytest.mark.claim('nbs/mmu/21_shadow_fault.ipynb', 'e1406cd5', 'of a 4 MiB page only the half the address is in counts: KVM maps no more of it at once')
+def test_of_a_4_mib_page_only_the_half_the_address_is_in_counts_kvm_maps_no_more_of_it_at_once():
+    for directory, gva, level in ((0x650, 0x40_3000, 2), (0x650, 0x60_3000, 1), (0x650, 0x65_0000, 1),
+                                  (0x450, 0x40_3000, 1), (0x450, 0x60_3000, 2)):
+        memory, (cr0, cr4, efer) = ram((0, 1 << 24)), map(int, MODES['2-level'])
+        write_entry(memory, (directory << 12) + 4, 4, 0x40_00e7)   # 4 MiB at 0x40_0000, onto itself
+        vm = Vm(svm_host(4, npt=False), memory, prefetch=False)
+        vm.host_levels[0] = 2
+        vcpu = new_vcpu(vm, cr0=cr0, cr3=directory << 12, cr4=cr4 | int(Cr4.PSE), efer=efer)
+        enter_guest(vcpu)
+        page_fault(vcpu, gva, W)
+        assert last_entry(vcpu, gva)[0].role.level == level
 
 
 @pytest.mark.claim('nbs/mmu/21_shadow_fault.ipynb', 'b9e2149f', 'with the workaround for large executable pages a fetch gets a table of small ones, and a read beside it leaves the table')
@@ -345,50 +359,12 @@ def test_a_large_page_that_holds_a_table_of_its_own_walk_is_mapped_small_by_a_fa
     assert is_large(last_entry(vcpu, 0x40_3000)[2])
 
 
-@pytest.mark.claim('nbs/mmu/21_shadow_fault.ipynb', 'f0f8ddd5', "No entry ever grants the user a write, and SMEP takes execution from the supervisor's copy")
-def test_no_entry_ever_grants_the_user_a_write_and_smep_takes_execution_from_the_supervisor_s_copy():
-    for smep in (False, True):
-        written, read = wp0_pair(without_wp(smep), 0x40_0000)
-        assert written & 6 == 2 and read & 6 == 4 and bool(written >> 63) == smep and not read >> 63
-
-
-@pytest.mark.claim('nbs/mmu/21_shadow_fault.ipynb', 'ef7fa09c', "the rights are changed only for a supervisor's write to memory that is read-only, with CR0.WP=0; then W comes, U goes, and with SMEP X")
-def test_the_rights_are_changed_only_for_a_supervisor_s_write_to_memory_that_is_read_only_with_cr0_wp_0_then_w_comes_u_goes_and_with_smep_x():
-    for write, user, wp, smep, has_slot, access in product(*[(False, True)] * 5, range(8)):
-        vcpu = without_wp(smep)
-        if wp:
-            vcpu.cr0 |= int(Cr0.WP)
-            init_mmu(vcpu)
-        fault, walked = Fault(0x40_0000, W * write | U * user, has_slot=has_slot), Walked(0x40_0000, 0, pte_access=access)
-        rewrite_for_wp0(vcpu, fault, walked)
-        applies = write and not user and not wp and has_slot and not access & ACC_WRITE
-        assert walked.pte_access == ((access | ACC_WRITE) & ~ACC_USER & (~ACC_EXEC if smep else -1) if applies else access)
-
-
-@pytest.mark.claim('nbs/mmu/21_shadow_fault.ipynb', '73c349bb', "however the accesses follow each other, each goes through after at most one fault, and a user's write never does")
-def test_however_the_accesses_follow_each_other_each_goes_through_after_at_most_one_fault_and_a_user_s_write_never_does():
-    for first, second, third in product((W, U, 0), repeat=3):
-        vcpu = without_wp()
-        for code in (first, second, third):
-            spte = last_entry(vcpu, 0x40_0000)[2]
-            page_fault(vcpu, 0x40_0000, code | P * is_present(spte))
-            spte = last_entry(vcpu, 0x40_0000)[2]
-            assert (vcpu.injected is None and is_present(spte) and (not code & W or is_writable(spte))
-                    and (not code & U or spte & 4))
-        page_fault(vcpu, 0x40_0000, P | U | W)
-        assert vcpu.injected.what == '#PF' and not last_entry(vcpu, 0x40_0000)[2] & 6 == 6
-
-
-@pytest.mark.claim('nbs/mmu/21_shadow_fault.ipynb', '385a3552', "vCPUs that differ in CR0.WP share no table of a guest's, and the one with WP=1 is refused the write")
-def test_vcpus_that_differ_in_cr0_wp_share_no_table_of_a_guest_s_and_the_one_with_wp_1_is_refused_the_write():
-    vcpu = without_wp()
-    page_fault(vcpu, 0x40_0000, W)
-    strict = new_vcpu(vcpu.vm, cr0=vcpu.cr0 | int(Cr0.WP), cr3=0x1000, cr4=vcpu.cr4, efer=vcpu.efer)
-    enter_guest(strict)
-    assert page_fault(strict, 0x40_0000, W) == ('RETRY', 'RETRY') and strict.injected.error_code == W | P
-    page_fault(strict, 0x40_0000, 0)
-    way = [{sp.spt for _, sp, _ in shadow_walk(vcpu.vm, one.mmu, 0x40_0000)} for one in (vcpu, strict)]
-    assert len(way[0]) == len(way[1]) == 4 and not way[0] & way[1]
+@pytest.mark.claim('nbs/mmu/21_shadow_fault.ipynb', '75b49147', 'emulation is told whether the store hits a table of its own walk')
+def test_emulation_is_told_whether_the_store_hits_a_table_of_its_own_walk():
+    for page, own in ((3, True), (2, True), (8, False)):
+        vcpu = self_mapping()
+        page_fault(vcpu, page << 12, W)
+        assert vcpu.writes_own_table == own
 
 
 @pytest.mark.claim('nbs/mmu/21_shadow_fault.ipynb', '1f9b3ce6', 'a fault maps the used neighbours along, a fault that changed nothing does not')
@@ -404,103 +380,3 @@ def test_a_fault_maps_the_used_neighbours_along_a_fault_that_changed_nothing_doe
             assert page_fault(vcpu, 0x40_1000, W | U) == ('RETRY', 'SPURIOUS')
         return {i for i, spte in sp.sptes.items() if is_present(spte)}
     assert filled(again=False) == {0, 1, 2, 3} and filled(again=True) == {1}
-
-
-@pytest.mark.claim('nbs/mmu/21_shadow_fault.ipynb', '9ca04dbe', 'with bit 33, W and P, and only with all three, the frame is unprotected and the guest tries again')
-def test_with_bit_33_w_and_p_and_only_with_all_three_the_frame_is_unprotected_and_the_guest_tries_again():
-    for page, write, present in product((0, 1 << 33), (0, W), (0, P)):
-        vcpu = shadowed_frame()
-        page_fault(vcpu, 0x10_0000, U)
-        what, answer = page_fault(vcpu, 0x10_0000, page | write | present | U)
-        emulated = bool(write)
-        if not emulated: assert what == 'RETRY' and is_tracked(vcpu.vm, 0x100)
-        else:
-            assert answer == 'EMULATE' and (what == 'RETRY') == bool(page and present) == (not is_tracked(vcpu.vm, 0x100))
-
-
-@pytest.mark.claim('nbs/mmu/21_shadow_fault.ipynb', '361b737d', 'in shadow paging bit 33 means nothing, and a store to a table is emulated')
-def test_in_shadow_paging_bit_33_means_nothing_and_a_store_to_a_table_is_emulated():
-    vcpu, = example_vcpus()
-    page_fault(vcpu, 0x3000, 0)
-    page_fault(vcpu, 0x40_0000, 0)
-    assert page_fault(vcpu, 0x3000, 1 << 33 | P | W) == ('EMULATE', 'EMULATE') and is_tracked(vcpu.vm, 3)
-
-
-@pytest.mark.claim('nbs/mmu/21_shadow_fault.ipynb', '75b49147', 'emulation is told whether the store hits a table of its own walk')
-def test_emulation_is_told_whether_the_store_hits_a_table_of_its_own_walk():
-    for page, own in ((3, True), (2, True), (8, False)):
-        vcpu = self_mapping()
-        page_fault(vcpu, page << 12, W)
-        assert vcpu.writes_own_table == own
-
-
-@pytest.mark.claim('nbs/mmu/21_shadow_fault.ipynb', '924f50b6', 'a guest without paging gets pages of 2 MiB at most, under NPT its pages may have 1 GiB')
-def test_a_guest_without_paging_gets_pages_of_2_mib_at_most_under_npt_its_pages_may_have_1_gib():
-    for host, level in ((svm_host(4, npt=False), 2), (svm_host(4, tdp_mmu=False), 3), (svm_host(4), 3)):
-        cr0, cr4, efer = map(int, MODES['nonpaging'])
-        vcpu = new_vcpu(Vm(host, ram((0, 1 << 31)), prefetch=False), cr0=cr0, cr4=cr4, efer=efer)
-        vcpu.vm.host_levels[0] = 3
-        enter_guest(vcpu)
-        assert (page_fault(vcpu, 0x4000_0000, U) == ('RETRY', 'FIXED')
-                and last_entry(vcpu, 0x4000_0000)[0].role.level == level)
-
-
-@pytest.mark.claim('nbs/mmu/21_shadow_fault.ipynb', 'e1406cd5', 'of a 4 MiB page only the half the address is in counts: KVM maps no more of it at once')
-def test_of_a_4_mib_page_only_the_half_the_address_is_in_counts_kvm_maps_no_more_of_it_at_once():
-    for directory, gva, level in ((0x650, 0x40_3000, 2), (0x650, 0x60_3000, 1), (0x650, 0x65_0000, 1),
-                                  (0x450, 0x40_3000, 1), (0x450, 0x60_3000, 2)):
-        memory, (cr0, cr4, efer) = ram((0, 1 << 24)), map(int, MODES['2-level'])
-        write_entry(memory, (directory << 12) + 4, 4, 0x40_00e7)   # 4 MiB at 0x40_0000, onto itself
-        vm = Vm(svm_host(4, npt=False), memory, prefetch=False)
-        vm.host_levels[0] = 2
-        vcpu = new_vcpu(vm, cr0=cr0, cr3=directory << 12, cr4=cr4 | int(Cr4.PSE), efer=efer)
-        enter_guest(vcpu)
-        page_fault(vcpu, gva, W)
-        assert last_entry(vcpu, gva)[0].role.level == level
-
-
-@pytest.mark.claim('nbs/mmu/21_shadow_fault.ipynb', 'c8f8d2f0', 'the handlers see the lower half of the error code, whatever the processor says above')
-def test_the_handlers_see_the_lower_half_of_the_error_code_whatever_the_processor_says_above():
-    vcpu, codes = example_vcpus(svm_host(4))[0], []
-    page_fault(vcpu, 0x10_0000, U | W)
-    vcpu.vm.watch = lambda event: codes.append(event['error_code']) if event.what == 'fast_page_fault' else None
-    for high in (0, 1, 2): page_fault(vcpu, 0x10_0000, high << 32 | P | U | W)
-    assert codes == [P | U | W] * 3
-
-
-@pytest.mark.claim('nbs/mmu/21_shadow_fault.ipynb', '52971764', 'a reserved bit that is gone by now is tried again and no handler is asked')
-def test_a_reserved_bit_that_is_gone_by_now_is_tried_again_and_no_handler_is_asked():
-    vcpu, = example_vcpus()
-    page_fault(vcpu, 0x40_0000, U)
-    assert page_fault(vcpu, 0x40_0000, RSVD | P | U) == ('RETRY', '') and page_fault(vcpu, 0x40_0000, P | U)[1] != ''
-
-
-@pytest.mark.claim('nbs/mmu/21_shadow_fault.ipynb', 'eca52ef9', 'a root whose own entry is gone while the fault is under way ends in an error for userspace')
-def test_a_root_whose_own_entry_is_gone_while_the_fault_is_under_way_ends_in_an_error_for_userspace():
-    vcpu = in_mode('PAE')
-    def lose(name):
-        if name == 'faulted in': vcpu.mmu.pae_words[0] = 0
-    vcpu.vm.interleave = lose
-    assert page_fault(vcpu, 0x40_0000, U) == ('EFAULT', 'EFAULT')
-
-
-@pytest.mark.claim('nbs/mmu/21_shadow_fault.ipynb', '656f325f', "a note of MMIO is emulated without a walk of the guest's tables, and asked anew once the slots have changed")
-def test_a_note_of_mmio_is_emulated_without_a_walk_of_the_guest_s_tables_and_asked_anew_once_the_slots_have_changed():
-    vcpu, = example_vcpus()
-    write_entry(vcpu.vm.memory, 0x5000, 8, 0xfee0_0067)
-    walks = []
-    def watch(event):
-        if event.what == 'kvm_mmu_pagetable_walk': walks.append(event)
-    vcpu.vm.watch = watch
-    assert page_fault(vcpu, 0x40_0000, U) == ('EMULATE', 'EMULATE') and len(walks) == 1
-    assert vcpu.mmio[:3] == (0x40_0000, 0xfee00, 2 | 4)
-    for forgotten in (False, True):
-        if forgotten: vcpu.mmio = None
-        assert (page_fault(vcpu, 0x40_0000, RSVD | P | U) == ('EMULATE', '') and len(walks) == 1
-                and vcpu.mmio[:2] == (0x40_0000, 0xfee00))
-    vcpu.mmio, vcpu.vm.generation = None, vcpu.vm.generation + 1
-    assert (page_fault(vcpu, 0x40_0000, RSVD | P | U) == ('EMULATE', 'EMULATE') and len(walks) == 2
-            and not walks[1]['pferr'] & RSVD)
-    write_entry(vcpu.vm.memory, 0x5000, 8, 0xfee0_0065)
-    page_fault(vcpu, 0x40_0000, U)
-    assert vcpu.mmio[:3] == (0x40_0000, 0xfee00, 4)              # The rights of the guest's entry
