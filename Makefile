@@ -13,7 +13,7 @@ FRESH := $(shell for file in $(MADE_FROM); do [ $(READY) -nt $$file ] || exit; d
 .NOTPARALLEL:   # each step reads what the one before wrote
 .PHONY: book test lab site bench verdicts theorem mutants env export execute claims readme sync check serve system clean
 
-book: env export execute claims readme site ## build everything, then walk a real guest
+book: env export claims execute readme site ## build everything, then walk a real guest
 	@echo; echo "A real guest, $(IMAGE): what its kernel may execute, and how it fetches the first byte of its text."
 	@echo; $(BIN)/kvm-mmu map $(IMAGE) --ranges --flags x-u
 	@echo; $(BIN)/kvm-mmu explain $(IMAGE) $(TEXT) --supervisor --fetch

@@ -14,7 +14,8 @@ from kvm_mmu_lit.mmu.register_writes import (invpcid, load_pdptrs, set_cr0, set_
 from kvm_mmu_lit.mmu.reload import enter_guest, reset_context, unload
 from kvm_mmu_lit.mmu.root_cache import pointer
 from kvm_mmu_lit.mmu.root_role import MODES, PT64_ROOT_4LEVEL, root_storage, svm_host, vmx_host
-from kvm_mmu_lit.mmu.roots import guest_pgd, is_obsolete_root, new_vcpu, per_vcpu_pages, walk_start
+from kvm_mmu_lit.mmu.roots import guest_pgd, new_vcpu, per_vcpu_pages, walk_start
+from kvm_mmu_lit.mmu.free_roots import is_obsolete_root
 from kvm_mmu_lit.mmu.shadow_page import Vm, to_shadow_page
 from kvm_mmu_lit.mmu.zap import zap_all_fast
 
@@ -90,7 +91,7 @@ class Machine(RuleBasedStateMachine):
     @rule(who=st.integers(0, 1), letter=st.sampled_from('ABCDE'), pcid=st.integers(0, 2), keep=st.booleans())
     def load_cr3(self, who, letter, pcid, keep):
         vcpu = self.vm.vcpus[who]
-        # KVM sees this write only when it emulates it, and then asks the wrong MMU: nbs/mmu/24_nested_switch.ipynb has the story
+        # KVM sees this write only when it emulates it, and then asks the wrong MMU: nbs/mmu/25_nested_switch.ipynb has the story
         if vcpu.is_nested: return
         pcide = bool(vcpu.cr4 & Cr4.PCIDE)
         value = pointer(letter) | (pcid | (CR3_NOFLUSH if keep else 0) if pcide else 0)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS, CACHE = ROOT / 'nbs', ROOT / '.cache' / 'executed'
+READS = {'coverage': ('tests/test_*.py', 'tests/claims/*.py')}   # What a chapter shows besides modules and its folder
 ADDRESS = re.compile(r'\bat 0x[0-9a-f]{8,}>')
 TRACEBACK = re.compile(r'^(?:\x1b\[[\d;]*m)*\w*(?:\x1b\[[\d;]*m)* *Traceback \(most recent call last\)', re.M)
 DOT = re.compile(r'data-dot="([0-9a-f]{64})"')
@@ -81,11 +82,12 @@ def dependencies(names: set) -> list:
 
 
 def fingerprint(path: Path) -> str:
-    "Changes when the notebook, its outputs or any module of ours it uses does."
+    "Changes when the notebook, its outputs, any module of ours it uses or a file it shows does."
     digest = hashlib.sha256(path.read_bytes())
     code = '\n'.join(source(c) for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'code')
     for file in dependencies(imported_modules(code)): digest.update(file.read_bytes())
-    for file in sorted(path.parent.glob('*.json')): digest.update(file.read_bytes())  # what a chapter shows beside it
+    shown = [*path.parent.glob('*.json'), *(file for like in READS.get(path.stem[3:], ()) for file in ROOT.glob(like))]
+    for file in sorted(shown): digest.update(file.read_bytes())
     return digest.hexdigest()
 
 

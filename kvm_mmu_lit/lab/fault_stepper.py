@@ -27,7 +27,8 @@ from ..guest.walk import Walker
 from ..mmu.contexts import Vcpu
 from ..mmu.cpu_role import MODES
 from ..mmu.guest_tables import registers_of
-from ..mmu.hardware import FETCH, GUEST_PAGE, USER, WRITE, Exit, host_walk, tdp_access
+from ..mmu.hardware import FETCH, GUEST_PAGE, USER, WRITE, Exit, host_walk
+from ..mmu.two_dimensions import tdp_access
 from ..mmu.machine import Machine, new_machine
 from ..mmu.make_spte import decode_spte
 from ..mmu.play import HOST_KINDS

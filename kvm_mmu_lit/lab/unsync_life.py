@@ -23,7 +23,7 @@ from ..guest.gpte import map_page
 from ..guest.memory import read_entry
 from .fault_stepper import PAGES, guest_walk
 from .shadow_dag import KERNEL, two_spaces
-from ..mmu.hardware import frame_of
+from ..mmu.two_dimensions import frame_of
 from ..mmu.machine import Machine
 from ..mmu.page_fault import last_entry
 from ..mmu.play import answer_text

@@ -24,7 +24,8 @@ from ..mmu.register_writes import load_pdptrs, set_cr3
 from ..mmu.reload import enter_guest
 from ..mmu.root_cache import LETTERS, RootPolicy, draw_switches, pointer, run_switches
 from ..mmu.root_role import PT32E_ROOT_LEVEL, Host, root_storage, svm_host
-from ..mmu.roots import free_root_page, get_pdptrs, guest_pgd, new_vcpu
+from ..mmu.roots import get_pdptrs, guest_pgd, new_vcpu
+from ..mmu.free_roots import free_root_page
 from ..mmu.zap import commit_zap
 from ..mmu.shadow_page import ShadowPage, Vm, add_shadow_page, to_shadow_page
 from .predicates import Predicate, Question, kind_of_root, predicate

@@ -224,7 +224,7 @@ ROOT_MUTANTS = (
        "what another vCPU put there is lost"),
     _M('root not held', 'roots', "    sp.root_count += 1\n    vcpu.did('alloc_root_ret'",
        "    vcpu.did('alloc_root_ret'", "a table is freed while it is a root"),
-    _M('root dropped unfreed', 'roots', 'if not sp.root_count and sp.role.invalid: prepare_zap(vm, sp, zapped)', 'pass',
+    _M('root dropped unfreed', 'free_roots', 'if not sp.root_count and sp.role.invalid: prepare_zap(vm, sp, zapped)', 'pass',
        "a zapped root is never freed"),
     _M('any role will do', 'root_cache', 'return sp.role == role', 'return True',
        "a root for other rules is found again"),

@@ -25,7 +25,7 @@ from ..mmu.direct_fault import zero_check_of
 from ..mmu.make_spte import mmio_gen, mmio_gfn
 from ..mmu.root_role import MmuCase, root_storage
 from ..mmu.rmap import entry_at, host_frame, is_logged, page_gfn, sptep_of
-from ..mmu.roots import is_obsolete_root
+from ..mmu.free_roots import is_obsolete_root
 from ..mmu.shadow_page import Vm, to_shadow_page
 from ..mmu.spte import (GEN_BITS, REMOVED_SPTE, SPTE_ADDRESS, is_access_track, is_host_writable, is_last,
                                   is_mmio,

@@ -18,7 +18,8 @@ from ..draw.ink import Hex
 from ..draw.table import Table
 from ..guest.addresses import PAGE_SHIFT
 from ..mmu.contexts import Vcpu
-from ..mmu.hardware import FETCH, USER, WRITE, Exit, Reached, frame_of
+from ..mmu.hardware import FETCH, USER, WRITE, Exit, Reached
+from ..mmu.two_dimensions import frame_of
 from ..mmu.machine import new_machine
 from ..mmu.machine_state import broken_invariant
 from ..mmu.reload import enter_guest

@@ -14,7 +14,8 @@ def setup_cells():
 
     from kvm_mmu_lit.draw.exercise import predict
     from kvm_mmu_lit.draw.explore import explore
-    from kvm_mmu_lit.mmu.hardware import WRITE, Reached, frame_of
+    from kvm_mmu_lit.mmu.hardware import WRITE, Reached
+    from kvm_mmu_lit.mmu.two_dimensions import frame_of
     from kvm_mmu_lit.mmu.tlb import processor_access
 
 

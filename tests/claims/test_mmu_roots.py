@@ -9,7 +9,7 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global Counter, KvmBug, STORAGES, Table, all_hosts, expect_fail, explore, has_rmaps, predict, svm_host, vmx_host, zap_all_fast
+    global Counter, KvmBug, STORAGES, Table, all_hosts, expect_fail, explore, has_rmaps, predict, svm_host, vmx_host
     from collections import Counter
 
     from fastcore.test import expect_fail
@@ -19,7 +19,6 @@ def setup_cells():
     from kvm_mmu_lit.mmu.contexts import KvmBug
     from kvm_mmu_lit.mmu.rmap import has_rmaps
     from kvm_mmu_lit.mmu.root_role import STORAGES, all_hosts, svm_host, vmx_host
-    from kvm_mmu_lit.mmu.zap import zap_all_fast
 
 
 @pytest.mark.claim('nbs/mmu/14_roots.ipynb', 'bcab1d7b', 'a vCPU is born with a pae_root exactly where KVM may have to start at level 3')
@@ -178,65 +177,6 @@ def test_an_edit_of_a_pdpte_in_memory_reaches_a_nested_root_when_it_is_built_a_g
         vcpu.vm.memory.words(8)[5][1] = 0x2_2001
         alloc_roots(vcpu)
         assert (to_shadow_page(vcpu.vm, vcpu.mmu.pae_words[1]).gfn == 0x22) == seen
-
-
-@pytest.mark.claim('nbs/mmu/14_roots.ipynb', '898907d9', 'building a root and freeing it leaves every count at 0 and every slot empty, in every MMU, also when two slots share a table')
-def test_building_a_root_and_freeing_it_leaves_every_count_at_0_and_every_slot_empty_in_every_mmu_also_when_two_slots_share_a_table():
-    for case in all_mmus():
-        if case.mmu == 'nested_mmu': continue
-        for pdpte in (0x1_1001, 0x1_0001, 0):
-            vcpu = vcpu_for(case, small_memory(pdpte))
-            for _ in range(2):
-                alloc_roots(vcpu)
-                shared = case.mode == 'PAE' and case.case and not case.root_role.direct and pdpte == 0x1_0001
-                assert max(sp.root_count for sp in vcpu.vm.pages.values()) == (2 if shared else 1)
-                assert (sum(sp.root_count for sp in vcpu.vm.pages.values())
-                        == (sum(word > 0 for word in vcpu.mmu.pae_words) or 1))
-                free_roots(vcpu, vcpu.mmu, ROOT_CURRENT)
-                assert not vcpu.mmu.root.valid and vcpu.mmu.pae_words == [0] * 4
-                assert all(sp.root_count == 0 for sp in vcpu.vm.pages.values())
-
-
-@pytest.mark.claim('nbs/mmu/14_roots.ipynb', '9f369ee8', 'building over a root that was not freed is caught, and so is freeing a per-vCPU root among the previous ones')
-def test_building_over_a_root_that_was_not_freed_is_caught_and_so_is_freeing_a_per_vcpu_root_among_the_previous_ones():
-    vcpu = vcpu_for(next(case for case in all_mmus() if case.name == 'shadow NPT, PAE L1'))
-    alloc_roots(vcpu)
-    word = vcpu.mmu.pml4_word
-    with expect_fail(KvmBug, contains="slot 0 still holds"): alloc_roots(vcpu)
-    free_roots(vcpu, vcpu.mmu, ROOT_CURRENT)
-    assert vcpu.mmu.pml4_word == word
-    alloc_roots(vcpu)
-    vcpu.mmu.prev_roots[0], vcpu.mmu.root = vcpu.mmu.root, Root()
-    with expect_fail(KvmBug, contains="among the previous roots"): free_roots(vcpu, vcpu.mmu, ROOT_PREVIOUS(0))
-
-
-@pytest.mark.claim('nbs/mmu/14_roots.ipynb', 'aab734a4', 'a fresh per-vCPU root counts as obsolete, a fresh root of the other kinds does not; after a zap all do')
-def test_a_fresh_per_vcpu_root_counts_as_obsolete_a_fresh_root_of_the_other_kinds_does_not_after_a_zap_all_do():
-    for case in all_mmus():
-        if case.mmu == 'nested_mmu': continue
-        vcpu = vcpu_for(case)
-        alloc_roots(vcpu)
-        assert is_obsolete_root(vcpu.vm, vcpu.mmu.root) == (case.case > 0)
-        zap_all_fast(vcpu.vm)
-        assert is_obsolete_root(vcpu.vm, vcpu.mmu.root) and vcpu.requests == {'MMU_FREE_OBSOLETE_ROOTS'}
-        free_obsolete_roots(vcpu)
-        assert not vcpu.mmu.root.valid and vcpu.vm.pages == {}          # the last reference took the zapped tables along
-
-
-@pytest.mark.claim('nbs/mmu/14_roots.ipynb', '5b80eb1f', 'of four cached roots those built for L2 go, and the current root stays')
-def test_of_four_cached_roots_those_built_for_l2_go_and_the_current_root_stays():
-    vcpu = new_vcpu(Vm(vmx_host(ept=0), small_memory()), **dict(zip(('cr0', 'cr4', 'efer'), MODES['4-level'])))
-    for i in range(4):
-        vcpu.mmu.root_role = replace(vcpu.mmu.root_role, guest_mode=i & 1)
-        vcpu.mmu.prev_roots = [Root(*vars(vcpu.mmu.root).values()), *vcpu.mmu.prev_roots[:2]]
-        vcpu.cr3 = 0x1000 * (i + 1)
-        alloc_roots(vcpu)
-    vcpu.mmu.root_role = replace(vcpu.mmu.root_role, guest_mode=0)
-    assert [prev.pgd for prev in vcpu.mmu.prev_roots] == [0x3000, 0x2000, 0x1000]
-    free_guest_mode_roots(vcpu, vcpu.mmu)
-    assert [prev.valid for prev in vcpu.mmu.prev_roots] == [True, False, True] and vcpu.mmu.root.valid
-    vcpu.mmu.root_role = replace(vcpu.mmu.root_role, guest_mode=1)
-    with expect_fail(KvmBug, contains="while it runs"): free_guest_mode_roots(vcpu, vcpu.mmu)
 
 
 @pytest.mark.claim('nbs/mmu/14_roots.ipynb', 'baab980f', "a walk starts at a shadow page or nowhere, never at a page of the vCPU's own")

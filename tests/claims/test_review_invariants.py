@@ -23,7 +23,8 @@ def setup_cells():
     from kvm_mmu_lit.mmu.reload import unload
     from kvm_mmu_lit.mmu.root_cache import LETTERS, is_root_usable, new_pgd, pointer, switch_to
     from kvm_mmu_lit.mmu.root_role import all_mmus, svm_host
-    from kvm_mmu_lit.mmu.roots import ROOT_CURRENT, alloc_roots, free_roots, small_memory, vcpu_for
+    from kvm_mmu_lit.mmu.roots import alloc_roots, small_memory, vcpu_for
+    from kvm_mmu_lit.mmu.free_roots import ROOT_CURRENT, free_roots
     from kvm_mmu_lit.mmu.shadow_page import child_role
     from kvm_mmu_lit.mmu.zap import zap_all_fast
     from kvm_mmu_lit.review.predicates import Predicate
