@@ -18,7 +18,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS, CACHE = ROOT / 'nbs', ROOT / '.cache' / 'executed'
-READS = {'coverage': ('tests/test_*.py', 'tests/claims/*.py')}   # What a chapter shows besides modules and its folder
+READS = {   # What a chapter shows besides the modules it imports and its folder
+    'kernel_functions': ('kvm_mmu_lit/*/*.py',), 'coverage': ('kvm_mmu_lit/*/*.py', 'tests/test_*.py', 'tests/claims/*.py')}
 ADDRESS = re.compile(r'\bat 0x[0-9a-f]{8,}>')
 TRACEBACK = re.compile(r'^(?:\x1b\[[\d;]*m)*\w*(?:\x1b\[[\d;]*m)* *Traceback \(most recent call last\)', re.M)
 DOT = re.compile(r'data-dot="([0-9a-f]{64})"')

@@ -9,7 +9,7 @@ globals().update({name: value for name, value in vars(chapter).items() if not na
 @pytest.fixture(scope="module", autouse=True)
 def setup_cells():
     "The chapter's `#| setup` cells."
-    global KvmBug, expect_fail, explore, guest, host_frame, make_mmio_spte, predict, product, read_entry, shadow_access, trip, until_reached, write_entry
+    global KvmBug, draw_host_walk, expect_fail, explore, guest, host_frame, make_mmio_spte, predict, product, read_entry, shadow_access, trip, until_reached, write_entry
     from itertools import product
 
     from fastcore.test import expect_fail
@@ -17,7 +17,7 @@ def setup_cells():
     from kvm_mmu_lit.draw.explore import explore
     from kvm_mmu_lit.guest.memory import read_entry, write_entry
     from kvm_mmu_lit.mmu.contexts import KvmBug
-    from kvm_mmu_lit.mmu.hardware import shadow_access
+    from kvm_mmu_lit.mmu.hardware import draw_host_walk, shadow_access
     from kvm_mmu_lit.mmu.make_spte import make_mmio_spte
     from kvm_mmu_lit.mmu.rmap import host_frame
 
