@@ -14,8 +14,8 @@ __all__ = ['Event', 'Timeline']
 
 # %% ../../nbs/draw/06_timeline.ipynb #a8405769
 from dataclasses import dataclass
-from .ink import (Canvas, Picture, ink, columns, fold, frozen_rows, plain, text_width, titled,
-                                  BLACK, EDGE, FAINT)
+from .ink import (Canvas, Picture, ink, columns, fold, frozen_rows, plain, text_width, titled, BLACK,
+                                  EDGE, FAINT)
 
 # %% ../../nbs/draw/06_timeline.ipynb #2edc3886
 @dataclass(frozen=True)

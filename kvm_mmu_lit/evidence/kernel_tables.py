@@ -26,8 +26,8 @@ from ..guest.permissions import (FETCH, IMPLICIT, USER, WRITE, Pferr, permission
                                            pkey_refuses, pkru_mask, refresh_cr0_wp, refusals)
 from ..guest.registers import Cr0, Cr4, Efer, Registers, Rflags
 from ..guest.reserved import (RsvdBits, can_use_gbpages, guest_rsvd_check, is_rsvd_bits_set,
-                                        reset_rsvds_bits_mask, reset_rsvds_bits_mask_ept, rsvd_bits,
-                                        shadow_zero_check, tdp_shadow_zero_check)
+                                        reset_rsvds_bits_mask, reset_rsvds_bits_mask_ept, rsvd_bits, shadow_zero_check,
+                                        tdp_shadow_zero_check)
 from ..mmu.make_spte import make_mmio_spte, mmio_access, mmio_gen, mmio_gfn
 from ..mmu.spte import GEN_BITS, SpteMasks, base_masks, ept_masks
 

@@ -19,19 +19,17 @@ from pathlib import Path
 
 from .agreement import EvidenceError, compare
 from .kernel_tables import (MASK_NAMES, PERMISSIONS, RESERVED, SPTES, ept_entry_rows, ept_mask_rows,
-                                                errcode_rows, gpte_rows, guest_mask_rows, mmio_rows,
-                                                permission_rows, pkru_rows, spte_mask_rows, wp_refresh_rows,
-                                                x86_entry_rows, x86_mask_rows, zero_rows)
+                                                errcode_rows, gpte_rows, guest_mask_rows, mmio_rows, permission_rows,
+                                                pkru_rows, spte_mask_rows, wp_refresh_rows, x86_entry_rows,
+                                                x86_mask_rows, zero_rows)
 from .kernel_roots import (CHILD_ROLES, PGD_SWITCHES, ROLES, ROOT_STORAGE, child_role_rows,
-                                               ept_role_rows, npt_role_rows, role_rows,
-                                               storage_rows, switch_rows)
+                                               ept_role_rows, npt_role_rows, role_rows, storage_rows, switch_rows)
 from .kernel_walks import WALKS, walk_rows
 from .unit_tests import ACCESSES, EPT_ACCESSES, FAMILIES, access_rows, ept_access_rows
 from .vector_files import load_vectors
 from ..guest.addresses import FORMATS, LONG4, LONG5, PAE, PTE32, page_size
 from ..guest.gpte import (ACC_ALL, PT64_NX, PT_ACCESSED, PT_DIR_PAT, PT_DIRTY, PT_GLOBAL, PT_PAGE_SIZE,
-                                    PT_PAT, PT_PCD, PT_PRESENT, PT_PWT, PT_USER,
-                                    PT_WRITABLE, Acc)
+                                    PT_PAT, PT_PCD, PT_PRESENT, PT_PWT, PT_USER, PT_WRITABLE, Acc)
 from ..guest.permissions import Pferr
 from ..guest.reserved import bit_runs
 from ..mmu.contexts import NUM_PREV_ROOTS, KvmBug, Mmu

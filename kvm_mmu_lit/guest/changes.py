@@ -18,8 +18,7 @@ from dataclasses import dataclass, field, replace
 
 from .addresses import LONG4, PAE, PAGE_SHIFT, PAGE_SIZE, PTE32, GpteFormat, pt_index
 from .gpte import (EPT_EXEC, EPT_READ, EPT_WRITE, PT64_NX, PT_PRESENT, PT_USER, PT_WRITABLE,
-                                    gpte_fields,
-    is_last_gpte, make_gpte, map_page)
+                                    gpte_fields, is_last_gpte, make_gpte, map_page)
 from .memory import add_ram, copy_memory, ram, write_entry
 from .permissions import USER, WRITE, Pferr
 from .registers import Cr0, GeneralProtection, Registers

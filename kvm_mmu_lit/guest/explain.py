@@ -21,8 +21,7 @@ from .addresses import LONG4, GpteFormat
 from .changes import (EntryChange, Populate, RegisterChange, merge_changes, rights_of_access,
                                        walk_changed, what_if_guest)
 from .gpte import (EPT_EXEC, EPT_READ, PT64_NX, PT_BASE_ADDR_MASK, PT_PAGE_SIZE, PT_PRESENT, PT_USER,
-                                    Acc, flags_text,
-    gpte_access, gpte_pkey)
+                                    Acc, flags_text, gpte_access, gpte_pkey)
 from .memory import write_entry
 from .permissions import FETCH, IMPLICIT, READ, USER, WRITE, Pferr, pkey_refuses, refusals
 from .registers import Cr0, Cr4, Efer, GeneralProtection, Rflags

@@ -23,7 +23,7 @@ from ..draw.bits import BitStrip
 from ..draw.explore import number
 from ..draw.ink import Hex
 from .addresses import (FORMATS, PAE, PAGE_SHIFT, PTE32, Gfn, Gpa, GpteFormat, check_level, page_size,
-    pt_index, pt_shift, size_name)
+                                         pt_index, pt_shift, size_name)
 from .memory import GuestMemory, write_entry
 
 # %% ../../nbs/guest/04_gpte.ipynb #a85c54b0

@@ -21,7 +21,7 @@ from ..draw.chain import Box, Chain
 from ..draw.explore import number
 from .addresses import PAE, PAGE_SHIFT, GpteFormat, Gpa, page_size, pt_index, size_name, table_entries
 from .gpte import (ACC_ALL, EPT_EXEC, PT64_NX, PT_BASE_ADDR_MASK, PT_PAGE_SIZE, Acc, flags_text,
-    gpte_access, gpte_pkey)
+                                    gpte_access, gpte_pkey)
 from .permissions import FETCH, IMPLICIT, USER, WRITE, Pferr, access_text, pkey_refuses, refusals
 from .registers import Cr4, Efer, GeneralProtection, Registers, root_gpa
 from .reserved import guest_rsvd_check, why_reserved

@@ -15,13 +15,13 @@ __all__ = ['SMALL_PAGES', 'plan_levels', 'plan_pages', 'plan_access', 'plan_righ
 from ..draw.chain import Chain
 from .addresses import FORMATS, PAE, PTE32, GpteFormat, check_address, page_size, pt_shift
 from .gpte import (ACC_ALL, EPT_ACCESSED, EPT_DIRTY, EPT_EXEC, EPT_WRITE, PT64_NX, PT_ACCESSED,
-                                    PT_BASE_ADDR_MASK,
-    PT_DIRTY, PT_PAGE_SIZE, PT_PRESENT, PT_USER, PT_WRITABLE, Acc, dirty_mask, frame_mask, gpte_access, map_page)
+                                    PT_BASE_ADDR_MASK, PT_DIRTY, PT_PAGE_SIZE, PT_PRESENT, PT_USER, PT_WRITABLE, Acc,
+                                    dirty_mask, frame_mask, gpte_access, map_page)
 from .memory import GuestMemory, ram
 from .permissions import (FETCH, READ, USER, WRITE, Pferr, check_access, permission_bitmask,
-    permission_index, pkey_refuses)
-from kvm_mmu_lit.guest.registers import (Cr0, Cr4, Efer, GeneralProtection, Registers, ept_have_ad, load_pdptrs,
-    non_canonical_fault)
+                                           permission_index, pkey_refuses)
+from .registers import (Cr0, Cr4, Efer, GeneralProtection, Registers, ept_have_ad, load_pdptrs,
+                                         non_canonical_fault)
 from .reserved import guest_rsvd_check
 from .verdict import ERROR_BITS, GuestWalk, PageFault, Rule, draw_walk, told_access
 

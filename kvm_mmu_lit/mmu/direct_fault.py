@@ -26,8 +26,7 @@ from .make_spte import (is_rsvd_spte, make_mmio_spte, mmio_access, mmio_gen, mmi
                                        reset_shadow_zero_check)
 from .page_fault import (P, RSVD, U, W, Fault, base_gfn, cache_mmio, faultin, get_child, hugepage_adjust,
                                         is_guest_table_write, is_stale, last_entry, link, mmio_in_cache, set_spte,
-                                        shadow_walk,
-                                        tell_requested)
+                                        shadow_walk, tell_requested)
 from .reload import enter_guest
 from .rmap import host_frame, is_logged, page_gfn
 from .root_role import svm_host, vmx_host

@@ -17,8 +17,7 @@ from .page_fault import P, U, W, Fault, last_entry
 from .rmap import is_logged, mark_dirty, page_gfn
 from .shadow_page import Vm
 from .spte import (SPTE_WRITABLE, is_access_track, is_executable, is_last, is_mmu_writable, is_present,
-                                  is_writable,
-                                  restore_access_track, writable_state)
+                                  is_writable, restore_access_track, writable_state)
 
 # %% ../../nbs/mmu/19_fast_page_fault.ipynb #eb90814d
 def may_be_fast(vm: Vm, fault: Fault) -> bool:

@@ -18,8 +18,7 @@ from .contexts import kvm_bug_on
 from .make_spte import changed_pfn_spte, split_spte
 from .page_fault import link
 from .rmap import (drop_spte, entry_at, has_rmaps, host_frame, page_access, page_gfn, rmap_add,
-                                  rmap_entries,
-                                  spte_set, spte_update, write_protect_spte)
+                                  rmap_entries, spte_set, spte_update, write_protect_spte)
 from .shadow_page import Moved, Vm, child_role
 from .spte import (GEN_BITS, SPTE_WRITABLE, ad_enabled, ad_need_write_protect, is_accessed, is_present,
                                   is_writable, mark_access_track, spte_pfn)

@@ -28,12 +28,9 @@ from .root_role import KINDS, PT32E_ROOT_LEVEL, Host
 from .spte import (ACC_EXEC, ACC_USER, ACC_WRITE, GEN_BITS, L1TF_LENGTH, REMOVED_SPTE, SPTE_AD_DISABLED,
                                   SPTE_AD_WRPROT_ONLY, SPTE_ADDRESS, SPTE_LARGE, SPTE_PRESENT, SPTE_WRITABLE, SpteMasks,
                                   ad_enabled, ad_need_write_protect, base_masks, draw_spte, ept_masks,
-                                  has_volatile_bits,
-                                  is_access_track, is_accessed, is_dirty, is_executable, is_host_writable, is_large,
-                                  is_last,
-                                  is_mmio, is_mmu_writable, is_present, is_writable, mark_access_track,
-                                  restore_access_track,
-                                  spte_pfn, writable_state)
+                                  has_volatile_bits, is_access_track, is_accessed, is_dirty, is_executable,
+                                  is_host_writable, is_large, is_last, is_mmio, is_mmu_writable, is_present,
+                                  is_writable, mark_access_track, restore_access_track, spte_pfn, writable_state)
 
 # %% ../../nbs/mmu/05_make_spte.ipynb #c45b95b0
 def make_spte(

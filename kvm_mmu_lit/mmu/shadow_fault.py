@@ -26,8 +26,8 @@ from .direct_fault import direct_page_fault, handle_mmio
 from .guest_tables import Walked, guest_tables, walk_addr
 from .invlpg import inject_page_fault, pte_prefetch
 from .page_fault import (RSVD, U, W, Fault, base_gfn, faultin, get_child, hugepage_adjust,
-                                        is_guest_table_write, is_stale, last_entry, link,
-                                        set_spte, shadow_walk, tell_requested)
+                                        is_guest_table_write, is_stale, last_entry, link, set_spte, shadow_walk,
+                                        tell_requested)
 from .reload import enter_guest
 from .root_role import svm_host
 from .roots import new_vcpu

@@ -23,8 +23,7 @@ from .cpu_role import MODES, PageRole
 from .guest_tables import guest_tables, read_gpte
 from .make_spte import make_mmio_spte, make_spte, mmio_gfn
 from .rmap import (account_shadowed, drop_spte, host_frame, is_logged, mark_dirty, page_gfn, rmap_add,
-                                  set_translation,
-                                  spte_clear, spte_update, write_protect_gfn)
+                                  set_translation, spte_clear, spte_update, write_protect_gfn)
 from .root_role import svm_host
 from .shadow_page import ShadowPage, Vm, add_shadow_page, is_obsolete_sp
 from .spte import SPTE_WRITABLE, is_host_writable, is_mmio, is_present, spte_pfn

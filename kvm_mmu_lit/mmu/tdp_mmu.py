@@ -25,8 +25,7 @@ from .cpu_role import PageRole
 from .make_spte import make_nonleaf_spte
 from .shadow_page import ShadowPage, Vm, add_shadow_page, request_all
 from .spte import (REMOVED_SPTE, SPTE_ADDRESS, check_writable, is_accessed, is_dirty, is_large, is_last,
-                                  is_mmio,
-                                  is_present, is_writable, spte_pfn)
+                                  is_mmio, is_present, is_writable, spte_pfn)
 
 # %% ../../nbs/mmu/07_tdp_mmu.ipynb #613a35bd
 def remote_flush(

@@ -27,12 +27,10 @@ from .make_spte import changed_pfn_spte, make_spte, split_spte
 from .root_role import svm_host
 from .shadow_page import ShadowPage, Vm
 from .spte import (REMOVED_SPTE, SPTE_ADDRESS, SPTE_WRITABLE, ad_enabled, ad_need_write_protect,
-                                  is_accessed, is_large,
-                                  is_last, is_present, is_writable, mark_access_track, spte_pfn)
+                                  is_accessed, is_large, is_last, is_present, is_writable, mark_access_track, spte_pfn)
 from .tdp_mmu import (MAX_GFN, child_of, pages_of, tdp_free_root, tdp_get_root, tdp_init_child,
-                                     tdp_iterate, tdp_leaf,
-                                     tdp_leaves, tdp_link, tdp_map, tdp_roots, tdp_set_spte, tdp_set_spte_atomic,
-                                     tdp_zap_spte_atomic)
+                                     tdp_iterate, tdp_leaf, tdp_leaves, tdp_link, tdp_map, tdp_roots, tdp_set_spte,
+                                     tdp_set_spte_atomic, tdp_zap_spte_atomic)
 
 # %% ../../nbs/mmu/08_tdp_ranges.ipynb #10ddb3fb
 def tdp_split_huge_pages(

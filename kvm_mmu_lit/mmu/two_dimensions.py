@@ -23,8 +23,7 @@ from ..guest.verdict import GuestWalk
 from .contexts import Vcpu, kvm_bug_on
 from .guest_tables import guest_tables
 from .hardware import (FETCH, GUEST_FINAL, GUEST_PAGE, PRESENT, RSVD, USER, WRITE, Exit, Reached,
-                                      Refused,
-                                      entry_hpa, host_walk, is_reserved, mark_leaf, one_page_guest)
+                                      Refused, entry_hpa, host_walk, is_reserved, mark_leaf, one_page_guest)
 from .root_role import svm_host, vmx_host
 from .shadow_fault import page_fault
 from .shadow_page import Vm

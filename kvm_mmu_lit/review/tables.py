@@ -28,9 +28,8 @@ from ..mmu.rmap import entry_at, host_frame, is_logged, page_gfn, sptep_of
 from ..mmu.free_roots import is_obsolete_root
 from ..mmu.shadow_page import Vm, to_shadow_page
 from ..mmu.spte import (GEN_BITS, REMOVED_SPTE, SPTE_ADDRESS, is_access_track, is_host_writable, is_last,
-                                  is_mmio,
-                                  is_mmu_writable, is_present, is_writable, mark_access_track, restore_access_track,
-                                  spte_pfn)
+                                  is_mmio, is_mmu_writable, is_present, is_writable, mark_access_track,
+                                  restore_access_track, spte_pfn)
 from .invariants import entries_of, in_scope, seen_of
 
 # %% ../../nbs/review/15_tables.ipynb #58b381bd
